@@ -1,0 +1,170 @@
+//! What goes into the engine and what comes out. No tensor, no channel of HTTP.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::model::Adapter;
+
+/// Sampling parameters, named as vLLM names them; the defaults are OpenAI's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus mass in (0, 1].
+    pub top_p: f32,
+    /// Most likely tokens kept; 0 keeps all.
+    pub top_k: usize,
+    /// Least share of the top token's probability a token needs, in [0, 1].
+    pub min_p: f32,
+    /// Subtracted once from tokens already generated.
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence in what was generated.
+    pub frequency_penalty: f32,
+    /// Divides (or multiplies negative) logits of tokens in prompt and answer; 1 is off.
+    pub repetition_penalty: f32,
+    /// Added to the logits of token ids.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Same seed, same prompt, same adapter: same tokens, whatever else runs. `None` draws one.
+    pub seed: Option<u64>,
+    /// Most tokens to generate; `None` goes to the context's end. 0 only reads the prompt.
+    pub max_tokens: Option<usize>,
+    /// No end-of-text token before so many.
+    pub min_tokens: usize,
+    /// Strings that end the text.
+    pub stop: Vec<String>,
+    /// Tokens that end the text.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on past end-of-text tokens.
+    pub ignore_eos: bool,
+    /// Leave the stop string in the text.
+    pub include_stop_str_in_output: bool,
+    /// Leave special tokens out of the text.
+    pub skip_special_tokens: bool,
+    /// Log-probability of each token and of so many alternatives.
+    pub logprobs: Option<usize>,
+    /// The same for the prompt's tokens.
+    pub prompt_logprobs: Option<usize>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: BTreeMap::new(),
+            seed: None,
+            max_tokens: None,
+            min_tokens: 0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            include_stop_str_in_output: false,
+            skip_special_tokens: true,
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// What to do with the prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Task {
+    /// Generate text.
+    Generate,
+    /// One prefill: log-probabilities (over the whole vocabulary, before temperature) of these tokens as the next one.
+    NextToken(Vec<u32>),
+    /// One prefill: the raw score of the sequence-classification head at the last token.
+    Score,
+}
+
+/// One unit of work.
+#[derive(Clone)]
+pub struct Request {
+    /// Token ids; at least one.
+    pub prompt: Vec<u32>,
+    /// How to sample.
+    pub params: SamplingParams,
+    /// The adapter generation this request keeps to its end; the `Arc` is its lease. `None` is the base.
+    pub adapter: Option<Arc<Adapter>>,
+    /// What to do.
+    pub task: Task,
+    /// Role in metrics: `teacher`, `reward`, `student`.
+    pub role: &'static str,
+}
+
+/// A token with its log-probability and the alternatives asked for, most likely first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Token id.
+    pub id: u32,
+    /// Natural log, of the distribution before temperature and truncation (vLLM's `raw_logprobs`).
+    pub logprob: f32,
+    /// `(id, logprob)`.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why it ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FinishReason {
+    /// End-of-text token, or a stop token (its id) or stop string.
+    Stop {
+        /// The stop string found.
+        text: Option<String>,
+        /// The stop token found, where it was asked for by id.
+        token: Option<u32>,
+    },
+    /// `max_tokens` or the context's end.
+    Length,
+}
+
+/// Tokens counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Of those, found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Generated tokens.
+    pub completion_tokens: usize,
+}
+
+/// What a request's stream yields, in order: `Prompt` (only with `prompt_logprobs`), `Token`s, then one of `Done`, `NextToken`,
+/// `Score` or `Failed`.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Log-probabilities of the prompt's tokens; the first token has none.
+    Prompt(Vec<Option<TokenLogprob>>),
+    /// A generated token and the text that became certain with it.
+    Token {
+        /// Token id.
+        id: u32,
+        /// New text; empty while a character or a possible stop string is incomplete.
+        text: String,
+        /// With `logprobs`.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The end: text that was held back, reason, counts.
+    Done {
+        /// Text still to append.
+        text: String,
+        /// Why.
+        reason: FinishReason,
+        /// Counts.
+        usage: Usage,
+    },
+    /// Answer to [`Task::NextToken`], in the order asked.
+    NextToken(Vec<f32>, Usage),
+    /// Answer to [`Task::Score`].
+    Score(f32, Usage),
+    /// The request failed.
+    Failed(Error),
+}
+
+/// Events of one request; dropping it cancels the request.
+pub type EventStream = tokio::sync::mpsc::UnboundedReceiver<Event>;

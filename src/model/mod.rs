@@ -1,0 +1,11 @@
+//! One decoder definition, served and trained: only the attention mode ([`Attend`]) and the LoRA rows differ.
+
+mod config;
+mod decoder;
+mod kv;
+mod lora;
+
+pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use decoder::{Attend, Decoder, LoadOptions, Rotary};
+pub use kv::KvPool;
+pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};

@@ -1,0 +1,18 @@
+//! The only differentiable vocabulary of the crate: every op has a forward and a backward that are tested against finite
+//! differences, and a forward-only op refuses a tensor that records a graph instead of cutting the gradient silently.
+//!
+//! On the CPU the ops run on [`crate::kernels`]; on a GPU they are composed of candle's own ops until their kernel exists.
+
+mod attention;
+mod linear;
+mod logprobs;
+mod norm;
+mod paged;
+mod pointwise;
+
+pub use attention::{CausalMask, Segment, causal_attention};
+pub use linear::FrozenLinear;
+pub use logprobs::token_logprobs;
+pub use norm::rms_norm;
+pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
+pub use pointwise::{Activation, dropout, gated, rope};

@@ -1,0 +1,9 @@
+//! Text and token ids: tokenizer, chat template, streaming decoder. Knows no tensor and no file.
+
+mod chat_template;
+mod stream_decoder;
+mod tokenizer;
+
+pub use chat_template::{Message, RenderOptions};
+pub use stream_decoder::StreamDecoder;
+pub use tokenizer::{Tokenizer, TokenizerOptions};

@@ -1,0 +1,7 @@
+//! File formats: GGUF, Hugging Face folders, PEFT adapters. Nobody else knows them.
+
+mod adapter;
+mod checkpoint;
+
+pub use adapter::{AdapterFile, LoraConfig};
+pub use checkpoint::{Checkpoint, GenerationDefaults, TokenizerFiles};
