@@ -5,9 +5,11 @@
 //! [`Trainer::sample_logprobs`], [`Trainer::save_state`].
 
 mod loss;
+mod optim;
 mod options;
+mod pack;
 mod trainer;
 
-pub use loss::{LossMetrics, PairLogps, preference_loss};
+pub use loss::{LossMetrics, PairLogps, preference_loss, score_scale};
 pub use options::{LoraOptions, LossKind, LossOptions, Scheduler, ScoreScale, TrainingOptions};
 pub use trainer::{Hooks, Outcome, Pace, StepMetrics, TokenPair, TrainJob, Trainer, train};

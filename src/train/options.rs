@@ -1,9 +1,13 @@
 //! What a job may say about loss, LoRA and training; every field has a default and unknown fields are errors.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::SITES;
+use crate::weights::LoraConfig;
 
 /// Instances of the generalized loss; see the README for the formula.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -120,13 +124,152 @@ pub struct TrainingOptions {
     pub checkpoint_steps: usize,
     /// Share of the prompts held out for the report, [0, 0.5].
     pub eval_fraction: f64,
+    /// Memory for layer graphs kept between forward and backward, e.g. `1GiB`. Layers that do not fit are computed again in the
+    /// backward, with the same result. Also bounds how many pairs one flat step holds.
+    pub activation_memory: String,
 }
 
 impl LossOptions {
     /// Range checks; `prefix` is put before field names (`loss.beta`).
-    pub fn validate(&self, _prefix: &str) -> Result<()> {
-        todo!()
+    pub fn validate(&self, prefix: &str) -> Result<()> {
+        positive(self.beta, prefix, "beta")?;
+        at_least_zero(self.score_weight, prefix, "score_weight")?;
+        if let ScoreScale::Fixed(scale) = self.score_scale {
+            positive(scale, prefix, "score_scale")?;
+        }
+        positive(self.score_clip, prefix, "score_clip")?;
+        positive(self.temperature, prefix, "temperature")?;
+        check(
+            (0.0..0.5).contains(&self.label_smoothing),
+            prefix,
+            "label_smoothing",
+            "must be in [0, 0.5)",
+            self.label_smoothing,
+        )?;
+        let smooths = matches!(self.kind, LossKind::Rdpo | LossKind::Cdpo | LossKind::Robust);
+        if self.label_smoothing > 0.0 && !smooths {
+            return Err(Error::invalid(
+                field(prefix, "label_smoothing"),
+                "only the losses `rdpo`, `cdpo` and `robust` use label smoothing; leave it at 0 for this one.",
+            ));
+        }
+        Ok(())
     }
+}
+
+impl LoraOptions {
+    /// Range checks; `prefix` is put before field names (`lora.r`).
+    pub fn validate(&self, prefix: &str) -> Result<()> {
+        check((1..=256).contains(&self.r), prefix, "r", "must be in 1..=256", self.r)?;
+        positive(self.alpha, prefix, "alpha")?;
+        check((0.0..1.0).contains(&self.dropout), prefix, "dropout", "must be in [0, 1)", self.dropout)?;
+        if self.target_modules.is_empty() {
+            return Err(Error::invalid(
+                field(prefix, "target_modules"),
+                format!("name at least one of {}.", SITES.join(", ")),
+            ));
+        }
+        for (index, name) in self.target_modules.iter().enumerate() {
+            let at = || field(prefix, &format!("target_modules[{index}]"));
+            if !SITES.contains(&name.as_str()) {
+                return Err(Error::invalid(at(), format!("`{name}` is not one of {}.", SITES.join(", "))));
+            }
+            if self.target_modules[..index].contains(name) {
+                return Err(Error::invalid(at(), format!("`{name}` is named twice.")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The PEFT configuration these options mean; `base` is the base model's name, for the reader of the file.
+    pub fn config(&self, base: Option<&str>) -> LoraConfig {
+        LoraConfig {
+            r: self.r,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            target_modules: self.target_modules.clone(),
+            use_rslora: self.use_rslora,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            base_model_name_or_path: base.map(str::to_string),
+        }
+    }
+}
+
+impl TrainingOptions {
+    /// Range checks; `prefix` is put before field names (`training.batch_size`).
+    pub fn validate(&self, prefix: &str) -> Result<()> {
+        positive(self.epochs, prefix, "epochs")?;
+        check(self.epochs <= 10_000.0, prefix, "epochs", "must be at most 10000", self.epochs)?;
+        check(self.max_steps != Some(0), prefix, "max_steps", "must be at least 1", 0)?;
+        check((1..=4096).contains(&self.batch_size), prefix, "batch_size", "must be in 1..=4096", self.batch_size)?;
+        let accumulation = self.gradient_accumulation_steps;
+        check(
+            (1..=4096).contains(&accumulation),
+            prefix,
+            "gradient_accumulation_steps",
+            "must be in 1..=4096",
+            accumulation,
+        )?;
+        positive(self.learning_rate, prefix, "learning_rate")?;
+        check((0.0..1.0).contains(&self.warmup_ratio), prefix, "warmup_ratio", "must be in [0, 1)", self.warmup_ratio)?;
+        at_least_zero(self.weight_decay, prefix, "weight_decay")?;
+        at_least_zero(self.max_grad_norm, prefix, "max_grad_norm")?;
+        check(self.max_length >= 2, prefix, "max_length", "must be at least 2", self.max_length)?;
+        check(self.checkpoint_steps >= 1, prefix, "checkpoint_steps", "must be at least 1", self.checkpoint_steps)?;
+        check(
+            (0.0..=0.5).contains(&self.eval_fraction),
+            prefix,
+            "eval_fraction",
+            "must be in [0, 0.5]",
+            self.eval_fraction,
+        )?;
+        self.activation_bytes().map_err(|error| error.at(field(prefix, "activation_memory")))?;
+        Ok(())
+    }
+
+    /// `activation_memory` in bytes.
+    pub fn activation_bytes(&self) -> Result<usize> {
+        let text = self.activation_memory.trim();
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let unit: f64 = match text[digits..].trim() {
+            "" | "B" => 1.0,
+            "kB" | "KB" => 1e3,
+            "MB" => 1e6,
+            "GB" => 1e9,
+            "TB" => 1e12,
+            "KiB" => 1024.0,
+            "MiB" => 1024f64.powi(2),
+            "GiB" => 1024f64.powi(3),
+            "TiB" => 1024f64.powi(4),
+            _ => f64::NAN,
+        };
+        let bytes = text[..digits].parse::<f64>().unwrap_or(f64::NAN) * unit;
+        if !bytes.is_finite() {
+            return Err(Error::invalid(
+                "activation_memory",
+                format!("`{text}` is not a size; write a number and a unit, for example \"1GiB\" or \"512MiB\"."),
+            ));
+        }
+        Ok(bytes as usize)
+    }
+}
+
+fn field(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { name.to_string() } else { format!("{prefix}.{name}") }
+}
+
+/// An error naming the field unless `holds`. NaN fails every comparison, so it fails here too.
+fn check(holds: bool, prefix: &str, name: &str, rule: &str, value: impl std::fmt::Display) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::invalid(field(prefix, name), format!("{rule}, got {value}."))) }
+}
+
+fn positive(value: f64, prefix: &str, name: &str) -> Result<()> {
+    check(value > 0.0 && value.is_finite(), prefix, name, "must be a number above 0", value)
+}
+
+fn at_least_zero(value: f64, prefix: &str, name: &str) -> Result<()> {
+    check(value >= 0.0 && value.is_finite(), prefix, name, "must be a number of at least 0", value)
 }
 
 impl Default for LossOptions {
@@ -149,7 +292,7 @@ impl Default for LoraOptions {
             r: 16,
             alpha: 32.0,
             dropout: 0.0,
-            target_modules: crate::model::SITES.iter().map(ToString::to_string).collect(),
+            target_modules: SITES.iter().map(ToString::to_string).collect(),
             use_rslora: false,
             init_from: None,
         }
@@ -172,6 +315,7 @@ impl Default for TrainingOptions {
             shuffle: true,
             checkpoint_steps: 50,
             eval_fraction: 0.1,
+            activation_memory: "1GiB".into(),
         }
     }
 }
@@ -201,6 +345,83 @@ impl<'de> Deserialize<'de> for ScoreScale {
             ScoreScaleWire::Word(word) => {
                 Err(serde::de::Error::custom(format!("expected a number or \"auto\", got \"{word}\"")))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn param(result: Result<()>) -> String {
+        result.unwrap_err().param.unwrap()
+    }
+
+    #[test]
+    fn defaults_are_valid_and_survive_json() {
+        let (loss, lora, training) = (LossOptions::default(), LoraOptions::default(), TrainingOptions::default());
+        loss.validate("loss").unwrap();
+        lora.validate("lora").unwrap();
+        training.validate("training").unwrap();
+        assert_eq!(serde_json::from_str::<LossOptions>("{}").unwrap(), loss);
+        assert_eq!(serde_json::from_value::<LoraOptions>(serde_json::to_value(&lora).unwrap()).unwrap(), lora);
+        assert_eq!(
+            serde_json::from_value::<TrainingOptions>(serde_json::to_value(&training).unwrap()).unwrap(),
+            training
+        );
+        let scaled: LossOptions = serde_json::from_str(r#"{"type":"rdpo_soft","score_scale":2.5}"#).unwrap();
+        assert_eq!((scaled.kind, scaled.score_scale), (LossKind::RdpoSoft, ScoreScale::Fixed(2.5)));
+        assert!(serde_json::from_str::<LossOptions>(r#"{"betta":1}"#).unwrap_err().to_string().contains("betta"));
+    }
+
+    #[test]
+    fn bad_numbers_name_their_field() {
+        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert_eq!(param(LossOptions { beta: bad, ..Default::default() }.validate("loss")), "loss.beta");
+            assert_eq!(param(LoraOptions { alpha: bad, ..Default::default() }.validate("lora")), "lora.alpha");
+            let training = TrainingOptions { learning_rate: bad, ..Default::default() };
+            assert_eq!(param(training.validate("training")), "training.learning_rate");
+            let scale = LossOptions { score_scale: ScoreScale::Fixed(bad), ..Default::default() };
+            assert_eq!(param(scale.validate("loss")), "loss.score_scale");
+        }
+        assert_eq!(param(LoraOptions { r: 0, ..Default::default() }.validate("lora")), "lora.r");
+        assert_eq!(
+            param(TrainingOptions { batch_size: 0, ..Default::default() }.validate("training")),
+            "training.batch_size"
+        );
+        assert_eq!(
+            param(TrainingOptions { max_steps: Some(0), ..Default::default() }.validate("training")),
+            "training.max_steps"
+        );
+        let smooth = LossOptions { label_smoothing: 0.5, kind: LossKind::Robust, ..Default::default() };
+        assert_eq!(param(smooth.validate("loss")), "loss.label_smoothing");
+        let unused = LossOptions { label_smoothing: 0.1, kind: LossKind::Dpo, ..Default::default() };
+        assert_eq!(param(unused.validate("loss")), "loss.label_smoothing");
+    }
+
+    #[test]
+    fn targets_must_be_sites() {
+        let lora = LoraOptions { target_modules: vec!["q_proj".into(), "lm_head".into()], ..Default::default() };
+        let error = lora.validate("lora").unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("lora.target_modules[1]"));
+        assert!(error.message.contains("lm_head"));
+        assert!(LoraOptions { target_modules: vec![], ..Default::default() }.validate("lora").is_err());
+        let twice = LoraOptions { target_modules: vec!["q_proj".into(), "q_proj".into()], ..Default::default() };
+        assert!(twice.validate("lora").is_err());
+    }
+
+    #[test]
+    fn memory_sizes() {
+        let bytes =
+            |text: &str| TrainingOptions { activation_memory: text.into(), ..Default::default() }.activation_bytes();
+        assert_eq!(bytes("1GiB").unwrap(), 1 << 30);
+        assert_eq!(bytes("1.5 KiB").unwrap(), 1536);
+        assert_eq!(bytes("2GB").unwrap(), 2_000_000_000);
+        assert_eq!(bytes("0").unwrap(), 0);
+        for bad in ["", "GiB", "1 gibi", "-1GiB", "1.2.3MB"] {
+            let training = TrainingOptions { activation_memory: bad.into(), ..Default::default() };
+            assert_eq!(param(training.validate("training")), "training.activation_memory", "{bad}");
         }
     }
 }
