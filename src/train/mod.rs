@@ -4,12 +4,18 @@
 //! Four verbs, kept apart so that they can be exposed one day: [`Trainer::forward_backward`], [`Trainer::optim_step`],
 //! [`Trainer::sample_logprobs`], [`Trainer::save_state`].
 
+mod checkpoint;
 mod loss;
+mod metrics;
 mod optim;
 mod options;
 mod pack;
+mod pass;
+mod run;
 mod trainer;
 
 pub use loss::{LossMetrics, PairLogps, preference_loss, score_scale};
+pub use metrics::StepMetrics;
 pub use options::{LoraOptions, LossKind, LossOptions, Scheduler, ScoreScale, TrainingOptions};
-pub use trainer::{Hooks, Outcome, Pace, StepMetrics, TokenPair, TrainJob, Trainer, train};
+pub use run::{Hooks, Outcome, train};
+pub use trainer::{Pace, TokenPair, TrainJob, Trainer, token_logprobs_of};

@@ -1,13 +1,26 @@
-//! The training loop over token pairs.
+//! A run's state and its four verbs: forward-backward, optimizer step, log-probs under the current adapter, save.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use candle_core::{Tensor, Var};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 
-use super::{LossOptions, TrainingOptions};
-use crate::error::Result;
-use crate::model::{Decoder, LoraParams};
+use super::checkpoint::{self, SavedState};
+use super::metrics::{self, StepMetrics, Sums};
+use super::optim::{AdamW, Gradients, schedule, warmup_steps};
+use super::pack::{Pack, packed_tokens, plan, trl_tokens, truncate};
+use super::pass::{Pass, logprobs};
+use super::{LossOptions, PairLogps, TrainingOptions, preference_loss, score_scale};
+use crate::error::{Code, Error, Result};
+use crate::model::{Decoder, LoraParams, LoraRows, ModelConfig};
+use crate::telemetry;
 use crate::weights::{AdapterFile, LoraConfig};
+
+/// Steps in a row that may fail to be finite before the run is given up.
+const NONFINITE_LIMIT: usize = 5;
 
 /// A pair as token ids.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,102 +60,373 @@ pub struct TrainJob<'a> {
     pub folder: PathBuf,
 }
 
-/// Metrics of one optimizer step, under TRL's names when logged.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StepMetrics {
-    /// Optimizer step, from 1.
-    pub step: usize,
-    /// Steps of the run.
-    pub total_steps: usize,
-    /// Epochs done.
-    pub epoch: f64,
-    /// Mean loss.
-    pub loss: f64,
-    /// Gradient norm before the clip.
-    pub grad_norm: f64,
-    /// Learning rate used.
-    pub learning_rate: f64,
-    /// β·(log π − log ref) of chosen answers, mean.
-    #[serde(rename = "rewards/chosen")]
-    pub rewards_chosen: f64,
-    /// The same of rejected answers.
-    #[serde(rename = "rewards/rejected")]
-    pub rewards_rejected: f64,
-    /// Share of pairs with chosen over rejected (strictly).
-    #[serde(rename = "rewards/accuracies")]
-    pub rewards_accuracies: f64,
-    /// Chosen minus rejected, mean.
-    #[serde(rename = "rewards/margins")]
-    pub rewards_margins: f64,
-    /// Summed log-prob of chosen answers, mean.
-    #[serde(rename = "logps/chosen")]
-    pub logps_chosen: f64,
-    /// Summed log-prob of rejected answers, mean.
-    #[serde(rename = "logps/rejected")]
-    pub logps_rejected: f64,
-    /// Tokens of prompts and answers trained on so far (prompt counted for each answer, as TRL counts).
-    pub num_tokens: usize,
-    /// Seconds the step took.
-    pub seconds: f64,
-}
-
-/// What the caller hears from a run.
-pub trait Hooks {
-    /// Between layers.
-    fn pace(&mut self) -> Result<()>;
-    /// After every optimizer step.
-    fn on_step(&mut self, metrics: &StepMetrics) -> Result<()>;
-    /// After every durable checkpoint.
-    fn on_checkpoint(&mut self, step: usize, adapter: &AdapterFile) -> Result<()>;
-}
-
-/// What a run leaves.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// The trained adapter.
-    pub adapter: AdapterFile,
-    /// Optimizer steps done.
-    pub steps: usize,
-    /// Metrics of the last step.
-    pub last: Option<StepMetrics>,
-    /// Pairs dropped for length.
-    pub dropped_too_long: usize,
-}
-
 /// State of a run: variables, moments, cursor.
 pub struct Trainer<'a> {
-    _model: &'a Decoder,
-    _params: LoraParams,
-}
-
-/// Runs or resumes a job to its end.
-pub fn train(_job: &TrainJob<'_>, _hooks: &mut dyn Hooks) -> Result<Outcome> {
-    todo!()
+    model: &'a Decoder,
+    params: LoraParams,
+    variables: Vec<(String, Var)>,
+    pairs: Vec<TokenPair>,
+    dropped_too_long: usize,
+    scaled_gaps: Vec<f64>,
+    loss: LossOptions,
+    options: TrainingOptions,
+    seed: u64,
+    folder: PathBuf,
+    keep_bytes: usize,
+    pack_rows: usize,
+    optimizer: AdamW,
+    gradients: Gradients,
+    sums: Sums,
+    flat_steps: usize,
+    started: Option<Instant>,
+    saved_step: Option<usize>,
+    state: SavedState,
 }
 
 impl<'a> Trainer<'a> {
-    /// A fresh state, or the one its folder's newest checkpoint holds.
-    pub fn open(_job: &TrainJob<'a>) -> Result<Self> {
-        todo!()
+    /// A fresh state, or the one its folder's newest checkpoint holds. A checkpoint of another job is a 409.
+    pub fn open(job: &TrainJob<'a>) -> Result<Self> {
+        job.loss.validate("loss")?;
+        job.options.validate("training")?;
+        check_pairs(job.pairs, job.model.config())?;
+        let max_length = job.options.max_length.min(job.model.config().max_position_embeddings);
+        let (pairs, dropped_too_long) = truncate(job.pairs, max_length);
+        if pairs.is_empty() {
+            let message = format!(
+                "none of the {} pairs has a prompt shorter than {max_length} tokens, so there is nothing to train on.",
+                job.pairs.len()
+            );
+            return Err(Error::invalid("training.max_length", message));
+        }
+        let gaps: Vec<f64> = pairs.iter().map(|pair| pair.score_chosen - pair.score_rejected).collect();
+        let scale = score_scale(job.loss.score_scale, &gaps);
+
+        let fingerprint = checkpoint::fingerprint(job)?;
+        let saved = checkpoint::newest(&job.folder, &fingerprint)?;
+        let params = match (&saved, &job.init) {
+            (Some(saved), _) => LoraParams::from_file(&saved.adapter, job.model)?,
+            (None, Some(init)) => LoraParams::from_file(init, job.model)?,
+            (None, None) => LoraParams::new(&job.lora, job.model, job.seed)?,
+        };
+        let variables = params.named();
+        let mut optimizer = AdamW::new(&variables, job.options.weight_decay)?;
+        let keep_bytes = job.options.activation_bytes()?;
+        let mut state = SavedState::new(fingerprint, pairs.len());
+        let mut saved_step = None;
+        if let Some(saved) = saved {
+            optimizer.import(&variables, &saved.moments, saved.state.updates)?;
+            saved_step = Some(saved.state.step);
+            state = saved.state;
+        }
+        // Moments and one gradient; the variables themselves are the adapter's.
+        metrics::memory("optimizer", optimizer.bytes() * 3 / 2);
+        Ok(Trainer {
+            model: job.model,
+            gradients: Gradients::new(variables.len()),
+            params,
+            variables,
+            scaled_gaps: gaps.iter().map(|gap| gap / scale).collect(),
+            pairs,
+            dropped_too_long,
+            loss: job.loss.clone(),
+            options: job.options.clone(),
+            seed: job.seed,
+            folder: job.folder.clone(),
+            keep_bytes,
+            pack_rows: pack_rows(job.model.config(), keep_bytes),
+            optimizer,
+            sums: Sums::default(),
+            flat_steps: 0,
+            started: None,
+            saved_step,
+            state,
+        })
     }
 
-    /// Loss and gradients of some pairs (indices into the job's), added to what is accumulated.
-    pub fn forward_backward(&mut self, _pairs: &[usize], _pace: &mut Pace<'_>) -> Result<StepMetrics> {
-        todo!()
+    /// Loss and gradients of some pairs (indices into the pairs kept), added to what is accumulated. On an error everything
+    /// accumulated since the last optimizer step is forgotten.
+    pub fn forward_backward(&mut self, pairs: &[usize], pace: &mut Pace<'_>) -> Result<StepMetrics> {
+        let result = self.forward_backward_inner(pairs, pace);
+        if result.is_err() {
+            self.forget();
+        }
+        result
     }
 
-    /// Clips, steps AdamW, advances the schedule, clears the gradients.
+    fn forward_backward_inner(&mut self, pairs: &[usize], pace: &mut Pace<'_>) -> Result<StepMetrics> {
+        if let Some(index) = pairs.iter().find(|&&index| index >= self.pairs.len()) {
+            return Err(Error::invalid("pairs", format!("there is no pair {index}; there are {}.", self.pairs.len())));
+        }
+        self.started.get_or_insert_with(Instant::now);
+        let mut sums = Sums::default();
+        for indices in plan(&self.pairs, pairs, self.pack_rows) {
+            self.reference(&indices, pace)?;
+            let pack = Pack::new(indices.iter().map(|&index| (index, &self.pairs[index])));
+            let dropout_seed = (self.params.config.lora_dropout > 0.0)
+                .then(|| mix(mix(self.seed, self.state.step as u64), self.flat_steps as u64));
+            self.flat_steps += 1;
+            let (loss, reference, gaps) = (&self.loss, &self.state.reference, &self.scaled_gaps);
+            let mut upstream = |values: &[f32]| {
+                let mut scalars = vec![0f32; values.len()];
+                for pair in &pack.pairs {
+                    let sum =
+                        |range: &std::ops::Range<usize>| values[range.clone()].iter().map(|&v| f64::from(v)).sum();
+                    let known = reference[pair.index].expect("the reference pass ran for this pair. This is a bug.");
+                    let logps = PairLogps {
+                        policy_chosen: sum(&pair.chosen),
+                        policy_rejected: sum(&pair.rejected),
+                        reference_chosen: known[0],
+                        reference_rejected: known[1],
+                        chosen_tokens: pair.chosen.len(),
+                        rejected_tokens: pair.rejected.len(),
+                        scaled_gap: gaps[pair.index],
+                    };
+                    let result = preference_loss(&logps, loss);
+                    scalars[pair.chosen.clone()].fill(result.d_chosen as f32);
+                    scalars[pair.rejected.clone()].fill(result.d_rejected as f32);
+                    sums.pair(&logps, &result);
+                }
+                Ok(scalars)
+            };
+            let pass = Pass { model: self.model, params: &self.params, dropout_seed, keep_bytes: self.keep_bytes };
+            let stats = pass.forward_backward(&pack, &mut upstream, &mut self.gradients, pace)?;
+            metrics::memory("activations", stats.activation_bytes);
+            for &index in &indices {
+                let counted = trl_tokens(&self.pairs[index]);
+                sums.tokens += counted;
+                sums.saved += counted - packed_tokens(&self.pairs[index]);
+            }
+        }
+        let mut means = sums.means();
+        self.describe(&mut means);
+        self.sums.add(&sums);
+        Ok(means)
+    }
+
+    /// Clips, steps AdamW, advances the schedule, clears the gradients. The gradient is the mean over all pairs seen since the last
+    /// step. A step whose loss or gradient is not finite changes nothing but the counters; five in a row are an error.
     pub fn optim_step(&mut self) -> Result<()> {
-        todo!()
+        if self.sums.pairs == 0 {
+            return Err(Error::internal("optim_step without a forward_backward before it. This is a bug."));
+        }
+        let mean = 1.0 / self.sums.pairs as f64;
+        let norm = self.gradients.norm(mean)?;
+        let rate = self.learning_rate();
+        let finite = norm.is_finite() && self.sums.loss.is_finite();
+        if finite {
+            let limit = self.options.max_grad_norm;
+            let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
+            self.optimizer.step(&self.variables, &self.gradients, mean * clip, rate)?;
+            self.state.nonfinite_in_a_row = 0;
+        } else {
+            self.state.nonfinite_in_a_row += 1;
+            self.state.nonfinite_steps += 1;
+            telemetry::metrics().train_nonfinite_steps_total.inc();
+            tracing::warn!(step = self.state.step + 1, loss = self.sums.loss * mean, norm, "step skipped: not finite");
+        }
+        self.state.num_tokens += self.sums.tokens;
+        self.state.tokens_saved += self.sums.saved;
+        let mut metrics = self.sums.means();
+        self.describe(&mut metrics);
+        metrics.grad_norm = norm;
+        metrics.seconds = self.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
+        self.state.step += 1;
+        self.state.updates = self.optimizer.updates();
+        metrics::publish(&metrics, &self.sums);
+        self.state.history.push(metrics);
+        self.forget();
+        if self.state.nonfinite_in_a_row >= NONFINITE_LIMIT {
+            let message = format!(
+                "loss or gradient was not finite for {NONFINITE_LIMIT} steps in a row, up to step {}; lower the learning rate or check the pairs.",
+                self.state.step
+            );
+            return Err(Error::new(Code::Unprocessable, message).at("training.learning_rate"));
+        }
+        Ok(())
     }
 
     /// Log-probs of a response under the current adapter (or the base), token by token.
-    pub fn sample_logprobs(&self, _prompt: &[u32], _response: &[u32], _adapter: bool) -> Result<Vec<f32>> {
-        todo!()
+    pub fn sample_logprobs(&self, prompt: &[u32], response: &[u32], adapter: bool) -> Result<Vec<f32>> {
+        let lora = if adapter { LoraRows::Train { params: &self.params, dropout_seed: None } } else { LoraRows::Base };
+        token_logprobs_of(self.model, prompt, response, lora)
     }
 
-    /// Writes adapter, moments, cursor and seeds aside, then renames.
-    pub fn save_state(&self) -> Result<()> {
-        todo!()
+    /// Writes adapter, moments, cursor and counters aside, then renames; gives the adapter written.
+    pub fn save_state(&mut self) -> Result<AdapterFile> {
+        let adapter = self.adapter()?;
+        checkpoint::save(&self.folder, &adapter, &self.optimizer.export(&self.variables), &self.state)?;
+        self.saved_step = Some(self.state.step);
+        Ok(adapter)
     }
+
+    /// A deep copy of the adapter as it is now.
+    pub fn adapter(&self) -> Result<AdapterFile> {
+        self.params.to_file(self.model.config())
+    }
+
+    /// Gradients accumulated since the last optimizer step, mean over the pairs seen, by PEFT's tensor names.
+    pub fn gradients(&self) -> Result<Vec<(String, Tensor)>> {
+        let mean = 1.0 / self.sums.pairs.max(1) as f64;
+        let named = self.variables.iter().zip(self.gradients.sums());
+        named
+            .filter_map(|((name, _), sum)| Some((name, sum.as_ref()?)))
+            .map(|(name, sum)| Ok((name.clone(), (sum * mean)?)))
+            .collect()
+    }
+
+    /// Optimizer steps done.
+    pub fn step(&self) -> usize {
+        self.state.step
+    }
+
+    /// The step of the newest checkpoint, if there is one.
+    pub fn saved_step(&self) -> Option<usize> {
+        self.saved_step
+    }
+
+    /// Optimizer steps of the whole run: `ceil(epochs · steps per epoch)`, at most `max_steps`.
+    pub fn total_steps(&self) -> usize {
+        let steps = (self.options.epochs * self.steps_per_epoch() as f64).ceil().max(1.0) as usize;
+        steps.min(self.options.max_steps.unwrap_or(usize::MAX))
+    }
+
+    /// Metrics of every step so far.
+    pub fn history(&self) -> &[StepMetrics] {
+        &self.state.history
+    }
+
+    /// Pairs dropped because their prompt alone is too long.
+    pub fn dropped_too_long(&self) -> usize {
+        self.dropped_too_long
+    }
+
+    /// The batches of the next optimizer step: a function of seed, step and sizes only, so a resumed run sees the same ones. The
+    /// last step of an epoch takes what is left.
+    pub fn next_batches(&self) -> Vec<Vec<usize>> {
+        let epoch = self.state.step / self.steps_per_epoch();
+        let within = self.state.step % self.steps_per_epoch();
+        let mut order: Vec<usize> = (0..self.pairs.len()).collect();
+        if self.options.shuffle {
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed, epoch as u64)));
+        }
+        let start = within * self.pairs_per_step();
+        let end = order.len().min(start + self.pairs_per_step());
+        order[start..end].chunks(self.options.batch_size).map(<[usize]>::to_vec).collect()
+    }
+
+    fn pairs_per_step(&self) -> usize {
+        self.options.batch_size * self.options.gradient_accumulation_steps
+    }
+
+    fn steps_per_epoch(&self) -> usize {
+        self.pairs.len().div_ceil(self.pairs_per_step())
+    }
+
+    /// Learning rate of the next step.
+    fn learning_rate(&self) -> f64 {
+        let total = self.total_steps();
+        let warmup = warmup_steps(total, self.options.warmup_ratio);
+        self.options.learning_rate * schedule(self.options.scheduler, self.state.step, total, warmup)
+    }
+
+    /// Fills in where the step under way stands.
+    fn describe(&self, metrics: &mut StepMetrics) {
+        metrics.step = self.state.step + 1;
+        metrics.total_steps = self.total_steps();
+        metrics.epoch = metrics.step as f64 / self.steps_per_epoch() as f64;
+        metrics.learning_rate = self.learning_rate();
+        metrics.num_tokens = self.state.num_tokens;
+        metrics.tokens_saved = self.state.tokens_saved;
+    }
+
+    fn forget(&mut self) {
+        self.gradients.clear();
+        self.sums = Sums::default();
+        self.flat_steps = 0;
+        self.started = None;
+    }
+
+    /// Makes sure the adapter-off log-probs of these pairs are known: one pass per pair and run.
+    fn reference(&mut self, indices: &[usize], pace: &mut Pace<'_>) -> Result<()> {
+        let missing = indices.iter().filter(|&&index| self.state.reference[index].is_none());
+        let pack = Pack::new(missing.map(|&index| (index, &self.pairs[index])));
+        if pack.pairs.is_empty() {
+            return Ok(());
+        }
+        let values = logprobs(self.model, &pack, LoraRows::Base, pace)?;
+        for pair in &pack.pairs {
+            let sum = |range: &std::ops::Range<usize>| values[range.clone()].iter().map(|&v| f64::from(v)).sum();
+            self.state.reference[pair.index] = Some([sum(&pair.chosen), sum(&pair.rejected)]);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Trainer<'_> {
+    fn drop(&mut self) {
+        metrics::memory("optimizer", 0);
+        metrics::memory("activations", 0);
+    }
+}
+
+/// Log-probs of `response` after `prompt`, token by token, in nats, without gradients.
+pub fn token_logprobs_of(model: &Decoder, prompt: &[u32], response: &[u32], lora: LoraRows<'_>) -> Result<Vec<f32>> {
+    if prompt.is_empty() {
+        return Err(Error::invalid("prompt", "an empty prompt has no token to predict the response from."));
+    }
+    check_ids(prompt, model.config(), || "prompt".into())?;
+    check_ids(response, model.config(), || "response".into())?;
+    if response.is_empty() {
+        return Ok(Vec::new());
+    }
+    logprobs(model, &Pack::single(prompt, response), lora, &mut || Ok(()))
+}
+
+fn check_pairs(pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
+    if pairs.is_empty() {
+        return Err(Error::invalid("pairs", "there are no pairs to train on."));
+    }
+    for (index, pair) in pairs.iter().enumerate() {
+        for (name, ids) in [("prompt", &pair.prompt), ("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
+            let at = || format!("pairs[{index}].{name}");
+            if ids.is_empty() {
+                return Err(Error::invalid(at(), "has no tokens."));
+            }
+            check_ids(ids, config, at)?;
+        }
+        if !pair.score_chosen.is_finite() || !pair.score_rejected.is_finite() {
+            return Err(Error::invalid(format!("pairs[{index}]"), "its scores must be finite numbers."));
+        }
+    }
+    Ok(())
+}
+
+fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        Some(id) => {
+            Err(Error::invalid(at(), format!("token id {id} is not below the vocabulary's {}.", config.vocab_size)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Rows of a flat step whose layer graphs fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
+/// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
+fn pack_rows(config: &ModelConfig, bytes: usize) -> usize {
+    let heads = config.num_attention_heads * config.head_dim;
+    let kv_heads = config.num_key_value_heads * config.head_dim;
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    // Each linear with an adapter records its base output, the low-rank part, its scaled copy and their sum.
+    let linears = 4 * (heads + 2 * kv_heads + 2 * hidden + 2 * inner);
+    let rest = 5 * hidden + 2 * heads + kv_heads + inner;
+    let per_row = 4 * (linears + rest) * config.num_hidden_layers;
+    (bytes / per_row.max(1)).clamp(512, 16384)
+}
+
+/// One step of SplitMix64's output function over both numbers.
+fn mix(a: u64, b: u64) -> u64 {
+    let mut z = a ^ b.wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
