@@ -78,6 +78,7 @@ pub struct Trainer<'a> {
     gradients: Gradients,
     sums: Sums,
     flat_steps: usize,
+    kept_layers: usize,
     started: Option<Instant>,
     saved_step: Option<usize>,
     state: SavedState,
@@ -137,6 +138,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,
+            kept_layers: 0,
             started: None,
             saved_step,
             state,
@@ -190,6 +192,7 @@ impl<'a> Trainer<'a> {
             };
             let pass = Pass { model: self.model, params: &self.params, dropout_seed, keep_bytes: self.keep_bytes };
             let stats = pass.forward_backward(&pack, &mut upstream, &mut self.gradients, pace)?;
+            self.kept_layers = stats.kept_layers;
             metrics::memory("activations", stats.activation_bytes);
             for &index in &indices {
                 let counted = trl_tokens(&self.pairs[index]);
@@ -288,6 +291,11 @@ impl<'a> Trainer<'a> {
     pub fn total_steps(&self) -> usize {
         let steps = (self.options.epochs * self.steps_per_epoch() as f64).ceil().max(1.0) as usize;
         steps.min(self.options.max_steps.unwrap_or(usize::MAX))
+    }
+
+    /// Layers whose graph the last flat step kept; the others were computed again.
+    pub fn kept_layers(&self) -> usize {
+        self.kept_layers
     }
 
     /// Metrics of every step so far.

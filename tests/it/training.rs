@@ -84,7 +84,13 @@ fn job<'a>(model: &'a Decoder, pairs: &'a [TokenPair], folder: &Path) -> TrainJo
         init: None,
         pairs,
         loss: LossOptions { kind: LossKind::Dpo, ..Default::default() },
-        options: TrainingOptions { batch_size: 4, learning_rate: 5e-3, ..Default::default() },
+        options: TrainingOptions {
+            batch_size: 4,
+            learning_rate: 5e-3,
+            scheduler: Scheduler::Constant,
+            warmup_ratio: 0.0,
+            ..Default::default()
+        },
         seed: 3,
         folder: folder.to_path_buf(),
     }
@@ -153,10 +159,6 @@ fn warmed<'a>(job: &TrainJob<'a>) -> Trainer<'a> {
         trainer.optim_step().unwrap();
     }
     trainer
-}
-
-fn steady(options: &TrainingOptions) -> TrainingOptions {
-    TrainingOptions { scheduler: Scheduler::Constant, warmup_ratio: 0.0, ..options.clone() }
 }
 
 #[test]
@@ -261,12 +263,16 @@ fn recomputed_layers_give_the_same_bits_as_kept_ones() {
         job.options.activation_memory = memory.into();
         let mut trainer = warmed(&job);
         trainer.forward_backward(&[0, 3, 5, 7], &mut no_pace).unwrap();
-        gradients(&trainer)
+        (gradients(&trainer), trainer.kept_layers())
     };
-    let kept = run("1GiB");
-    for memory in ["0", "300kB"] {
-        assert!(kept == run(memory), "{memory}");
-    }
+    let (kept, layers) = run("1GiB");
+    assert_eq!(layers, LAYERS);
+    let (none_kept, layers) = run("0");
+    assert_eq!(layers, 0);
+    assert!(kept == none_kept);
+    let (some_kept, layers) = run("600kB");
+    assert!((1..LAYERS).contains(&layers), "{layers}");
+    assert!(kept == some_kept);
 }
 
 #[test]
@@ -275,7 +281,7 @@ fn accumulation_is_a_larger_batch() {
     let run = |batch_size, gradient_accumulation_steps| {
         let folder = TempDir::new().unwrap();
         let mut job = job(&model, &pairs, folder.path());
-        job.options = TrainingOptions { batch_size, gradient_accumulation_steps, ..steady(&job.options) };
+        job.options = TrainingOptions { batch_size, gradient_accumulation_steps, ..job.options };
         let mut listener = Listener::default();
         train(&job, &mut listener).unwrap();
         listener.steps
@@ -299,6 +305,8 @@ fn long_job<'a>(model: &'a Decoder, pairs: &'a [TokenPair], folder: &Path) -> Tr
         batch_size: 2,
         gradient_accumulation_steps: 2,
         weight_decay: 0.01,
+        scheduler: Scheduler::Cosine,
+        warmup_ratio: 0.1,
         checkpoint_steps: 4,
         ..job.options
     };
@@ -383,7 +391,7 @@ fn training_separates_the_answers() {
         let folder = TempDir::new().unwrap();
         let mut job = job(&model, &pairs, folder.path());
         job.loss.kind = kind;
-        job.options = TrainingOptions { epochs: 8.0, batch_size: 8, learning_rate: 1e-2, ..steady(&job.options) };
+        job.options = TrainingOptions { epochs: 8.0, batch_size: 8, learning_rate: 1e-2, ..job.options };
         let mut listener = Listener::default();
         train(&job, &mut listener).unwrap();
         let (first, last) = (listener.steps.first().unwrap(), listener.steps.last().unwrap());
@@ -443,10 +451,90 @@ fn bad_pairs_name_their_place() {
     assert_eq!(refused(|pair| pair.score_chosen = f64::NAN), "pairs[1]");
     assert_eq!(Trainer::open(&job(&model, &[], folder.path())).err().unwrap().param.unwrap(), "pairs");
 
-    let mut short = job(&model, &good, folder.path());
-    short.options.max_length = good[0].prompt.len().min(good[1].prompt.len()).max(2);
-    assert_eq!(good.iter().filter(|pair| pair.prompt.len() >= short.options.max_length).count(), 2);
-    assert_eq!(Trainer::open(&short).err().unwrap().param.unwrap(), "training.max_length");
-    short.options.max_length = good[0].prompt.len().max(good[1].prompt.len());
-    assert_eq!(Trainer::open(&short).unwrap().dropped_too_long(), 1);
+    // Prompts of 9 and 5 tokens.
+    let mut uneven = good.clone();
+    uneven[0].prompt = vec![1; 9];
+    uneven[1].prompt = vec![1; 5];
+    let with_length = |max_length| {
+        let mut short = job(&model, &uneven, folder.path());
+        short.options.max_length = max_length;
+        Trainer::open(&short).map(|trainer| trainer.dropped_too_long())
+    };
+    assert_eq!(with_length(10).unwrap(), 0);
+    assert_eq!(with_length(9).unwrap(), 1);
+    assert_eq!(with_length(5).unwrap_err().param.unwrap(), "training.max_length");
+}
+
+/// The ten steps of PyTorch + PEFT that `tests/fixtures/make_curves.py` recorded.
+fn follows_pytorch(architecture: &str) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/curves").join(architecture);
+    let checkpoint = Checkpoint::open(&root).unwrap();
+    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 }).unwrap();
+    let adapter = AdapterFile::read(&root.join("adapter")).unwrap();
+    let curve: serde_json::Value = serde_json::from_slice(&std::fs::read(root.join("curve.json")).unwrap()).unwrap();
+    let ids = |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    let pairs: Vec<TokenPair> = curve["pairs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|pair| TokenPair {
+            prompt: ids(&pair["prompt"]),
+            chosen: ids(&pair["chosen"]),
+            rejected: ids(&pair["rejected"]),
+            score_chosen: 0.0,
+            score_rejected: 0.0,
+        })
+        .collect();
+    let number = |key: &str| curve["options"][key].as_f64().unwrap();
+    let folder = TempDir::new().unwrap();
+    let mut job = job(&model, &pairs, folder.path());
+    job.lora = adapter.config.clone();
+    job.init = Some(adapter);
+    job.loss.beta = number("beta");
+    job.options = TrainingOptions {
+        epochs: number("steps"),
+        batch_size: pairs.len(),
+        learning_rate: number("learning_rate"),
+        weight_decay: number("weight_decay"),
+        max_grad_norm: number("max_grad_norm"),
+        shuffle: false,
+        ..job.options
+    };
+    let mut listener = Listener::default();
+    train(&job, &mut listener).unwrap();
+    let wanted = curve["steps"].as_array().unwrap();
+    assert_eq!(listener.steps.len(), wanted.len());
+    for (got, want) in listener.steps.iter().zip(wanted) {
+        for (key, got) in [
+            ("loss", got.loss),
+            ("grad_norm", got.grad_norm),
+            ("rewards/chosen", got.rewards_chosen),
+            ("rewards/rejected", got.rewards_rejected),
+            ("logps/chosen", got.logps_chosen),
+            ("logps/rejected", got.logps_rejected),
+        ] {
+            let want = want[key].as_f64().unwrap();
+            assert!((got - want).abs() <= 1e-3 * want.abs() + 1e-5, "{architecture} {key}: {got}, PyTorch {want}");
+        }
+    }
+}
+
+#[test]
+fn llama_follows_pytorch() {
+    follows_pytorch("llama");
+}
+
+#[test]
+fn qwen2_follows_pytorch() {
+    follows_pytorch("qwen2");
+}
+
+#[test]
+fn qwen3_follows_pytorch() {
+    follows_pytorch("qwen3");
+}
+
+#[test]
+fn gemma3_follows_pytorch() {
+    follows_pytorch("gemma3");
 }
