@@ -1,3 +1,11 @@
 //! Benchmarks.
 
-fn main() {}
+mod train;
+
+fn main() -> rdpo::error::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    match arguments.split_first() {
+        Some((first, rest)) if first == "train-run" => train::run(rest),
+        _ => Ok(()),
+    }
+}

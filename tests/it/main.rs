@@ -1,3 +1,5 @@
 //! The integration tests, one binary.
 
+#![allow(clippy::unwrap_used)]
+
 mod training;
