@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
 
-use crate::error::Result;
+use super::gguf::Gguf;
+use super::hf::Folder;
+use crate::error::{Error, Result};
 
 /// What the text side needs: everything comes as Hugging Face's own files do, also from a GGUF file.
 #[derive(Clone, Debug)]
@@ -39,53 +42,119 @@ pub struct GenerationDefaults {
 }
 
 /// An open checkpoint; tensors are read on demand.
-pub struct Checkpoint {}
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Value,
+    format: Format,
+}
+
+enum Format {
+    Gguf(Gguf),
+    Folder(Folder),
+}
 
 impl Checkpoint {
     /// Opens a `.gguf` file, a folder holding exactly one, or a Hugging Face folder. A truncated or unreadable file is a 422
     /// naming the file.
-    pub fn open(_path: &Path) -> Result<Self> {
-        todo!()
+    pub fn open(path: &Path) -> Result<Self> {
+        let path = path.canonicalize().map_err(|error| {
+            Error::unprocessable(path.display().to_string(), format!("cannot open the model: {error}"))
+        })?;
+        if path.is_dir() && path.join("config.json").is_file() {
+            let folder = Folder::open(&path)?;
+            let config = folder.config.clone();
+            return Ok(Checkpoint { path, config, format: Format::Folder(folder) });
+        }
+        let file = if path.is_dir() { the_one_gguf(&path)? } else { path };
+        let gguf = Gguf::open(&file)?;
+        Ok(Checkpoint { path: file, config: gguf.config()?, format: Format::Gguf(gguf) })
     }
 
     /// Canonical path: two roles naming the same one share the weights.
     pub fn path(&self) -> &PathBuf {
-        todo!()
+        &self.path
     }
 
     /// The model's configuration in the shape of Hugging Face's `config.json`.
-    pub fn config(&self) -> &serde_json::Value {
-        todo!()
+    pub fn config(&self) -> &Value {
+        &self.config
     }
 
     /// Tokenizer, special tokens, template.
     pub fn tokenizer(&self) -> Result<TokenizerFiles> {
-        todo!()
+        match &self.format {
+            Format::Gguf(gguf) => gguf.tokenizer(),
+            Format::Folder(folder) => folder.tokenizer(),
+        }
     }
 
     /// Sampling defaults.
     pub fn generation_defaults(&self) -> GenerationDefaults {
-        todo!()
+        match &self.format {
+            Format::Gguf(_) => GenerationDefaults::default(),
+            Format::Folder(folder) => folder.generation_defaults(),
+        }
     }
 
     /// Whether a tensor of that Hugging Face name exists.
-    pub fn has(&self, _name: &str) -> bool {
-        todo!()
+    pub fn has(&self, name: &str) -> bool {
+        match &self.format {
+            Format::Gguf(gguf) => gguf.has(name),
+            Format::Folder(folder) => folder.has(name),
+        }
     }
 
-    /// Hugging Face names of all tensors.
+    /// Hugging Face names of all tensors, sorted.
     pub fn names(&self) -> Vec<String> {
-        todo!()
+        match &self.format {
+            Format::Gguf(gguf) => gguf.names(),
+            Format::Folder(folder) => folder.names(),
+        }
     }
 
     /// A tensor by Hugging Face name in Hugging Face layout (GGUF's permuted Llama q/k rows are put back), converted to `dtype`;
     /// 422 naming the tensor when missing or not of `shape`.
-    pub fn get(&self, _name: &str, _shape: &[usize], _dtype: DType, _device: &Device) -> Result<Tensor> {
-        todo!()
+    pub fn get(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let tensor = match &self.format {
+            Format::Gguf(gguf) => gguf.get(name)?,
+            Format::Folder(folder) => folder.get(name)?,
+        };
+        if tensor.dims() != shape {
+            return Err(Error::unprocessable(
+                name,
+                format!(
+                    "tensor `{name}` of {} has shape {:?}, the configuration asks for {shape:?}",
+                    self.path.display(),
+                    tensor.dims()
+                ),
+            ));
+        }
+        Ok(tensor.to_dtype(dtype)?.to_device(device)?)
     }
 
     /// What the weights are stored as, e.g. `Q4_1`, `BF16`.
     pub fn stored_dtype(&self) -> String {
-        todo!()
+        match &self.format {
+            Format::Gguf(gguf) => gguf.stored_dtype(),
+            Format::Folder(folder) => folder.stored_dtype(),
+        }
+    }
+}
+
+fn the_one_gguf(folder: &Path) -> Result<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+        .collect();
+    match (files.pop(), files.is_empty()) {
+        (Some(file), true) => Ok(file),
+        (Some(_), false) => Err(Error::unprocessable(
+            folder.display().to_string(),
+            "more than one .gguf file in the folder: name the file",
+        )),
+        (None, _) => Err(Error::unprocessable(
+            folder.display().to_string(),
+            "neither config.json nor a .gguf file in the folder: not a model this server can read",
+        )),
     }
 }

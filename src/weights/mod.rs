@@ -2,6 +2,9 @@
 
 mod adapter;
 mod checkpoint;
+mod gguf;
+mod gguf_tokenizer;
+mod hf;
 
 pub use adapter::{AdapterFile, LoraConfig};
 pub use checkpoint::{Checkpoint, GenerationDefaults, TokenizerFiles};

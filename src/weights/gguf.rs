@@ -1,0 +1,268 @@
+//! GGUF files: tensor names, layouts and metadata turned into Hugging Face's.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Cursor, Read, Seek};
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, Value as Meta};
+use candle_core::{Device, Tensor};
+use memmap2::Mmap;
+use serde_json::{Value, json};
+
+use super::TokenizerFiles;
+use super::gguf_tokenizer;
+use crate::error::{Error, Result};
+
+pub(super) struct Gguf {
+    path: PathBuf,
+    map: Mmap,
+    content: Content,
+    /// Hugging Face name → GGUF name.
+    names: BTreeMap<String, String>,
+    architecture: String,
+}
+
+/// Per-layer names: GGUF's part and Hugging Face's.
+const LAYER_NAMES: [(&str, &str); 14] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+    ("pre_ffw_norm", "pre_feedforward_layernorm"),
+];
+
+impl Gguf {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let fail =
+            |error: &dyn std::fmt::Display| Error::unprocessable(&name, format!("not a readable GGUF file: {error}"));
+        let file = File::open(path).map_err(|error| fail(&error))?;
+        // SAFETY: the file is only read; a model file must not be changed while the server runs (README).
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(&error))?;
+        let content = read_header(&map).map_err(|error| fail(&error))?;
+        for (tensor, info) in &content.tensor_infos {
+            let (elements, block) = (info.shape.elem_count(), info.ggml_dtype.block_size());
+            let end =
+                content.tensor_data_offset + info.offset + (elements / block * info.ggml_dtype.type_size()) as u64;
+            if elements % block != 0 || end > map.len() as u64 {
+                return Err(Error::unprocessable(
+                    &name,
+                    format!("the file is truncated: tensor `{tensor}` ends at byte {end}, the file has {}", map.len()),
+                ));
+            }
+        }
+        let architecture = match content.metadata.get("general.architecture") {
+            Some(Meta::String(architecture)) => architecture.clone(),
+            _ => return Err(Error::unprocessable(&name, "`general.architecture` is missing")),
+        };
+        if !["llama", "qwen2", "qwen3", "gemma3"].contains(&architecture.as_str()) {
+            return Err(Error::unprocessable(
+                &name,
+                format!("architecture `{architecture}` is not served natively: llama, qwen2, qwen3 and gemma3 are"),
+            ));
+        }
+        let names = content
+            .tensor_infos
+            .keys()
+            .filter_map(|gguf| Some((hf_name(gguf, architecture == "gemma3")?, gguf.clone())))
+            .collect();
+        Ok(Gguf { path: path.to_owned(), map, content, names, architecture })
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        self.names.keys().cloned().collect()
+    }
+
+    pub(super) fn get(&self, name: &str) -> Result<Tensor> {
+        let fail =
+            |text: String| Error::unprocessable(name, format!("tensor `{name}` of {}: {text}", self.path.display()));
+        let gguf_name = self.names.get(name).ok_or_else(|| fail("is missing".into()))?;
+        let mut reader = Cursor::new(&self.map[..]);
+        let quantized =
+            self.content.tensor(&mut reader, gguf_name, &Device::Cpu).map_err(|error| fail(error.to_string()))?;
+        let tensor = quantized.dequantize(&Device::Cpu)?;
+        if self.architecture == "llama" {
+            let heads = match name {
+                _ if name.contains("self_attn.q_proj") => self.number("attention.head_count"),
+                _ if name.contains("self_attn.k_proj") => self.number("attention.head_count_kv"),
+                _ => None,
+            };
+            if let Some(heads) = heads {
+                return unpermute(&tensor, heads as usize);
+            }
+        }
+        if self.architecture == "gemma3" && name.ends_with("norm.weight") {
+            // GGUF stores 1 + w, Hugging Face w.
+            return Ok((tensor - 1.0)?);
+        }
+        Ok(tensor)
+    }
+
+    pub(super) fn stored_dtype(&self) -> String {
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for (name, info) in &self.content.tensor_infos {
+            if name != "token_embd.weight" {
+                *counts.entry(dtype_name(info.ggml_dtype)).or_default() += info.shape.elem_count();
+            }
+        }
+        counts.into_iter().max_by_key(|(_, elements)| *elements).map(|(name, _)| name).unwrap_or_default()
+    }
+
+    pub(super) fn tokenizer(&self) -> Result<TokenizerFiles> {
+        gguf_tokenizer::build(&self.content.metadata).map_err(|error| error.context(self.path.display()))
+    }
+
+    /// `<architecture>.<key>` as a number.
+    fn number(&self, key: &str) -> Option<f64> {
+        number(self.content.metadata.get(&format!("{}.{key}", self.architecture))?)
+    }
+
+    fn required(&self, key: &str) -> Result<f64> {
+        self.number(key).ok_or_else(|| {
+            Error::unprocessable(
+                self.path.display().to_string(),
+                format!("metadata key `{}.{key}` is missing or not a number", self.architecture),
+            )
+        })
+    }
+
+    /// The metadata in the shape of `config.json`.
+    pub(super) fn config(&self) -> Result<Value> {
+        let heads = self.required("attention.head_count")? as u64;
+        let hidden = self.required("embedding_length")? as u64;
+        let layers = self.required("block_count")? as u64;
+        let head_dim = self
+            .number("attention.key_length")
+            .or_else(|| self.number("rope.dimension_count"))
+            .map_or(hidden / heads.max(1), |value| value as u64);
+        let embedding = self.content.tensor_infos.get("token_embd.weight").ok_or_else(|| {
+            Error::unprocessable(self.path.display().to_string(), "tensor `token_embd.weight` is missing")
+        })?;
+        let (class, model_type) = match self.architecture.as_str() {
+            "llama" => ("LlamaForCausalLM", "llama"),
+            "qwen2" => ("Qwen2ForCausalLM", "qwen2"),
+            "qwen3" => ("Qwen3ForCausalLM", "qwen3"),
+            _ => ("Gemma3ForCausalLM", "gemma3_text"),
+        };
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": model_type,
+            "vocab_size": embedding.shape.dims()[0],
+            "hidden_size": hidden,
+            "intermediate_size": self.required("feed_forward_length")? as u64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.number("attention.head_count_kv").map_or(heads, |value| value as u64),
+            "head_dim": head_dim,
+            // Stored as f32; the shortest decimal of that f32 is what the model was made with.
+            "rms_norm_eps": shortest(self.required("attention.layer_norm_rms_epsilon")?),
+            "rope_theta": self.number("rope.freq_base").unwrap_or(10000.0),
+            "max_position_embeddings": self.required("context_length")? as u64,
+            "tie_word_embeddings": !self.content.tensor_infos.contains_key("output.weight"),
+        });
+        let fields = config.as_object_mut().expect("built as an object above. This is a bug.");
+        if let Some(factor) = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0) {
+            fields.insert("rope_scaling".into(), json!({"rope_type": "linear", "factor": factor}));
+        }
+        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
+            fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim)?);
+        }
+        if self.architecture == "gemma3" {
+            let pattern = self.number("attention.sliding_window_pattern").unwrap_or(6.0) as u64;
+            let kinds: Vec<&str> = (0..layers)
+                .map(|layer| if (layer + 1) % pattern == 0 { "full_attention" } else { "sliding_attention" })
+                .collect();
+            fields.insert("layer_types".into(), json!(kinds));
+            fields.insert("sliding_window".into(), json!(self.required("attention.sliding_window")? as u64));
+            fields.insert("rope_local_base_freq".into(), json!(10000.0));
+            // 27B alone scales by its hidden size a head; every other size by the head dimension.
+            let scalar = if layers == 62 { hidden / heads.max(1) } else { head_dim };
+            fields.insert("query_pre_attn_scalar".into(), json!(scalar));
+            fields.insert("hidden_activation".into(), json!("gelu_pytorch_tanh"));
+        }
+        Ok(config)
+    }
+
+    /// Llama 3's scaling, read back from the factors the converter wrote (it keeps no parameters): the family's own constants
+    /// with the largest factor.
+    fn llama3_scaling(&self, head_dim: u64) -> Result<Value> {
+        let quantized = self.content.tensor(&mut Cursor::new(&self.map[..]), "rope_freqs.weight", &Device::Cpu)?;
+        let factors = quantized.dequantize(&Device::Cpu)?.to_vec1::<f32>()?;
+        if factors.len() as u64 != head_dim / 2 {
+            return Err(Error::unprocessable("rope_freqs.weight", "has another length than half the head dimension"));
+        }
+        let factor = factors.iter().copied().fold(1.0f32, f32::max);
+        Ok(json!({"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}))
+    }
+}
+
+fn read_header(map: &[u8]) -> candle_core::Result<Content> {
+    fn read<R: Read + Seek>(mut reader: R) -> candle_core::Result<Content> {
+        Content::read(&mut reader)
+    }
+    read(Cursor::new(map))
+}
+
+fn hf_name(gguf: &str, gemma: bool) -> Option<String> {
+    match gguf {
+        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
+        "output_norm.weight" => return Some("model.norm.weight".into()),
+        "output.weight" => return Some("lm_head.weight".into()),
+        _ => {}
+    }
+    let (layer, rest) = gguf.strip_prefix("blk.")?.split_once('.')?;
+    let (part, kind) = rest.rsplit_once('.')?;
+    // Gemma has four norms a layer; its `ffn_norm` stands before the MLP.
+    let part = if gemma && part == "ffn_norm" { "pre_ffw_norm" } else { part };
+    let (_, hf) = LAYER_NAMES.iter().find(|(name, _)| *name == part)?;
+    Some(format!("model.layers.{layer}.{hf}.{kind}"))
+}
+
+/// GGUF interleaves the two rotary halves of each head of q and k: rows (h, d/2, 2) back to (h, 2, d/2).
+fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor> {
+    let rows = tensor.dim(0)?;
+    let rest: usize = tensor.dims()[1..].iter().product();
+    let half = rows / heads / 2;
+    Ok(tensor.reshape((heads, half, 2, rest))?.transpose(1, 2)?.contiguous()?.reshape(tensor.dims())?)
+}
+
+pub(super) fn number(value: &Meta) -> Option<f64> {
+    match value {
+        Meta::F32(value) => Some(f64::from(*value)),
+        Meta::F64(value) => Some(*value),
+        Meta::Bool(value) => Some(f64::from(u8::from(*value))),
+        other => {
+            other.to_u64().ok().map(|value| value as f64).or_else(|| other.to_i64().ok().map(|value| value as f64))
+        }
+    }
+}
+
+/// The f64 whose decimal digits are the shortest that name the same f32.
+fn shortest(value: f64) -> f64 {
+    (value as f32).to_string().parse().unwrap_or(value)
+}
+
+fn dtype_name(dtype: GgmlDType) -> String {
+    let name = format!("{dtype:?}");
+    match name.strip_prefix('Q') {
+        Some(rest) if rest.ends_with('K') => format!("Q{}_K", &rest[..rest.len() - 1]),
+        Some(rest) if rest.len() == 2 => format!("Q{}_{}", &rest[..1], &rest[1..]),
+        _ => name,
+    }
+}
