@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
+use super::layer::{site_path, site_shape};
 use super::{Decoder, ModelConfig};
-use crate::error::Result;
-use crate::ops::FrozenLinear;
+use crate::error::{Error, Result};
+use crate::ops::{FrozenLinear, dropout};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -27,9 +30,100 @@ pub struct Adapter {
 
 impl Adapter {
     /// Checks every tensor against the model (422 naming the tensor) and copies it.
-    pub fn from_file(_file: &AdapterFile, _model: &Decoder) -> Result<Self> {
-        todo!()
+    pub fn from_file(file: &AdapterFile, model: &Decoder) -> Result<Self> {
+        let mut sites = BTreeMap::new();
+        for ((layer, site), (a, b)) in checked(file, model.config())? {
+            let (_, scale) = file.config.rank_and_scale(&module_path(layer, site));
+            let frozen = |tensor: &Tensor| {
+                let tensor = tensor.detach().copy()?.to_device(model.device())?.to_dtype(model.compute_dtype())?;
+                FrozenLinear::new(&tensor, None)
+            };
+            sites.insert((layer, site), (frozen(&a)?, frozen(&(b * scale)?)?));
+        }
+        Ok(Adapter {
+            generation: file.generation()?,
+            config: file.config.clone(),
+            bytes: sites.values().map(|(a, b): &(FrozenLinear, FrozenLinear)| a.bytes() + b.bytes()).sum(),
+            sites,
+        })
     }
+}
+
+/// `model.layers.0.self_attn.q_proj`.
+fn module_path(layer: usize, site: usize) -> String {
+    format!("model.layers.{layer}.{}", site_path(site))
+}
+
+fn tensor_name(layer: usize, site: usize, part: char) -> String {
+    format!("base_model.model.{}.lora_{part}.weight", module_path(layer, site))
+}
+
+/// Layer, site and part (`A`, `B`) of a tensor name. A Gemma 3 that also sees has its text layers one name deeper.
+fn parse_name(name: &str, layers: usize) -> Option<(usize, usize, char)> {
+    let path = name.strip_prefix("base_model.model.")?;
+    let roots = ["model.layers.", "model.language_model.layers.", "language_model.model.layers."];
+    let path = roots.iter().find_map(|root| path.strip_prefix(root))?;
+    let (layer, path) = path.split_once('.')?;
+    let layer = layer.parse().ok().filter(|&layer| layer < layers)?;
+    let (path, part) = match path.strip_suffix(".lora_A.weight") {
+        Some(path) => (path, 'A'),
+        None => (path.strip_suffix(".lora_B.weight")?, 'B'),
+    };
+    let site = (0..SITES.len()).find(|&site| site_path(site) == path)?;
+    Some((layer, site, part))
+}
+
+/// The pairs of a file in f32 where they lie, once all of them fit the model: known names, A with its B, shapes, finite values.
+fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, usize), (Tensor, Tensor)>> {
+    let mut found: BTreeMap<(usize, usize), [Option<Tensor>; 2]> = BTreeMap::new();
+    for (name, tensor) in &file.tensors {
+        let Some((layer, site, part)) = parse_name(name, config.num_hidden_layers) else {
+            return Err(Error::unprocessable(
+                name,
+                format!(
+                    "The adapter's tensor `{name}` has no place in this model, which has {} layers and takes LoRA on {}.",
+                    config.num_hidden_layers,
+                    SITES.join(", ")
+                ),
+            ));
+        };
+        let (rank, _) = file.config.rank_and_scale(&module_path(layer, site));
+        let (input, out) = site_shape(config, site);
+        let shape = if part == 'A' { [rank, input] } else { [out, rank] };
+        if rank == 0 || tensor.dims() != shape {
+            return Err(Error::unprocessable(
+                name,
+                format!(
+                    "The adapter's tensor `{name}` has shape {:?}; this model and the adapter's rank want {shape:?}.",
+                    tensor.dims()
+                ),
+            ));
+        }
+        let tensor = tensor.to_dtype(DType::F32)?;
+        // A sum keeps any NaN or infinity it meets; finite f32 values cannot overflow it in f64.
+        if !tensor.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.is_finite() {
+            return Err(Error::unprocessable(name, format!("The adapter's tensor `{name}` holds NaN or infinity.")));
+        }
+        let parts = found.entry((layer, site)).or_default();
+        if parts[usize::from(part == 'B')].replace(tensor).is_some() {
+            return Err(Error::unprocessable(name, format!("The adapter's tensor `{name}` occurs twice.")));
+        }
+    }
+    if found.is_empty() {
+        return Err(Error::unprocessable("adapter_model.safetensors", "The adapter holds no LoRA tensors."));
+    }
+    let paired = found.into_iter().map(|((layer, site), parts)| match parts {
+        [Some(a), Some(b)] => Ok(((layer, site), (a, b))),
+        [a, _] => {
+            let (there, missing) = if a.is_some() { ('A', 'B') } else { ('B', 'A') };
+            let (there, missing) = (tensor_name(layer, site, there), tensor_name(layer, site, missing));
+            Err(Error::unprocessable(
+                &there,
+                format!("The adapter has the tensor `{there}` without its partner `{missing}`."),
+            ))
+        }
+    });
+    paired.collect()
 }
 
 /// Trainable A and B in f32.
@@ -42,23 +136,66 @@ pub struct LoraParams {
 
 impl LoraParams {
     /// A from kaiming-uniform(a = √5) by `seed`, B zero; a target name the model does not have is an error naming it.
-    pub fn new(_config: &LoraConfig, _model: &Decoder, _seed: u64) -> Result<Self> {
-        todo!()
+    pub fn new(config: &LoraConfig, model: &Decoder, seed: u64) -> Result<Self> {
+        if let Some(name) = config.target_modules.iter().find(|name| !SITES.contains(&name.as_str())) {
+            return Err(Error::invalid(
+                "lora.target_modules",
+                format!("`{name}` is not a module LoRA can be put on; the model has {}.", SITES.join(", ")),
+            ));
+        }
+        let device = model.device();
+        let targets = (0..SITES.len()).filter(|&site| config.target_modules.iter().any(|name| name == SITES[site]));
+        let targets = targets.collect::<Vec<_>>();
+        if targets.is_empty() {
+            return Err(Error::invalid("lora.target_modules", "At least one target module is needed."));
+        }
+        let mut sites = BTreeMap::new();
+        for layer in 0..model.config().num_hidden_layers {
+            for &site in &targets {
+                let (rank, _) = config.rank_and_scale(&module_path(layer, site));
+                if rank == 0 {
+                    return Err(Error::invalid("lora.r", "The rank must be at least 1."));
+                }
+                let (input, out) = site_shape(model.config(), site);
+                // One stream per site: what a site starts from does not depend on which others are trained.
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream((layer * SITES.len() + site) as u64);
+                let bound = 1.0 / (input as f32).sqrt();
+                let a: Vec<f32> = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
+                let a = Var::from_vec(a, (rank, input), device)?;
+                sites.insert((layer, site), (a, Var::zeros((out, rank), DType::F32, device)?));
+            }
+        }
+        Ok(LoraParams { config: config.clone(), sites })
     }
 
     /// Continues from a stored adapter.
-    pub fn from_file(_file: &AdapterFile, _model: &Decoder) -> Result<Self> {
-        todo!()
+    pub fn from_file(file: &AdapterFile, model: &Decoder) -> Result<Self> {
+        let mut sites = BTreeMap::new();
+        for (place, (a, b)) in checked(file, model.config())? {
+            let variable = |tensor: Tensor| -> Result<Var> {
+                Ok(Var::from_tensor(&tensor.detach().copy()?.to_device(model.device())?)?)
+            };
+            sites.insert(place, (variable(a)?, variable(b)?));
+        }
+        Ok(LoraParams { config: file.config.clone(), sites })
     }
 
     /// Deep copies under PEFT's tensor names.
     pub fn to_file(&self, _model: &ModelConfig) -> Result<AdapterFile> {
-        todo!()
+        let copied = self.named().into_iter().map(|(name, variable)| {
+            let tensor = variable.as_tensor().detach().copy()?.to_device(&Device::Cpu)?;
+            Ok((name, tensor))
+        });
+        Ok(AdapterFile { config: self.config.clone(), tensors: copied.collect::<Result<_>>()? })
     }
 
     /// Variables in a fixed order (layer, site, A before B) with PEFT's names.
     pub fn named(&self) -> Vec<(String, Var)> {
-        todo!()
+        let named = |(&(layer, site), (a, b)): (&(usize, usize), &(Var, Var))| {
+            [(tensor_name(layer, site, 'A'), a.clone()), (tensor_name(layer, site, 'B'), b.clone())]
+        };
+        self.sites.iter().flat_map(named).collect()
     }
 }
 
@@ -91,7 +228,67 @@ pub enum LoraRows<'a> {
 
 impl LoraRows<'_> {
     /// `base(x)` plus the low-rank part of the rows' adapter. x: (N, in) → (N, out).
-    pub fn linear(&self, _layer: usize, _site: usize, _base: &FrozenLinear, _x: &Tensor) -> Result<Tensor> {
-        todo!()
+    pub fn linear(&self, layer: usize, site: usize, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
+        let y = base.forward(x)?;
+        match *self {
+            LoraRows::Base => Ok(y),
+            LoraRows::Served(groups) => served(groups, (layer, site), &y, x),
+            LoraRows::Train { params, dropout_seed } => {
+                let Some((a, b)) = params.sites.get(&(layer, site)) else { return Ok(y) };
+                let (_, scale) = params.config.rank_and_scale(&module_path(layer, site));
+                let x = match dropout_seed {
+                    Some(seed) if params.config.lora_dropout > 0.0 => {
+                        &dropout(x, params.config.lora_dropout, mixed(seed, layer, site))?
+                    }
+                    _ => x,
+                };
+                // B is scaled rather than the product, as in a published adapter: both then give the same bits.
+                let low = trained_linear(&x.to_dtype(DType::F32)?, a.as_tensor())?; // (N, R)
+                let high = trained_linear(&low, &(b.as_tensor() * scale)?)?; // (N, out)
+                Ok((&y + high.to_dtype(y.dtype())?)?)
+            }
+        }
     }
+}
+
+/// y: (N, out), x: (N, in) → (N, out).
+fn served(groups: &[RowGroup], place: (usize, usize), y: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let site_of = |group: &RowGroup| group.adapter.as_ref().is_some_and(|adapter| adapter.sites.contains_key(&place));
+    if !groups.iter().any(site_of) {
+        return Ok(y.clone());
+    }
+    let mut parts = Vec::with_capacity(groups.len());
+    let mut covered = 0;
+    for group in groups {
+        if group.start != covered {
+            return Err(Error::internal("Row groups must cover the rows in order. This is a bug."));
+        }
+        covered += group.len;
+        let base = y.narrow(0, group.start, group.len)?;
+        let site = group.adapter.as_ref().and_then(|adapter| adapter.sites.get(&place));
+        parts.push(match site {
+            Some((a, b)) => (base + b.forward(&a.forward(&x.narrow(0, group.start, group.len)?)?)?)?,
+            None => base,
+        });
+    }
+    if covered != y.dim(0)? {
+        return Err(Error::internal("Row groups must cover all rows. This is a bug."));
+    }
+    if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
+}
+
+/// `x·Wᵀ` over a trained weight. x: (N, in), w: (out, in), both f32. The value is the frozen kernel's, so that a row has the same
+/// bits here as when served; the gradient of `w` comes through a plain product that adds zero.
+fn trained_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let y = FrozenLinear::new(&w.detach(), None)?.forward(x)?;
+    let product = x.detach().matmul(&w.t()?)?;
+    Ok((y + (&product - product.detach())?)?)
+}
+
+/// A dropout seed of its own for each site (SplitMix64's finalizer).
+fn mixed(seed: u64, layer: usize, site: usize) -> u64 {
+    let mut z = seed.wrapping_add(((layer * SITES.len() + site + 1) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }

@@ -3,9 +3,12 @@
 mod config;
 mod decoder;
 mod kv;
+mod layer;
 mod lora;
+mod rotary;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};
-pub use decoder::{Attend, Decoder, LoadOptions, Rotary};
+pub use decoder::{Attend, Decoder, LoadOptions};
 pub use kv::KvPool;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
+pub use rotary::Rotary;

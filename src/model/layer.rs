@@ -1,0 +1,182 @@
+//! One decoder layer: attention and gated MLP, with the norms its architecture puts around them.
+
+use candle_core::{DType, Tensor};
+
+use super::lora::SITES;
+use super::{Attend, LoadOptions, LoraRows, ModelConfig, Rotary};
+use crate::error::Result;
+use crate::ops::{FrozenLinear, causal_attention, gated, kv_write, paged_attention, rms_norm, rope};
+use crate::weights::Checkpoint;
+
+/// Where in [`SITES`] each linear is.
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
+
+/// Input and output features of the linear at a site.
+pub(crate) fn site_shape(config: &ModelConfig, site: usize) -> (usize, usize) {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    match site {
+        Q => (hidden, queries),
+        K | V => (hidden, keys),
+        O => (queries, hidden),
+        GATE | UP => (hidden, inner),
+        _ => (inner, hidden),
+    }
+}
+
+/// `self_attn.q_proj` and so on.
+pub(crate) fn site_path(site: usize) -> String {
+    let block = if site <= O { "self_attn" } else { "mlp" };
+    format!("{block}.{}", SITES[site])
+}
+
+/// Reads a checkpoint's tensors in the dtypes the decoder computes with.
+pub(crate) struct Reader<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) options: &'a LoadOptions,
+    /// What stands before `layers.0` in the checkpoint's names.
+    pub(crate) prefix: &'a str,
+}
+
+impl Reader<'_> {
+    /// A linear `(out, in)`, named from the checkpoint's root.
+    pub(crate) fn linear(&self, path: &str, out: usize, input: usize, bias: bool) -> Result<FrozenLinear> {
+        let LoadOptions { device, dtype } = self.options;
+        let weight = self.checkpoint.get(&format!("{path}.weight"), &[out, input], *dtype, device)?;
+        let bias = match bias {
+            true => Some(self.checkpoint.get(&format!("{path}.bias"), &[out], self.options.compute_dtype(), device)?),
+            false => None,
+        };
+        FrozenLinear::new(&weight, bias.as_ref())
+    }
+
+    /// A norm's weight, named from [`Reader::prefix`]; Gemma stores `w` and multiplies by `1 + w`.
+    pub(crate) fn norm(&self, name: &str, size: usize) -> Result<Tensor> {
+        let name = format!("{}{name}.weight", self.prefix);
+        let weight = self.checkpoint.get(&name, &[size], DType::F32, &self.options.device)?;
+        let weight = if self.config.gemma_norms { (weight + 1.0)? } else { weight };
+        Ok(weight.to_dtype(self.options.compute_dtype())?)
+    }
+}
+
+/// Weights of one layer.
+pub(crate) struct Layer {
+    index: usize,
+    /// By site.
+    linears: Vec<FrozenLinear>,
+    /// Over each head: (D).
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    /// (C), before and (Gemma) after each block.
+    before_attention: Tensor,
+    after_attention: Option<Tensor>,
+    before_mlp: Tensor,
+    after_mlp: Option<Tensor>,
+}
+
+impl Layer {
+    pub(crate) fn load(reader: &Reader<'_>, index: usize) -> Result<Self> {
+        let config = reader.config;
+        let linears = (0..SITES.len())
+            .map(|site| {
+                let (input, out) = site_shape(config, site);
+                let bias = if site < O { config.qkv_bias } else { site == O && config.o_bias };
+                reader.linear(&format!("{}layers.{index}.{}", reader.prefix, site_path(site)), out, input, bias)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let norm = |name: &str, size| reader.norm(&format!("layers.{index}.{name}"), size);
+        let hidden = config.hidden_size;
+        let head = |name: &str| config.qk_norm.then(|| norm(name, config.head_dim)).transpose();
+        let after = |name: &str| config.gemma_norms.then(|| norm(name, hidden)).transpose();
+        let before_mlp = if config.gemma_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        Ok(Layer {
+            index,
+            linears,
+            q_norm: head("self_attn.q_norm")?,
+            k_norm: head("self_attn.k_norm")?,
+            before_attention: norm("input_layernorm", hidden)?,
+            after_attention: after("post_attention_layernorm")?,
+            before_mlp: norm(before_mlp, hidden)?,
+            after_mlp: after("post_feedforward_layernorm")?,
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        let norms = [&self.q_norm, &self.k_norm, &self.after_attention, &self.after_mlp].into_iter().flatten();
+        let norms = norms.chain([&self.before_attention, &self.before_mlp]);
+        self.linears.iter().map(FrozenLinear::bytes).sum::<usize>() + norms.map(tensor_bytes).sum::<usize>()
+    }
+
+    /// x: (N, C) → (N, C).
+    pub(crate) fn forward(
+        &self,
+        config: &ModelConfig,
+        x: &Tensor,
+        rotary: &Rotary,
+        attend: Attend<'_>,
+        lora: LoraRows<'_>,
+    ) -> Result<Tensor> {
+        let eps = config.rms_norm_eps;
+        let after = |y: Tensor, norm: &Option<Tensor>| match norm {
+            Some(weight) => rms_norm(&y, weight, eps),
+            None => Ok(y),
+        };
+        let attended = self.attention(config, &rms_norm(x, &self.before_attention, eps)?, rotary, attend, lora)?;
+        let x = (x + after(attended, &self.after_attention)?)?;
+        let normed = rms_norm(&x, &self.before_mlp, eps)?;
+        let (gate, up) = (self.linear(GATE, &normed, lora)?, self.linear(UP, &normed, lora)?);
+        let mlp = self.linear(DOWN, &gated(&gate, &up, config.activation)?, lora)?;
+        Ok((x + after(mlp, &self.after_mlp)?)?)
+    }
+
+    fn linear(&self, site: usize, x: &Tensor, lora: LoraRows<'_>) -> Result<Tensor> {
+        lora.linear(self.index, site, &self.linears[site], x)
+    }
+
+    /// x: (N, C), normed → (N, C).
+    fn attention(
+        &self,
+        config: &ModelConfig,
+        x: &Tensor,
+        rotary: &Rotary,
+        attend: Attend<'_>,
+        lora: LoraRows<'_>,
+    ) -> Result<Tensor> {
+        let rows = x.dim(0)?;
+        let heads = |site: usize, heads: usize| -> Result<Tensor> {
+            Ok(self.linear(site, x, lora)?.reshape((rows, heads, config.head_dim))?)
+        };
+        let is_sliding = config.is_sliding[self.index];
+        let (cos, sin) = rotary.of_layer(is_sliding);
+        let rotated = |x: Tensor, norm: &Option<Tensor>| match norm {
+            Some(weight) => rope(&rms_norm(&x, weight, config.rms_norm_eps)?, cos, sin),
+            None => rope(&x, cos, sin),
+        };
+        let q = rotated(heads(Q, config.num_attention_heads)?, &self.q_norm)?; // (N, H, D)
+        let k = rotated(heads(K, config.num_key_value_heads)?, &self.k_norm)?; // (N, K, D)
+        let v = heads(V, config.num_key_value_heads)?; // (N, K, D)
+
+        let (scale, window) = (config.attention_scale, config.sliding_window.filter(|_| is_sliding));
+        let y = match attend {
+            Attend::Causal(mask) => causal_attention(&q, &k, &v, mask, scale, window)?,
+            Attend::Paged { pool, batch } => {
+                let cache = &pool.layers[self.index];
+                kv_write(cache, &k.to_dtype(cache.k.dtype())?, &v.to_dtype(cache.v.dtype())?, batch)?;
+                paged_attention(&q, cache, batch, scale, window)?
+            }
+        };
+        self.linear(O, &y.reshape((rows, config.num_attention_heads * config.head_dim))?, lora)
+    }
+}
+
+pub(crate) fn tensor_bytes(tensor: &Tensor) -> usize {
+    tensor.elem_count() * tensor.dtype().size_in_bytes()
+}

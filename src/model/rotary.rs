@@ -1,0 +1,114 @@
+//! Rotary frequencies (arXiv 2104.09864) and their scaling, and the tables of one step.
+
+use std::f64::consts::PI;
+
+use candle_core::{Device, Tensor};
+
+use super::{ModelConfig, RopeScaling};
+use crate::error::Result;
+
+/// Cosines and sines of a step's positions, for global and for sliding layers.
+pub struct Rotary {
+    /// cos and sin: (N, D/2), f32.
+    global: (Tensor, Tensor),
+    /// Those of sliding layers, where they rotate at another base.
+    local: Option<(Tensor, Tensor)>,
+}
+
+impl Rotary {
+    /// The tables, (N, D/2) each, of a layer.
+    pub(crate) fn of_layer(&self, is_sliding: bool) -> (&Tensor, &Tensor) {
+        let (cos, sin) = self.local.as_ref().filter(|_| is_sliding).unwrap_or(&self.global);
+        (cos, sin)
+    }
+}
+
+/// A model's rotation per position, radians, for each pair of a head's dimensions.
+pub(crate) struct Frequencies {
+    global: Vec<f32>,
+    local: Option<Vec<f32>>,
+}
+
+impl Frequencies {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        Frequencies {
+            global: inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling.as_ref()),
+            local: config.rope_local_theta.map(|theta| inverse_frequencies(theta, config.head_dim, None)),
+        }
+    }
+
+    /// positions: (N) → tables.
+    pub(crate) fn tables(&self, positions: &[u32], device: &Device) -> Result<Rotary> {
+        let local = self.local.as_ref().map(|frequencies| table(frequencies, positions, device)).transpose()?;
+        Ok(Rotary { global: table(&self.global, positions, device)?, local })
+    }
+}
+
+fn table(frequencies: &[f32], positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
+    let shape = (positions.len(), frequencies.len());
+    // The angle is rounded to f32, as every training framework does; checkpoints have learnt with it.
+    let angles = || positions.iter().flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f));
+    let cos: Vec<f32> = angles().map(f32::cos).collect();
+    let sin: Vec<f32> = angles().map(f32::sin).collect();
+    Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+}
+
+/// `θ^(−2i/D)` for i in 0..D/2, scaled.
+fn inverse_frequencies(theta: f64, head_dim: usize, scaling: Option<&RopeScaling>) -> Vec<f32> {
+    (0..head_dim / 2)
+        .map(|pair| {
+            let frequency = theta.powf(-2.0 * pair as f64 / head_dim as f64);
+            match scaling {
+                None => frequency as f32,
+                Some(RopeScaling::Linear { factor }) => (frequency / factor) as f32,
+                Some(&RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) => {
+                    // How often the pair turned round within the context of the first training: often is left alone,
+                    // seldom is slowed by `factor`, and between the two borders it is blended.
+                    let turns = original_context as f64 * frequency / (2.0 * PI);
+                    let keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    (frequency * (keep + (1.0 - keep) / factor)) as f32
+                }
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// transformers 5.23: `ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=64, hidden_size=2048, num_attention_heads=32,
+    /// rope_parameters={rope_type: llama3, rope_theta: 500000, factor: 32, low_freq_factor: 1, high_freq_factor: 4,
+    /// original_max_position_embeddings: 8192}), "cpu")[0][[0, 8, 14, 15, 16, 17, 18, 31]]`.
+    #[test]
+    fn llama3_bands_are_those_of_transformers() {
+        let scaling =
+            RopeScaling::Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192 };
+        let got = inverse_frequencies(5e5, 64, Some(&scaling));
+        let wanted = [
+            (0, 1.00000000e+00f32),
+            (8, 3.76060307e-02f32),
+            (14, 3.21144611e-03f32),
+            (15, 1.29054801e-03f32),
+            (16, 4.29556705e-04f32),
+            (17, 9.70828623e-05f32),
+            (18, 1.94616387e-05f32),
+            (31, 9.41830649e-08f32),
+        ];
+        for (pair, wanted) in wanted {
+            assert!((got[pair] / wanted - 1.0).abs() < 1e-5, "{pair}: {} against {wanted}", got[pair]);
+        }
+    }
+
+    #[test]
+    fn tables_hold_the_angles_of_their_positions() {
+        let frequencies = Frequencies { global: vec![1.0, 0.5], local: Some(vec![2.0, 0.25]) };
+        let rotary = frequencies.tables(&[0, 7], &Device::Cpu).unwrap();
+        let (cos, sin) = rotary.of_layer(false);
+        assert_eq!(cos.to_vec2::<f32>().unwrap(), [[1.0, 1.0], [7f32.cos(), 3.5f32.cos()]]);
+        assert_eq!(sin.to_vec2::<f32>().unwrap(), [[0.0, 0.0], [7f32.sin(), 3.5f32.sin()]]);
+        let (cos, _) = rotary.of_layer(true);
+        assert_eq!(cos.to_vec2::<f32>().unwrap()[1], [14f32.cos(), 1.75f32.cos()]);
+    }
+}
