@@ -1,11 +1,50 @@
-# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` do everything on a fresh machine that has Rust and Python 3 with pip.
+SHELL := /bin/bash
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rdpo-target
 CARGO ?= cargo
+MODEL := smollm2-135m-instruct
+BINARY := $(CARGO_TARGET_DIR)/release/rdpo
+VENV ?= $(HOME)/.cache/rdpo-parity-venv
 
-.PHONY: test check
-test: check
-	$(CARGO) test --release --all-targets
+.PHONY: help build model demo test check unit doc sdk parity bench cuda-check
 
-check:
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+build: ## the release binary
+	$(CARGO) build --release --bin rdpo
+
+model: ## fetch and check the small chat model
+	@models/fetch.sh $(MODEL)
+
+demo: build model ## serve, align, swap and compare on this machine, with a live display
+	@$(BINARY) demo $(DEMO_ARGS)
+
+test: model check unit doc $(if $(wildcard tests/sdk/run.sh),sdk) ## everything CI runs
+	@echo "make test: all passed"
+
+check: ## format and lints
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --all-targets -- -D warnings
+
+unit: ## unit and integration tests
+	$(CARGO) test --release --lib --bins --tests
+
+doc: ## the API documentation, without warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --document-private-items --quiet
+
+sdk: build ## the OpenAI SDK, schemathesis and promtool against a live server
+	tests/sdk/run.sh
+
+parity: ## derive the fixtures again with PyTorch + PEFT and compare (large downloads)
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r tests/fixtures/requirements.txt
+	$(VENV)/bin/python tests/fixtures/make_fixtures.py
+	$(VENV)/bin/python tests/fixtures/make_curves.py
+	git diff --stat --exit-code tests/fixtures
+
+bench: ## criterion benches
+	$(CARGO) bench --bench bench
+
+cuda-check: ## type-check the CUDA build (needs nvcc)
+	$(CARGO) check --release --no-default-features --features cuda
