@@ -132,6 +132,8 @@ pub struct LoraParams {
     pub config: LoraConfig,
     /// `(layer, index into SITES)` → A: (R, in), B: (out, R).
     pub sites: BTreeMap<(usize, usize), (Var, Var)>,
+    /// Factor of each site's product.
+    scales: BTreeMap<(usize, usize), f64>,
 }
 
 impl LoraParams {
@@ -149,10 +151,10 @@ impl LoraParams {
         if targets.is_empty() {
             return Err(Error::invalid("lora.target_modules", "At least one target module is needed."));
         }
-        let mut sites = BTreeMap::new();
+        let (mut sites, mut scales) = (BTreeMap::new(), BTreeMap::new());
         for layer in 0..model.config().num_hidden_layers {
             for &site in &targets {
-                let (rank, _) = config.rank_and_scale(&module_path(layer, site));
+                let (rank, scale) = config.rank_and_scale(&module_path(layer, site));
                 if rank == 0 {
                     return Err(Error::invalid("lora.r", "The rank must be at least 1."));
                 }
@@ -164,21 +166,23 @@ impl LoraParams {
                 let a: Vec<f32> = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
                 let a = Var::from_vec(a, (rank, input), device)?;
                 sites.insert((layer, site), (a, Var::zeros((out, rank), DType::F32, device)?));
+                scales.insert((layer, site), scale);
             }
         }
-        Ok(LoraParams { config: config.clone(), sites })
+        Ok(LoraParams { config: config.clone(), sites, scales })
     }
 
     /// Continues from a stored adapter.
     pub fn from_file(file: &AdapterFile, model: &Decoder) -> Result<Self> {
-        let mut sites = BTreeMap::new();
+        let (mut sites, mut scales) = (BTreeMap::new(), BTreeMap::new());
         for (place, (a, b)) in checked(file, model.config())? {
             let variable = |tensor: Tensor| -> Result<Var> {
                 Ok(Var::from_tensor(&tensor.detach().copy()?.to_device(model.device())?)?)
             };
             sites.insert(place, (variable(a)?, variable(b)?));
+            scales.insert(place, file.config.rank_and_scale(&module_path(place.0, place.1)).1);
         }
-        Ok(LoraParams { config: file.config.clone(), sites })
+        Ok(LoraParams { config: file.config.clone(), sites, scales })
     }
 
     /// Deep copies under PEFT's tensor names.
@@ -235,7 +239,7 @@ impl LoraRows<'_> {
             LoraRows::Served(groups) => served(groups, (layer, site), &y, x),
             LoraRows::Train { params, dropout_seed } => {
                 let Some((a, b)) = params.sites.get(&(layer, site)) else { return Ok(y) };
-                let (_, scale) = params.config.rank_and_scale(&module_path(layer, site));
+                let scale = params.scales[&(layer, site)];
                 let x = match dropout_seed {
                     Some(seed) if params.config.lora_dropout > 0.0 => {
                         &dropout(x, params.config.lora_dropout, mixed(seed, layer, site))?

@@ -3,4 +3,5 @@
 #![allow(clippy::unwrap_used)]
 
 mod jobs;
+mod parity;
 mod training;
