@@ -4,4 +4,5 @@
 
 mod jobs;
 mod parity;
+mod real_model;
 mod training;

@@ -1,0 +1,157 @@
+//! SmolLM2-135M-Instruct from its GGUF file, against transformers on the dequantized file (`tests/fixtures/make_real_model.py`).
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Tensor};
+use rdpo::model::{Attend, Decoder, KvPool, LoadOptions, LoraRows};
+use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
+use rdpo::text::{Message, RenderOptions, Tokenizer, TokenizerOptions};
+use rdpo::weights::Checkpoint;
+use serde_json::Value;
+
+const QUESTION: &str = "What is the capital of France?";
+
+/// `RDPO_TEST_MODEL`, or where `models/fetch.sh` puts it.
+fn checkpoint() -> Checkpoint {
+    let fetched = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m-instruct");
+    let path = std::env::var_os("RDPO_TEST_MODEL").map_or_else(fetched, PathBuf::from);
+    Checkpoint::open(&path).unwrap_or_else(|error| {
+        panic!("{error}\nThe tests need the real model: run `models/fetch.sh smollm2-135m-instruct` or set RDPO_TEST_MODEL.")
+    })
+}
+
+fn model() -> &'static Decoder {
+    static MODEL: OnceLock<Decoder> = OnceLock::new();
+    MODEL.get_or_init(|| load(DType::F32))
+}
+
+fn load(dtype: DType) -> Decoder {
+    Decoder::load(&checkpoint(), &LoadOptions { device: Device::Cpu, dtype }).unwrap()
+}
+
+fn tokenizer() -> Tokenizer {
+    let files = checkpoint().tokenizer().unwrap();
+    Tokenizer::new(TokenizerOptions {
+        tokenizer_json: files.tokenizer_json,
+        chat_template: files.chat_template,
+        bos_token: files.bos_token,
+        eos_token: files.eos_token,
+        pad_token: files.pad_token,
+        add_bos_token: files.add_bos_token,
+        eos_token_ids: files.eos_token_ids,
+    })
+    .unwrap()
+}
+
+fn expected() -> Value {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/smollm2.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn causal(len: usize) -> CausalMask {
+    CausalMask { segments: vec![Segment { start: 0, len, prefix: 0..0 }], positions: (0..len as u32).collect() }
+}
+
+/// Log-probs over the vocabulary after `ids`.
+fn next_logprobs(model: &Decoder, ids: &[u32]) -> Vec<f32> {
+    let mask = causal(ids.len());
+    let hidden = model.forward(ids, &mask.positions, Attend::Causal(&mask), LoraRows::Base, &mut || Ok(())).unwrap();
+    let logits = model.logits(&hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap()).unwrap();
+    log_softmax(&logits)
+}
+
+fn log_softmax(logits: &Tensor) -> Vec<f32> {
+    let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+    let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    logits.iter().map(|&logit| logit - largest - sum.ln() as f32).collect()
+}
+
+fn likeliest(logprobs: &[f32]) -> u32 {
+    let best = logprobs.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+    best.0 as u32
+}
+
+/// Greedy tokens over the paged cache, until the model ends its turn.
+fn greedy(model: &Decoder, tokenizer: &Tokenizer, prompt: &[u32]) -> Vec<u32> {
+    const BLOCK: usize = 16;
+    let pool = KvPool::new(model.config(), 8, BLOCK, DType::F32, &Device::Cpu).unwrap();
+    let blocks: Vec<u32> = vec![5, 2, 7, 0, 3, 1];
+    let (mut answer, mut step, mut done) = (Vec::new(), prompt.to_vec(), 0);
+    while answer.len() < 24 {
+        let positions: Vec<u32> = (done..done + step.len()).map(|position| position as u32).collect();
+        let slot = |&position: &u32| blocks[position as usize / BLOCK] * BLOCK as u32 + position % BLOCK as u32;
+        done += step.len();
+        let sequence = PagedSequence { start: 0, len: step.len(), context: done, blocks: blocks.clone() };
+        let slots = positions.iter().map(slot).collect();
+        let batch = PagedBatch { block_size: BLOCK, slots, sequences: vec![sequence] };
+        let attend = Attend::Paged { pool: &pool, batch: &batch };
+        let hidden = model.forward(&step, &positions, attend, LoraRows::Base, &mut || Ok(())).unwrap();
+        let last = hidden.narrow(0, step.len() - 1, 1).unwrap().contiguous().unwrap();
+        let token = likeliest(&log_softmax(&model.logits(&last).unwrap()));
+        answer.push(token);
+        step = vec![token];
+        if tokenizer.eos_token_ids().contains(&token) {
+            break;
+        }
+    }
+    answer
+}
+
+fn prompt(tokenizer: &Tokenizer) -> Vec<u32> {
+    tokenizer.encode_chat(&[Message::new("user", QUESTION)], &RenderOptions::default()).unwrap()
+}
+
+#[test]
+fn the_capital_of_france_is_paris() {
+    let (tokenizer, expected) = (tokenizer(), expected());
+    let prompt = prompt(&tokenizer);
+    assert_eq!(prompt, ids(&expected["prompt"]));
+    let answer = greedy(model(), &tokenizer, &prompt);
+    assert_eq!(answer, ids(&expected["greedy"]));
+    assert_eq!(tokenizer.decode(&answer, true).unwrap(), "The capital of France is Paris.");
+    // The full forward, without a cache, agrees on every token.
+    for len in 0..answer.len() {
+        let context = [&prompt[..], &answer[..len]].concat();
+        assert_eq!(likeliest(&next_logprobs(model(), &context)), answer[len]);
+    }
+}
+
+/// The first token is close (0.152 against 0.140): a doubled BOS or rounded activations turn it over.
+#[test]
+fn first_token_probabilities_are_those_of_transformers() {
+    let expected = expected();
+    let got = next_logprobs(model(), &ids(&expected["prompt"]));
+    for entry in expected["first"].as_array().unwrap() {
+        let (token, wanted) = (entry[0].as_u64().unwrap() as usize, entry[1].as_f64().unwrap() as f32);
+        assert!((got[token] - wanted).abs() < 1e-3, "token {token}: {}, transformers {wanted}", got[token]);
+    }
+}
+
+#[test]
+fn text_log_probs_are_those_of_transformers() {
+    let expected = expected();
+    let text = ids(&expected["text"]);
+    let last = text.len() - 1;
+    let mask = causal(last);
+    let attend = Attend::Causal(&mask);
+    let hidden = model().forward(&text[..last], &mask.positions, attend, LoraRows::Base, &mut || Ok(())).unwrap();
+    let got = token_logprobs(&hidden, model().head().unwrap(), &text[1..]).unwrap().to_vec1::<f32>().unwrap();
+    let wanted: Vec<f32> = serde_json::from_value(expected["logprobs"].clone()).unwrap();
+    for (place, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
+        assert!((got - wanted).abs() < 1e-3, "token {}: {got}, transformers {wanted}", place + 1);
+    }
+}
+
+/// `auto` on a GPU is bf16: the answer must stand in it.
+#[test]
+fn bf16_weights_keep_the_answer() {
+    let tokenizer = tokenizer();
+    let answer = greedy(&load(DType::BF16), &tokenizer, &prompt(&tokenizer));
+    assert_eq!(tokenizer.decode(&answer, true).unwrap(), "The capital of France is Paris.");
+}
