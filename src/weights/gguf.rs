@@ -243,13 +243,20 @@ fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor> {
 }
 
 pub(super) fn number(value: &Meta) -> Option<f64> {
-    match value {
-        Meta::F32(value) => Some(f64::from(*value)),
-        Meta::F64(value) => Some(*value),
-        Meta::Bool(value) => Some(f64::from(u8::from(*value))),
-        other => {
-            other.to_u64().ok().map(|value| value as f64).or_else(|| other.to_i64().ok().map(|value| value as f64))
-        }
+    match *value {
+        Meta::U8(value) => Some(f64::from(value)),
+        Meta::I8(value) => Some(f64::from(value)),
+        Meta::U16(value) => Some(f64::from(value)),
+        Meta::I16(value) => Some(f64::from(value)),
+        Meta::U32(value) => Some(f64::from(value)),
+        // Token types come as these; candle's own `to_i64` takes no narrower integer.
+        Meta::I32(value) => Some(f64::from(value)),
+        Meta::U64(value) => Some(value as f64),
+        Meta::I64(value) => Some(value as f64),
+        Meta::F32(value) => Some(f64::from(value)),
+        Meta::F64(value) => Some(value),
+        Meta::Bool(value) => Some(f64::from(u8::from(value))),
+        Meta::String(_) | Meta::Array(_) => None,
     }
 }
 
