@@ -1,26 +1,141 @@
 //! Who has the device: decode steps first, training between layers, with a bounded share for each.
 
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Serving counts as busy until this long after its last step: between two steps it only samples and schedules.
+const GRACE: Duration = Duration::from_millis(5);
+
+/// Most device time training may save up, so that a long wait does not become a long stall.
+const MOST_CREDIT_SECONDS: f64 = 0.25;
+
 /// A lock with priorities over one device.
-pub struct Gate {}
+pub struct Gate {
+    /// Seconds training earns for each second serving uses.
+    rate: f64,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    busy: bool,
+    training_waits: usize,
+    /// Device time training is owed.
+    credit_seconds: f64,
+    last_served: Option<Instant>,
+}
 
 /// Holding it is having the device.
 pub struct GateGuard<'a> {
-    _gate: &'a Gate,
+    gate: &'a Gate,
+    since: Instant,
+    serving: bool,
 }
 
 impl Gate {
     /// `training_share`: the share of device time training keeps while serving is busy, in (0, 1].
-    pub fn new(_training_share: f64) -> Self {
-        todo!()
+    pub fn new(training_share: f64) -> Self {
+        let share = training_share.clamp(0.01, 0.99);
+        let state = State { busy: false, training_waits: 0, credit_seconds: 0.0, last_served: None };
+        Gate { rate: share / (1.0 - share), state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// For an engine step: next in line, at most one training layer away.
     pub fn serve(&self) -> GateGuard<'_> {
-        todo!()
+        let mut state = self.lock();
+        while state.busy || (state.training_waits > 0 && state.credit_seconds > 0.0) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.busy = true;
+        GateGuard { gate: self, since: Instant::now(), serving: true }
     }
 
     /// For one layer of training: waits while serving is owed the device.
     pub fn train(&self) -> GateGuard<'_> {
-        todo!()
+        let mut state = self.lock();
+        state.training_waits += 1;
+        while state.busy || !state.training_may_go() {
+            state = self.changed.wait_timeout(state, GRACE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.training_waits -= 1;
+        state.busy = true;
+        GateGuard { gate: self, since: Instant::now(), serving: false }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn training_may_go(&self) -> bool {
+        self.credit_seconds > 0.0 || self.last_served.is_none_or(|at| at.elapsed() >= GRACE)
+    }
+}
+
+impl Drop for GateGuard<'_> {
+    fn drop(&mut self) {
+        let used = self.since.elapsed().as_secs_f64();
+        let mut state = self.gate.lock();
+        state.busy = false;
+        if self.serving {
+            state.last_served = Some(Instant::now());
+            if state.training_waits > 0 {
+                state.credit_seconds = (state.credit_seconds + used * self.gate.rate).min(MOST_CREDIT_SECONDS);
+            }
+        } else {
+            state.credit_seconds = (state.credit_seconds - used).max(-MOST_CREDIT_SECONDS);
+        }
+        self.gate.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread::{scope, sleep};
+
+    use super::*;
+
+    /// Runs a training loop of 2 ms layers beside `serve` for a while; returns the device seconds training had.
+    fn train_beside(gate: &Gate, serve: impl FnOnce()) -> f64 {
+        let stop = AtomicBool::new(false);
+        scope(|threads| {
+            let training = threads.spawn(|| {
+                let mut seconds = 0.0;
+                while !stop.load(Ordering::Relaxed) {
+                    let guard = gate.train();
+                    sleep(Duration::from_millis(2));
+                    seconds += guard.since.elapsed().as_secs_f64();
+                }
+                seconds
+            });
+            serve();
+            stop.store(true, Ordering::Relaxed);
+            training.join().unwrap_or(0.0)
+        })
+    }
+
+    #[test]
+    fn training_has_the_device_when_nobody_serves() {
+        let gate = Gate::new(0.3);
+        let trained = train_beside(&gate, || sleep(Duration::from_millis(300)));
+        assert!(trained > 0.2, "trained {trained} s of 0.3");
+    }
+
+    #[test]
+    fn training_keeps_its_share_and_no_more_while_serving_is_busy() {
+        let gate = Gate::new(0.3);
+        let mut served = 0.0;
+        let trained = train_beside(&gate, || {
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(800) {
+                let guard = gate.serve();
+                sleep(Duration::from_millis(3));
+                served += guard.since.elapsed().as_secs_f64();
+            }
+        });
+        let share = trained / (trained + served);
+        assert!((0.15..0.5).contains(&share), "training had {share} of the device");
     }
 }

@@ -1,17 +1,30 @@
 //! The serving engine: one owner thread per checkpoint holds the KV pool and runs flat steps; everything else talks to it
 //! through the cloneable [`Engine`].
 
+mod blocks;
 mod gate;
 pub mod request;
+mod sampler;
+mod scheduler;
+mod step;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use candle_core::DType;
 
 pub use gate::{Gate, GateGuard};
 pub use request::{Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
 
-use crate::error::Result;
-use crate::model::Decoder;
+use crate::error::{Code, Error, Result};
+use crate::model::{Decoder, KvPool};
+use crate::telemetry::metrics;
 use crate::text::Tokenizer;
+use scheduler::{Limits, Scheduler};
+use step::{Owner, Submission};
 
 /// Limits of one engine.
 #[derive(Clone, Debug)]
@@ -49,43 +62,147 @@ pub struct EngineStats {
     pub cached_blocks: usize,
 }
 
+/// What handle and owner thread share.
+struct Shared {
+    name: String,
+    model: Arc<Decoder>,
+    tokenizer: Arc<Tokenizer>,
+    gate: Arc<Gate>,
+    max_model_len: usize,
+    max_waiting: usize,
+    /// Requests accepted and not yet begun.
+    waiting: AtomicUsize,
+    stats: Mutex<EngineStats>,
+    /// What this engine last added to the gauges of a role, which all engines share.
+    counted: Mutex<HashMap<&'static str, (i64, i64)>>,
+}
+
+impl Shared {
+    fn count(&self, role: &'static str, running: i64, waiting: i64) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = counted.insert(role, (running, waiting)).unwrap_or_default();
+        if before != (running, waiting) {
+            metrics().requests_running.with_label_values(&[role]).add(running - before.0);
+            metrics().requests_waiting.with_label_values(&[role]).add(waiting - before.1);
+        }
+    }
+}
+
 /// Handle of an engine. Dropping the last one stops the thread.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    shared: Arc<Shared>,
+    commands: Sender<Submission>,
+}
 
 impl Engine {
     /// Allocates the pool and starts the owner thread.
-    pub fn start(_model: Arc<Decoder>, _tokenizer: Arc<Tokenizer>, _options: EngineOptions) -> Result<Self> {
-        todo!()
+    pub fn start(
+        model: Arc<Decoder>,
+        tokenizer: Arc<Tokenizer>,
+        gate: Arc<Gate>,
+        options: EngineOptions,
+    ) -> Result<Self> {
+        let (config, block_size) = (model.config(), options.block_size);
+        for (name, value) in [
+            ("kv_cache.block_size", block_size),
+            ("kv_cache.max_batch_tokens", options.max_batch_tokens),
+            ("kv_cache.max_sequences", options.max_sequences),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(name, format!("`{name}` must be at least 1")));
+            }
+        }
+        let dtype = if model.device().is_cpu() { DType::F32 } else { model.compute_dtype() };
+        let longest =
+            options.max_model_len.unwrap_or(config.max_position_embeddings).min(config.max_position_embeddings);
+        let block_bytes = KvPool::block_bytes(config, block_size, dtype);
+        // No more than every sequence at full length could use.
+        let num_blocks =
+            (options.kv_memory_bytes / block_bytes).min(options.max_sequences * longest.div_ceil(block_size));
+        if num_blocks * block_size < 2 {
+            return Err(Error::invalid(
+                "kv_cache.memory",
+                format!(
+                    "{} bytes hold no block of {block_size} tokens, which takes {block_bytes} bytes",
+                    options.kv_memory_bytes
+                ),
+            ));
+        }
+        let pool = KvPool::new(config, num_blocks, block_size, dtype, model.device())?;
+        metrics().gpu_memory_bytes.with_label_values(&["kv"]).add(pool.bytes() as i64);
+        let shared = Arc::new(Shared {
+            name: options.name.clone(),
+            max_model_len: longest.min(num_blocks * block_size),
+            max_waiting: options.max_waiting,
+            waiting: AtomicUsize::new(0),
+            stats: Mutex::new(EngineStats {
+                total_blocks: num_blocks,
+                free_blocks: num_blocks,
+                ..EngineStats::default()
+            }),
+            counted: Mutex::new(HashMap::new()),
+            model,
+            tokenizer,
+            gate,
+        });
+        let limits = Limits {
+            max_batch_tokens: options.max_batch_tokens,
+            max_sequences: options.max_sequences,
+            block_size,
+            prefix_caching: options.prefix_caching,
+        };
+        let owner = Owner::new(shared.clone(), pool, Scheduler::new(limits, num_blocks));
+        let (commands, receiver) = channel();
+        std::thread::Builder::new().name(format!("engine-{}", options.name)).spawn(move || {
+            let bytes = owner.pool.bytes();
+            owner.run(&receiver);
+            metrics().gpu_memory_bytes.with_label_values(&["kv"]).sub(bytes as i64);
+        })?;
+        Ok(Engine { shared, commands })
     }
 
     /// Queues a request. Bad parameters are a 400, a full queue a 429. Dropping the stream cancels the request.
-    pub fn submit(&self, _request: Request) -> Result<EventStream> {
-        todo!()
+    pub fn submit(&self, request: Request) -> Result<EventStream> {
+        request.validate(self.shared.model.config().vocab_size, self.shared.max_model_len)?;
+        let waiting = self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+        if waiting >= self.shared.max_waiting {
+            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            metrics().queue_rejections_total.with_label_values(&[request.role]).inc();
+            return Err(Error::new(
+                Code::RateLimited,
+                format!("{waiting} requests are waiting already; try again in a moment"),
+            ));
+        }
+        let (events, stream) = tokio::sync::mpsc::unbounded_channel();
+        let submission = Submission { request, events, arrived: Instant::now() };
+        self.commands.send(submission).map_err(|_| Error::new(Code::Overloaded, "the engine has stopped"))?;
+        Ok(stream)
     }
 
     /// The device gate this engine shares with training.
     pub fn gate(&self) -> Arc<Gate> {
-        todo!()
+        self.shared.gate.clone()
     }
 
     /// The model it serves.
     pub fn model(&self) -> &Arc<Decoder> {
-        todo!()
+        &self.shared.model
     }
 
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
-        todo!()
+        &self.shared.tokenizer
     }
 
     /// Longest prompt + answer, tokens.
     pub fn max_model_len(&self) -> usize {
-        todo!()
+        self.shared.max_model_len
     }
 
     /// Current numbers.
     pub fn stats(&self) -> EngineStats {
-        todo!()
+        let stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        EngineStats { waiting: self.shared.waiting.load(Ordering::Relaxed), ..stats }
     }
 }

@@ -1,0 +1,217 @@
+//! One row of logits to one token. A pure function of logits, parameters, history, seed and position: what else is in the batch
+//! does not matter.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::request::{SamplingParams, TokenLogprob};
+
+/// What a draw depends on besides the logits.
+pub(super) struct Draw<'a> {
+    pub(super) params: &'a SamplingParams,
+    pub(super) prompt: &'a [u32],
+    /// Tokens generated so far.
+    pub(super) output: &'a [u32],
+    pub(super) seed: u64,
+    /// Ids that may not come yet (`min_tokens`).
+    pub(super) banned: &'a [u32],
+}
+
+/// Draws the next token. logits: V values, changed in place.
+pub(super) fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>) {
+    let params = draw.params;
+    let raw = params.logprobs.map(|top| (log_sum_exp(logits), top_of(logits, top), logits.to_vec()));
+    penalize(logits, draw);
+    for (id, bias) in &params.logit_bias {
+        logits[*id as usize] += bias;
+    }
+    for id in draw.banned {
+        logits[*id as usize] = f32::NEG_INFINITY;
+    }
+    let id = if params.temperature < 1e-5 { argmax(logits) } else { draw_from(logits, draw) };
+    let logprob = raw.map(|(total, top, raw)| describe(&raw, id, total, &top));
+    (id, logprob)
+}
+
+/// Log-probability of `id` in the distribution of raw logits, with the `top` most likely tokens.
+pub(super) fn logprob_of(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
+    describe(logits, id, log_sum_exp(logits), &top_of(logits, top))
+}
+
+/// ln Σ exp(logits), summed in f64 in order.
+pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    f64::from(max) + logits.iter().map(|logit| f64::from((logit - max).exp())).sum::<f64>().ln()
+}
+
+fn describe(logits: &[f32], id: u32, total: f64, top: &[u32]) -> TokenLogprob {
+    let logprob = |id: u32| (f64::from(logits[id as usize]) - total) as f32;
+    TokenLogprob { id, logprob: logprob(id), top: top.iter().map(|id| (*id, logprob(*id))).collect() }
+}
+
+/// The `count` largest, largest first, equal ones by id.
+fn top_of(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let count = count.min(ids.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    if count < ids.len() {
+        ids.select_nth_unstable_by(count - 1, order);
+        ids.truncate(count);
+    }
+    ids.sort_unstable_by(order);
+    ids
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// Repetition (prompt and output, multiplicative), frequency and presence (output, additive).
+fn penalize(logits: &mut [f32], draw: &Draw<'_>) {
+    let params = draw.params;
+    if params.repetition_penalty != 1.0 {
+        let mut seen: Vec<u32> = draw.prompt.iter().chain(draw.output).copied().collect();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            let logit = &mut logits[id as usize];
+            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+        }
+    }
+    if params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
+        let mut output = draw.output.to_vec();
+        output.sort_unstable();
+        for same in output.chunk_by(|a, b| a == b) {
+            logits[same[0] as usize] -= params.frequency_penalty * same.len() as f32 + params.presence_penalty;
+        }
+    }
+}
+
+/// Temperature, then min-p, top-k and top-p, then one draw from what is left.
+fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
+    let params = draw.params;
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |logit: f32| f64::from((logit - max) / params.temperature).exp();
+    let least = f64::from(params.min_p);
+    let mut kept: Vec<(u32, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(id, logit)| (id as u32, weight(*logit)))
+        .filter(|(_, weight)| *weight > 0.0 && *weight >= least)
+        .collect();
+    let order = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if params.top_k > 0 && params.top_k < kept.len() {
+        kept.select_nth_unstable_by(params.top_k - 1, order);
+        kept.truncate(params.top_k);
+    }
+    if params.top_p < 1.0 {
+        kept.sort_unstable_by(order);
+        let enough = f64::from(params.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        let mut sum = 0.0;
+        let before_reaching_it = |(_, weight): &&(u32, f64)| {
+            let short = sum < enough;
+            sum += weight;
+            short
+        };
+        let count = kept.iter().take_while(before_reaching_it).count();
+        kept.truncate(count.max(1));
+    }
+    kept.sort_unstable_by_key(|(id, _)| *id);
+    let mut rng = ChaCha8Rng::seed_from_u64(draw.seed);
+    rng.set_stream(draw.output.len() as u64);
+    let mut left = rng.random::<f64>() * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    for (id, weight) in &kept {
+        left -= weight;
+        if left < 0.0 {
+            return *id;
+        }
+    }
+    kept.last().map_or_else(|| argmax(logits), |(id, _)| *id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 5] = [2.0, 1.0, 0.5, -1.0, 0.0];
+
+    fn draw_many(params: &SamplingParams, draws: u64) -> [f64; 5] {
+        let mut counts = [0.0; 5];
+        for seed in 0..draws {
+            let draw = Draw { params, prompt: &[], output: &[], seed, banned: &[] };
+            counts[sample(&mut LOGITS.clone(), &draw).0 as usize] += 1.0;
+        }
+        counts
+    }
+
+    /// Σ (seen − expected)² / expected over what may be drawn; nothing else may be.
+    fn chi_square(params: &SamplingParams, allowed: &[usize]) -> f64 {
+        let weights = LOGITS.map(|logit| f64::from(logit / params.temperature).exp());
+        let total: f64 = allowed.iter().map(|id| weights[*id]).sum();
+        let counts = draw_many(params, 4000);
+        (0..5)
+            .map(|id| {
+                let expected = if allowed.contains(&id) { 4000.0 * weights[id] / total } else { 0.0 };
+                if expected == 0.0 {
+                    assert_eq!(counts[id], 0.0, "token {id} is cut off");
+                    return 0.0;
+                }
+                (counts[id] - expected).powi(2) / expected
+            })
+            .sum()
+    }
+
+    #[test]
+    fn frequencies_are_the_probabilities_and_cuts_are_exact() {
+        let all = SamplingParams { temperature: 0.8, ..SamplingParams::default() };
+        // 99.9 % of chi-square with 4 degrees of freedom.
+        assert!(chi_square(&all, &[0, 1, 2, 3, 4]) < 18.5);
+        assert!(chi_square(&SamplingParams { top_k: 2, ..all.clone() }, &[0, 1]) < 18.5);
+        // Probabilities at temperature 1: 0.57, 0.21, 0.13, 0.03, 0.08.
+        let plain = SamplingParams::default();
+        assert!(chi_square(&SamplingParams { top_p: 0.7, ..plain.clone() }, &[0, 1]) < 18.5);
+        assert!(chi_square(&SamplingParams { min_p: 0.2, ..plain }, &[0, 1, 2]) < 18.5);
+    }
+
+    #[test]
+    fn greedy_bias_bans_and_penalties() {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let pick = |params: &SamplingParams, output: &[u32], banned: &[u32]| {
+            sample(&mut LOGITS.clone(), &Draw { params, prompt: &[], output, seed: 1, banned }).0
+        };
+        assert_eq!(pick(&greedy, &[], &[]), 0);
+        assert_eq!(pick(&greedy, &[], &[0]), 1);
+        let biased = SamplingParams { logit_bias: [(3, 10.0)].into(), ..greedy.clone() };
+        assert_eq!(pick(&biased, &[], &[]), 3);
+        let frequency = SamplingParams { frequency_penalty: 0.6, ..greedy.clone() };
+        assert_eq!((pick(&frequency, &[0], &[]), pick(&frequency, &[0, 0], &[])), (0, 1));
+        let repetition = SamplingParams { repetition_penalty: 3.0, ..greedy };
+        assert_eq!(pick(&repetition, &[0], &[]), 1);
+    }
+
+    #[test]
+    fn logprobs_are_of_the_raw_distribution() {
+        let params = SamplingParams {
+            temperature: 0.0,
+            logprobs: Some(2),
+            logit_bias: [(3, 10.0)].into(),
+            ..SamplingParams::default()
+        };
+        let draw = Draw { params: &params, prompt: &[], output: &[], seed: 1, banned: &[] };
+        let logprob = sample(&mut LOGITS.clone(), &draw).1.unwrap_or_else(|| unreachable!("asked for"));
+        let total: f64 = LOGITS.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let expected = |id: usize| (f64::from(LOGITS[id]) - total.ln()) as f32;
+        assert!((logprob.logprob - expected(3)).abs() < 1e-6 && logprob.id == 3);
+        assert_eq!(logprob.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 1]);
+        assert!((logprob.top[1].1 - expected(1)).abs() < 1e-6);
+    }
+}

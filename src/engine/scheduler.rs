@@ -1,0 +1,306 @@
+//! Which tokens of which sequences run in the next step: decode first, then chunks of prompts, then new admissions, within a
+//! token budget. Pure: no tensor, no clock, no channel.
+
+use std::collections::VecDeque;
+
+use super::blocks::{BlockManager, Chain, root};
+
+/// A sequence as the scheduler sees it.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) id: u64,
+    /// Prompt and what was generated.
+    pub(super) tokens: Vec<u32>,
+    pub(super) prompt_len: usize,
+    /// Tokens whose KV is in the cache.
+    pub(super) computed: usize,
+    /// Of the prompt, found in the prefix cache when it was first admitted.
+    pub(super) cached: usize,
+    pub(super) blocks: Vec<u32>,
+    /// Adapter generation, `None` for the base.
+    pub(super) generation: Option<String>,
+    /// May begin with cached blocks.
+    pub(super) reuse: bool,
+    sealed: usize,
+    chain: Chain,
+    admitted_before: bool,
+}
+
+impl Sequence {
+    pub(super) fn new(id: u64, prompt: Vec<u32>, generation: Option<String>, reuse: bool) -> Self {
+        let chain = root(generation.as_deref());
+        Sequence {
+            id,
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            computed: 0,
+            cached: 0,
+            blocks: Vec::new(),
+            generation,
+            reuse,
+            sealed: 0,
+            chain,
+            admitted_before: false,
+        }
+    }
+
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// `len` tokens of sequence `id`, from its `computed` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Scheduled {
+    pub(super) id: u64,
+    pub(super) len: usize,
+}
+
+/// Limits of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) max_batch_tokens: usize,
+    pub(super) max_sequences: usize,
+    pub(super) block_size: usize,
+    pub(super) prefix_caching: bool,
+}
+
+pub(super) struct Scheduler {
+    limits: Limits,
+    pub(super) blocks: BlockManager,
+    waiting: VecDeque<Sequence>,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    pub(super) preemptions: usize,
+}
+
+impl Scheduler {
+    pub(super) fn new(limits: Limits, num_blocks: usize) -> Self {
+        let blocks = BlockManager::new(num_blocks, limits.block_size);
+        Scheduler { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0 }
+    }
+
+    pub(super) fn add(&mut self, sequence: Sequence) {
+        self.waiting.push_back(sequence);
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    pub(super) fn running(&self) -> &[Sequence] {
+        &self.running
+    }
+
+    pub(super) fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub(super) fn get(&self, id: u64) -> Option<&Sequence> {
+        self.running.iter().find(|sequence| sequence.id == id)
+    }
+
+    pub(super) fn push_token(&mut self, id: u64, token: u32) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Takes a sequence out, wherever it is, and gives its blocks back.
+    pub(super) fn remove(&mut self, id: u64) {
+        self.waiting.retain(|sequence| sequence.id != id);
+        if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
+            let sequence = self.running.remove(at);
+            release_all(&mut self.blocks, &sequence);
+        }
+    }
+
+    /// The next step; rows of one adapter stand together.
+    pub(super) fn schedule(&mut self) -> Vec<Scheduled> {
+        let mut budget = self.limits.max_batch_tokens;
+        let mut step: Vec<Scheduled> = Vec::new();
+        // Sequences that decode come before those still reading their prompt, the oldest first.
+        let mut order: Vec<(bool, u64)> =
+            self.running.iter().map(|sequence| (sequence.pending() > 1, sequence.id)).collect();
+        order.sort_by_key(|(prefilling, _)| *prefilling);
+        for (_, id) in order {
+            if budget == 0 {
+                break;
+            }
+            // A sequence may have been preempted for one before it.
+            let Some(at) = self.running.iter().position(|sequence| sequence.id == id) else { continue };
+            let len = self.running[at].pending().min(budget);
+            if self.make_room(id, len, &mut step, &mut budget) {
+                step.push(Scheduled { id, len });
+                budget -= len;
+            }
+        }
+        while budget > 0 && self.running.len() < self.limits.max_sequences {
+            let Some(mut sequence) = self.waiting.pop_front() else { break };
+            self.reuse_prefix(&mut sequence);
+            let len = sequence.pending().min(budget);
+            // The whole prompt and one token must fit beside what runs, or it would be put back at once.
+            if blocks_for(sequence.tokens.len() + 1, self.limits.block_size) - sequence.blocks.len()
+                > self.blocks.available()
+            {
+                release_all(&mut self.blocks, &sequence);
+                restart(&mut sequence);
+                self.waiting.push_front(sequence);
+                break;
+            }
+            grow(&mut self.blocks, &mut sequence, len, self.limits.block_size);
+            step.push(Scheduled { id: sequence.id, len });
+            budget -= len;
+            self.running.push(sequence);
+        }
+        step.sort_by(|a, b| self.generation(a.id).cmp(&self.generation(b.id)));
+        step
+    }
+
+    /// Marks what a step computed and makes its full blocks findable.
+    pub(super) fn complete(&mut self, step: &[Scheduled]) {
+        let size = self.limits.block_size;
+        for scheduled in step {
+            let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == scheduled.id) else { continue };
+            sequence.computed += scheduled.len;
+            while self.limits.prefix_caching && (sequence.sealed + 1) * size <= sequence.computed {
+                let tokens = &sequence.tokens[sequence.sealed * size..(sequence.sealed + 1) * size];
+                sequence.chain = self.blocks.seal(sequence.blocks[sequence.sealed], sequence.chain, tokens);
+                sequence.sealed += 1;
+            }
+        }
+    }
+
+    fn generation(&self, id: u64) -> Option<&String> {
+        self.get(id).and_then(|sequence| sequence.generation.as_ref())
+    }
+
+    /// Blocks for `len` more tokens of a running sequence, preempting the newest others; false if it was itself put back.
+    fn make_room(&mut self, id: u64, len: usize, step: &mut Vec<Scheduled>, budget: &mut usize) -> bool {
+        loop {
+            let Some(at) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
+            if grow(&mut self.blocks, &mut self.running[at], len, self.limits.block_size) {
+                return true;
+            }
+            let Some(mut victim) = self.running.pop() else { return false };
+            release_all(&mut self.blocks, &victim);
+            restart(&mut victim);
+            self.preemptions += 1;
+            step.retain(|scheduled| {
+                let keep = scheduled.id != victim.id;
+                *budget += if keep { 0 } else { scheduled.len };
+                keep
+            });
+            self.waiting.push_front(victim);
+        }
+    }
+
+    fn reuse_prefix(&mut self, sequence: &mut Sequence) {
+        if !self.limits.prefix_caching || !sequence.reuse {
+            return;
+        }
+        let (blocks, chain) = self.blocks.find_prefix(sequence.chain, &sequence.tokens);
+        sequence.computed = blocks.len() * self.limits.block_size;
+        sequence.sealed = blocks.len();
+        (sequence.blocks, sequence.chain) = (blocks, chain);
+        if !sequence.admitted_before {
+            sequence.cached = sequence.computed.min(sequence.prompt_len);
+            sequence.admitted_before = true;
+        }
+    }
+}
+
+fn blocks_for(tokens: usize, block_size: usize) -> usize {
+    tokens.div_ceil(block_size)
+}
+
+/// Blocks for `len` more tokens; all or none.
+fn grow(blocks: &mut BlockManager, sequence: &mut Sequence, len: usize, block_size: usize) -> bool {
+    let missing = blocks_for(sequence.computed + len, block_size).saturating_sub(sequence.blocks.len());
+    if missing > blocks.available() {
+        return false;
+    }
+    sequence.blocks.extend((0..missing).filter_map(|_| blocks.allocate()));
+    true
+}
+
+fn release_all(blocks: &mut BlockManager, sequence: &Sequence) {
+    sequence.blocks.iter().rev().for_each(|id| blocks.release(*id));
+}
+
+fn restart(sequence: &mut Sequence) {
+    sequence.blocks.clear();
+    (sequence.computed, sequence.sealed) = (0, 0);
+    sequence.chain = root(sequence.generation.as_deref());
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn scheduler(num_blocks: usize, max_batch_tokens: usize) -> Scheduler {
+        Scheduler::new(Limits { max_batch_tokens, max_sequences: 4, block_size: 4, prefix_caching: true }, num_blocks)
+    }
+
+    fn check(scheduler: &Scheduler) {
+        let held: Vec<Vec<u32>> = scheduler.running.iter().map(|sequence| sequence.blocks.clone()).collect();
+        scheduler.blocks.check_integrity(&held);
+    }
+
+    #[test]
+    fn prompts_are_cut_into_chunks_and_decoding_comes_first() {
+        let mut scheduler = scheduler(16, 6);
+        scheduler.add(Sequence::new(1, vec![7; 3], None, true));
+        scheduler.add(Sequence::new(2, vec![8; 8], None, true));
+        let step = scheduler.schedule();
+        assert_eq!(step, [Scheduled { id: 1, len: 3 }, Scheduled { id: 2, len: 3 }]);
+        scheduler.complete(&step);
+        scheduler.push_token(1, 9);
+        assert_eq!(scheduler.schedule(), [Scheduled { id: 1, len: 1 }, Scheduled { id: 2, len: 5 }]);
+    }
+
+    #[test]
+    fn rows_of_one_adapter_stand_together() {
+        let mut scheduler = scheduler(16, 64);
+        for (id, adapter) in [(1, None), (2, Some("x")), (3, None)] {
+            scheduler.add(Sequence::new(id, vec![1; 3], adapter.map(str::to_owned), true));
+        }
+        let ids: Vec<u64> = scheduler.schedule().iter().map(|scheduled| scheduled.id).collect();
+        assert_eq!(ids, [1, 3, 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn random_schedules_lose_no_block_and_finish_everything(
+            prompts in prop::collection::vec(prop::collection::vec(0u32..3, 1..20), 1..12),
+            num_blocks in 8usize..14, budget in 1usize..24, wanted in 1usize..10, cancel in 0u64..12,
+        ) {
+            let mut scheduler = scheduler(num_blocks, budget);
+            for (id, prompt) in prompts.iter().enumerate() {
+                scheduler.add(Sequence::new(id as u64, prompt.clone(), None, id % 3 != 0));
+            }
+            let mut steps = 0;
+            while !scheduler.is_idle() {
+                let step = scheduler.schedule();
+                prop_assert!(!step.is_empty(), "a step always makes progress");
+                prop_assert!(step.iter().map(|scheduled| scheduled.len).sum::<usize>() <= budget);
+                check(&scheduler);
+                scheduler.complete(&step);
+                for scheduled in &step {
+                    let sequence = scheduler.get(scheduled.id).expect("scheduled sequences run");
+                    if sequence.pending() == 0 {
+                        let done = sequence.tokens.len() >= sequence.prompt_len + wanted;
+                        if done { scheduler.remove(scheduled.id) } else { scheduler.push_token(scheduled.id, steps as u32 % 3) }
+                    }
+                }
+                steps += 1;
+                if steps == 3 { scheduler.remove(cancel); }
+                prop_assert!(steps < 5000, "preemption must not go in circles");
+                check(&scheduler);
+            }
+            prop_assert_eq!(scheduler.blocks.available(), num_blocks);
+        }
+    }
+}
