@@ -84,7 +84,10 @@ impl Drop for GateGuard<'_> {
                 state.credit_seconds = (state.credit_seconds + used * self.gate.rate).min(MOST_CREDIT_SECONDS);
             }
         } else {
-            state.credit_seconds = (state.credit_seconds - used).max(-MOST_CREDIT_SECONDS);
+            // What training takes while nobody serves is not held against it later.
+            if state.last_served.is_some_and(|at| at.elapsed().as_secs_f64() < used + GRACE.as_secs_f64()) {
+                state.credit_seconds = (state.credit_seconds - used).max(-MOST_CREDIT_SECONDS);
+            }
         }
         self.gate.changed.notify_all();
     }

@@ -165,6 +165,18 @@ impl Engine {
     /// Queues a request. Bad parameters are a 400, a full queue a 429. Dropping the stream cancels the request.
     pub fn submit(&self, request: Request) -> Result<EventStream> {
         request.validate(self.shared.model.config().vocab_size, self.shared.max_model_len)?;
+        let scores = self.shared.model.config().num_labels > 0;
+        if scores != (request.task == Task::Score) {
+            let what = if scores {
+                "is a sequence classifier: it gives scores and cannot generate text"
+            } else {
+                "is a language model without a score head"
+            };
+            return Err(Error::invalid("model", format!("The model {what}.")));
+        }
+        if scores && request.params.prompt_logprobs.is_some() {
+            return Err(Error::invalid("prompt_logprobs", "A sequence classifier has no `prompt_logprobs`."));
+        }
         let waiting = self.shared.waiting.fetch_add(1, Ordering::Relaxed);
         if waiting >= self.shared.max_waiting {
             self.shared.waiting.fetch_sub(1, Ordering::Relaxed);

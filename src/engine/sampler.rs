@@ -6,6 +6,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::request::{SamplingParams, TokenLogprob};
 
+/// Tokens sorted at first when looking for a nucleus.
+const NUCLEUS: usize = 256;
+
 /// What a draw depends on besides the logits.
 pub(super) struct Draw<'a> {
     pub(super) params: &'a SamplingParams,
@@ -26,7 +29,9 @@ pub(super) fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenL
         logits[*id as usize] += bias;
     }
     for id in draw.banned {
-        logits[*id as usize] = f32::NEG_INFINITY;
+        if let Some(logit) = logits.get_mut(*id as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
     }
     let id = if params.temperature < 1e-5 { argmax(logits) } else { draw_from(logits, draw) };
     let logprob = raw.map(|(total, top, raw)| describe(&raw, id, total, &top));
@@ -114,8 +119,20 @@ fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
         kept.truncate(params.top_k);
     }
     if params.top_p < 1.0 {
-        kept.sort_unstable_by(order);
         let enough = f64::from(params.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        // The nucleus is small as a rule: sort the most likely few, and more only if they are not enough.
+        let mut most = NUCLEUS.min(kept.len());
+        loop {
+            if most < kept.len() {
+                kept.select_nth_unstable_by(most, order);
+            }
+            kept[..most].sort_unstable_by(order);
+            if most == kept.len() || kept[..most].iter().map(|(_, weight)| weight).sum::<f64>() >= enough {
+                break;
+            }
+            most = (most * 8).min(kept.len());
+        }
+        kept.truncate(most);
         let mut sum = 0.0;
         let before_reaching_it = |(_, weight): &&(u32, f64)| {
             let short = sum < enough;
@@ -180,6 +197,32 @@ mod tests {
         let plain = SamplingParams::default();
         assert!(chi_square(&SamplingParams { top_p: 0.7, ..plain.clone() }, &[0, 1]) < 18.5);
         assert!(chi_square(&SamplingParams { min_p: 0.2, ..plain }, &[0, 1, 2]) < 18.5);
+    }
+
+    #[test]
+    fn a_nucleus_wider_than_the_first_guess_is_the_fully_sorted_one() {
+        let logits: Vec<f32> = (0..3000u32).map(|id| (id.wrapping_mul(2_654_435_761) >> 20) as f32 / 4096.0).collect();
+        let weights: Vec<f64> = logits.iter().map(|logit| f64::from(*logit).exp()).collect();
+        for top_p in [0.02f32, 0.4, 0.95] {
+            let mut ids: Vec<usize> = (0..logits.len()).collect();
+            ids.sort_by(|a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b)));
+            let enough = f64::from(top_p) * weights.iter().sum::<f64>();
+            let mut sum = 0.0;
+            let nucleus: Vec<usize> = ids
+                .into_iter()
+                .take_while(|id| {
+                    let short = sum < enough;
+                    sum += weights[*id];
+                    short
+                })
+                .collect();
+            let params = SamplingParams { top_p, ..SamplingParams::default() };
+            for seed in 0..300 {
+                let draw = Draw { params: &params, prompt: &[], output: &[], seed, banned: &[] };
+                let id = sample(&mut logits.clone(), &draw).0 as usize;
+                assert!(nucleus.contains(&id), "{id} is outside the nucleus of {top_p}");
+            }
+        }
     }
 
     #[test]

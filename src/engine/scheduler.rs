@@ -92,10 +92,6 @@ impl Scheduler {
         &self.running
     }
 
-    pub(super) fn num_waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
     pub(super) fn get(&self, id: u64) -> Option<&Sequence> {
         self.running.iter().find(|sequence| sequence.id == id)
     }
@@ -139,10 +135,10 @@ impl Scheduler {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
             self.reuse_prefix(&mut sequence);
             let len = sequence.pending().min(budget);
-            // The whole prompt and one token must fit beside what runs, or it would be put back at once.
-            if blocks_for(sequence.tokens.len() + 1, self.limits.block_size) - sequence.blocks.len()
-                > self.blocks.available()
-            {
+            // The whole prompt and one token must fit beside what runs, or it would be put back at once. A prompt that is only
+            // read may fill the pool to its last token.
+            let wanted = blocks_for(sequence.tokens.len() + 1, self.limits.block_size).min(self.blocks.total());
+            if wanted.saturating_sub(sequence.blocks.len()) > self.blocks.available() {
                 release_all(&mut self.blocks, &sequence);
                 restart(&mut sequence);
                 self.waiting.push_front(sequence);
@@ -269,6 +265,13 @@ mod tests {
         }
         let ids: Vec<u64> = scheduler.schedule().iter().map(|scheduled| scheduled.id).collect();
         assert_eq!(ids, [1, 3, 2]);
+    }
+
+    #[test]
+    fn a_prompt_as_long_as_the_pool_is_admitted() {
+        let mut scheduler = scheduler(2, 64);
+        scheduler.add(Sequence::new(1, vec![1; 8], None, true));
+        assert_eq!(scheduler.schedule(), [Scheduled { id: 1, len: 8 }]);
     }
 
     proptest! {

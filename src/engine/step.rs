@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -57,6 +57,8 @@ enum Outcome {
     NextToken(Vec<f32>),
     Score(f32),
     PromptRead,
+    /// Logits that are no numbers.
+    Broken,
 }
 
 impl Owner {
@@ -74,12 +76,9 @@ impl Owner {
                     Err(_) => return,
                 }
             }
-            loop {
-                match commands.try_recv() {
-                    Ok(submission) => self.admit(submission),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
-                }
+            // With the last handle gone, what was accepted is still answered.
+            while let Ok(submission) = commands.try_recv() {
+                self.admit(submission);
             }
             self.drop_cancelled();
             let step = self.scheduler.schedule();
@@ -156,7 +155,7 @@ impl Owner {
     fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Outcome)>> {
         let (ids, positions, batch, groups) = self.batch(step);
         let shared = self.shared.clone();
-        let _device = shared.gate.serve();
+        let device = shared.gate.serve();
         let model = &shared.model;
         let attend = Attend::Paged { pool: &self.pool, batch: &batch };
         let lora =
@@ -181,6 +180,7 @@ impl Owner {
             return Ok(wanting.into_iter().zip(scores).map(|(id, score)| (id, Outcome::Score(score))).collect());
         }
         let logits = model.logits(&last)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        drop(device);
         Ok(wanting.into_par_iter().zip(logits).map(|(id, mut row)| (id, self.outcome(id, &mut row))).collect())
     }
 
@@ -217,7 +217,12 @@ impl Owner {
 
     /// Log-probabilities of the prompt tokens that this chunk's rows predict.
     fn read_prompt(&mut self, scheduled: &Scheduled, paged: &PagedSequence, hidden: &Tensor) -> Result<()> {
-        let Some(top) = self.live[&scheduled.id].request.params.prompt_logprobs else { return Ok(()) };
+        let live = &self.live[&scheduled.id];
+        let Some(top) = live.request.params.prompt_logprobs else { return Ok(()) };
+        // They were sent with the first token: a preempted sequence reads its prompt again without them.
+        if live.prompt_logprobs.is_empty() {
+            return Ok(());
+        }
         let sequence = self.sequence(scheduled.id);
         let first = sequence.computed;
         let last = paged.context.min(sequence.prompt_len.saturating_sub(1));
@@ -238,6 +243,9 @@ impl Owner {
     fn outcome(&self, id: u64, logits: &mut [f32]) -> Outcome {
         let (live, sequence) = (&self.live[&id], self.sequence(id));
         let params = &live.request.params;
+        if !logits.iter().all(|logit| logit.is_finite()) {
+            return Outcome::Broken;
+        }
         match &live.request.task {
             Task::NextToken(ids) => {
                 let total = sampler::log_sum_exp(logits);
@@ -275,6 +283,10 @@ impl Owner {
             Outcome::Score(score) => {
                 let usage = self.usage(id);
                 return self.end(id, Event::Score(score, usage), "stop");
+            }
+            Outcome::Broken => {
+                let error = Error::internal("the model's logits are not finite: its weights or the adapter are broken");
+                return self.end(id, Event::Failed(error), "error");
             }
             Outcome::PromptRead => return self.done(id, String::new(), FinishReason::Length),
         };
