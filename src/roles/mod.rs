@@ -1,21 +1,33 @@
 //! Who answers: a model name becomes an engine, a tokenizer and a pinned adapter generation.
 
 mod adapters;
+mod confine;
+mod judge;
+mod load;
 mod options;
 mod reward;
+mod rules;
+mod target;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+pub use crate::engine::{Gate, GateGuard};
 pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
+pub use confine::confined;
+pub use judge::fill;
 pub use options::{
-    AdapterOptions, DeviceOptions, JudgeOptions, KvCacheOptions, ModelOptions, RewardOptions, RoleOptions, RolesOptions,
+    AdapterOptions, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
+    RewardOptions, RoleOptions, RolesOptions, RuleOptions,
 };
 pub use reward::{Reward, Rubric, Score};
+pub use target::{Answer, Target};
 
-use crate::engine::{Engine, EventStream, Request, SamplingParams};
-use crate::error::Result;
-use crate::text::{Message, RenderOptions, Tokenizer};
-use crate::weights::GenerationDefaults;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::telemetry::metrics;
+use load::{Loaded, Loader};
 
 /// Which role a name belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,51 +51,6 @@ impl Role {
     }
 }
 
-/// A resolved model name: everything a request needs, pinned until dropped.
-#[derive(Clone)]
-pub struct Target {
-    /// The name as asked.
-    pub model: String,
-    /// Its role.
-    pub role: Role,
-    /// The engine that serves it (for a reward without one, see [`Target::reward`]).
-    pub engine: Option<Engine>,
-    /// The adapter pinned for this request; `None` for a base.
-    pub lease: Option<Lease>,
-    /// Set when the name is the reward role.
-    pub reward: Option<Arc<Reward>>,
-    /// The checkpoint's sampling defaults.
-    pub defaults: GenerationDefaults,
-}
-
-impl Target {
-    /// The engine; a 400 naming `model` for a reward role that generates nothing.
-    pub fn engine(&self) -> Result<&Engine> {
-        todo!()
-    }
-
-    /// The tokenizer.
-    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
-        Ok(self.engine()?.tokenizer())
-    }
-
-    /// Queues generation from token ids under the pinned adapter.
-    pub fn generate(&self, _prompt: Vec<u32>, _params: SamplingParams) -> Result<EventStream> {
-        todo!()
-    }
-
-    /// Renders the chat and queues generation.
-    pub fn chat(&self, messages: &[Message], render: &RenderOptions, params: SamplingParams) -> Result<EventStream> {
-        let prompt = self.tokenizer()?.encode_chat(messages, render)?;
-        self.generate(prompt, params)
-    }
-
-    /// A bare request under the pinned adapter, for other tasks.
-    pub fn request(&self, _prompt: Vec<u32>, _params: SamplingParams) -> Request {
-        todo!()
-    }
-}
-
 /// A row of `GET /v1/models`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelCard {
@@ -104,18 +71,86 @@ pub struct ModelCard {
 }
 
 /// The loaded models and adapters. Shared by server and jobs.
-pub struct Roles {}
+pub struct Roles {
+    teacher: Arc<Loaded>,
+    student: Arc<Loaded>,
+    /// The judge's or classifier's checkpoint; other rewards have none.
+    judge: Option<Arc<Loaded>>,
+    reward: Arc<Reward>,
+    adapters: Adapters,
+    loaded: Vec<Arc<Loaded>>,
+    max_sequences: usize,
+    created: i64,
+}
 
 impl Roles {
     /// Opens every checkpoint once, starts one engine per checkpoint, re-publishes the adapters that were live.
-    pub fn load(_options: RolesOptions) -> Result<Arc<Self>> {
-        todo!()
+    pub fn load(options: RolesOptions) -> Result<Arc<Self>> {
+        let mut loader = Loader::new(&options)?;
+        let teacher = loader.get("teacher", &options.teacher.model)?;
+        let student = loader.get("student", &options.student.model)?;
+        for (role, one) in [("teacher", &teacher), ("student", &student)] {
+            if one.engine.model().config().num_labels > 0 {
+                return Err(Error::invalid(
+                    format!("roles.{role}.model"),
+                    format!("`{}` is a classifier; it cannot generate", one.name),
+                ));
+            }
+        }
+        let judge = match &options.reward {
+            RewardOptions::Judge(judge) => Some(loader.get("reward", &judge.model)?),
+            RewardOptions::Classifier(classifier) => Some(loader.get("reward", &classifier.model)?),
+            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
+        };
+        let target = judge.as_ref().map(|judge| target("reward", Role::Reward, judge));
+        let reward = Arc::new(Reward::new(&options.reward, target)?);
+        let adapters = Adapters::open(student.engine.model().clone(), &options.adapters)?;
+        let roles = Roles {
+            teacher,
+            student,
+            judge,
+            reward,
+            adapters,
+            loaded: std::mem::take(&mut loader.loaded),
+            max_sequences: options.kv_cache.max_sequences,
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64),
+        };
+        roles.show();
+        Ok(Arc::new(roles))
     }
 
     /// `teacher`, `reward`, `student`, `student@<version>`, `student:base`, or an adapter alias (also `alias@<version>`). 404 if
     /// there is no such name; never the base in place of an adapter.
-    pub fn resolve(&self, _model: &str) -> Result<Target> {
-        todo!()
+    pub fn resolve(&self, model: &str) -> Result<Target> {
+        match model {
+            "teacher" => return Ok(target(model, Role::Teacher, &self.teacher)),
+            "student:base" => return Ok(target(model, Role::Student, &self.student)),
+            "reward" => {
+                let base = self.judge.as_ref().map(|judge| target(model, Role::Reward, judge));
+                return Ok(Target {
+                    model: model.to_owned(),
+                    role: Role::Reward,
+                    engine: base.as_ref().and_then(|base| base.engine.clone()),
+                    lease: None,
+                    reward: Some(self.reward.clone()),
+                    defaults: base.map(|base| base.defaults).unwrap_or_default(),
+                });
+            }
+            _ => {}
+        }
+        let lease = match model.rsplit_once('@') {
+            Some((alias, version)) => {
+                let version = version.parse().map_err(|_| Error::no_model(model))?;
+                Some(self.adapters.at(alias, version)?)
+            }
+            None => self.adapters.live(model),
+        };
+        match lease {
+            Some(lease) => Ok(Target { lease: Some(lease), ..target(model, Role::Student, &self.student) }),
+            // Nothing is published yet: the student is its base, and answers say version 0.
+            None if model == "student" => Ok(target(model, Role::Student, &self.student)),
+            None => Err(Error::no_model(model)),
+        }
     }
 
     /// The teacher.
@@ -125,7 +160,7 @@ impl Roles {
 
     /// The reward role.
     pub fn reward(&self) -> Result<Arc<Reward>> {
-        todo!()
+        Ok(self.reward.clone())
     }
 
     /// The student's engine with the adapter off.
@@ -135,16 +170,89 @@ impl Roles {
 
     /// Adapters of the student.
     pub fn adapters(&self) -> &Adapters {
-        todo!()
+        &self.adapters
+    }
+
+    /// Name under `[models]` of the student's checkpoint.
+    pub fn student_model(&self) -> &str {
+        &self.student.name
+    }
+
+    /// Requests worth having in flight: what an engine runs at once.
+    pub fn max_in_flight(&self) -> usize {
+        self.max_sequences.max(1)
+    }
+
+    /// Folder that job files are confined to: the one that holds the adapter root.
+    pub fn data_root(&self) -> PathBuf {
+        self.adapters.root().parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
     }
 
     /// Everything that can be asked for.
     pub fn list(&self) -> Vec<ModelCard> {
-        todo!()
+        let base = |id: &str, loaded: &Loaded| ModelCard {
+            id: id.to_owned(),
+            root: loaded.path.display().to_string(),
+            parent: None,
+            max_model_len: loaded.engine.max_model_len(),
+            adapter_version: None,
+            adapter_generation: None,
+            created: self.created,
+        };
+        let mut cards = vec![base("teacher", &self.teacher)];
+        cards.push(match &self.judge {
+            Some(judge) => base("reward", judge),
+            None => {
+                ModelCard { root: self.reward.kind().to_owned(), max_model_len: 0, ..base("reward", &self.student) }
+            }
+        });
+        let adapters = self.adapters.list();
+        if !adapters.iter().any(|card| card.alias == "student" && card.live) {
+            cards.push(ModelCard { adapter_version: Some(0), ..base("student", &self.student) });
+        }
+        cards.push(base("student:base", &self.student));
+        for card in adapters {
+            let named = |id: String| ModelCard {
+                root: card.source.display().to_string(),
+                parent: Some("student:base".into()),
+                adapter_version: Some(card.version),
+                adapter_generation: Some(card.generation.clone()),
+                ..base(&id, &self.student)
+            };
+            if card.live {
+                cards.push(named(card.alias.clone()));
+            }
+            cards.push(named(format!("{}@{}", card.alias, card.version)));
+        }
+        cards
     }
 
     /// All engines, one per checkpoint, with the checkpoint's name.
     pub fn engines(&self) -> Vec<(String, Engine)> {
-        todo!()
+        self.loaded.iter().map(|one| (one.name.clone(), one.engine.clone())).collect()
+    }
+
+    fn show(&self) {
+        let seats =
+            [("teacher", Some(&self.teacher)), ("student", Some(&self.student)), ("reward", self.judge.as_ref())];
+        for (role, seat) in seats {
+            let (name, dtype, stored) = match seat {
+                Some(one) => (one.name.clone(), format!("{:?}", one.dtype).to_lowercase(), one.stored.clone()),
+                None => (self.reward.kind().to_owned(), "none".to_owned(), "none".to_owned()),
+            };
+            metrics().model_info.with_label_values(&[role, &name, &dtype, &stored]).set(1);
+            metrics().model_loaded.with_label_values(&[role]).set(1);
+        }
+    }
+}
+
+fn target(model: &str, role: Role, loaded: &Loaded) -> Target {
+    Target {
+        model: model.to_owned(),
+        role,
+        engine: Some(loaded.engine.clone()),
+        lease: None,
+        reward: None,
+        defaults: loaded.defaults.clone(),
     }
 }

@@ -1,0 +1,224 @@
+//! Reads a score out of a chat model: the expected value over the allowed numbers, or the number it writes.
+
+use std::collections::BTreeMap;
+
+use regex::Regex;
+
+use super::{JudgeMode, Rubric, Score, Target};
+use crate::engine::{SamplingParams, Task};
+use crate::error::{Error, Result};
+use crate::text::{Message, RenderOptions};
+
+/// Below this mass on the allowed values the judge did not answer the question.
+const LEAST_MASS: f64 = 1e-4;
+/// Most values a range may have.
+const MOST_VALUES: i64 = 1001;
+
+/// Puts values into `{name}` places, in one pass: text that is filled in is not searched again.
+pub fn fill(template: &str, values: &[(&str, &str)]) -> String {
+    let mut out = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(at) = rest.find('{') {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let hit =
+            values.iter().find(|(name, _)| rest[1..].strip_prefix(name).is_some_and(|after| after.starts_with('}')));
+        match hit {
+            Some((name, value)) => {
+                out.push_str(value);
+                rest = &rest[name.len() + 2..];
+            }
+            None => {
+                out.push('{');
+                rest = &rest[1..];
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+impl Rubric {
+    /// Range and placeholder checks; `prefix` is put before field names (`behavior.judge.max`).
+    pub fn validate(&self, prefix: &str) -> Result<()> {
+        for place in ["{prompt}", "{response}"] {
+            if !self.prompt.contains(place) {
+                return Err(Error::invalid(format!("{prefix}.prompt"), format!("must contain {place}")));
+            }
+        }
+        if self.max <= self.min {
+            return Err(Error::invalid(format!("{prefix}.max"), format!("must be above min ({})", self.min)));
+        }
+        if self.max.checked_sub(self.min).is_none_or(|range| range >= MOST_VALUES) {
+            return Err(Error::invalid(
+                format!("{prefix}.max"),
+                format!("at most {MOST_VALUES} values from min to max"),
+            ));
+        }
+        if self.max_tokens == Some(0) {
+            return Err(Error::invalid(format!("{prefix}.max_tokens"), "must be at least 1"));
+        }
+        if self.label.as_ref().is_some_and(|label| label.trim().is_empty()) {
+            return Err(Error::invalid(format!("{prefix}.label"), "must not be empty"));
+        }
+        Ok(())
+    }
+}
+
+/// Asks the judge about the last assistant turn.
+pub(super) async fn judge(target: &Target, rubric: &Rubric, prompt: &str, response: &str) -> Result<Score> {
+    let question = vec![Message::new("user", fill(&rubric.prompt, &[("prompt", prompt), ("response", response)]))];
+    match rubric.mode {
+        JudgeMode::Expected => expected(target, rubric, &question).await,
+        JudgeMode::Generate => generate(target, rubric, &question).await,
+    }
+}
+
+/// Σ v·p(v) / Σ p(v) over the allowed values. A value of several tokens has the product of their probabilities; where one
+/// value is the beginning of another ("1" of "10"), the shorter one has what does not go on to a longer one.
+async fn expected(target: &Target, rubric: &Rubric, question: &[Message]) -> Result<Score> {
+    let prompt = target.tokenizer()?.encode_chat(question, &RenderOptions::default())?;
+    let values = value_tokens(target, rubric)?;
+    let mut spent = Score { value: 0.0, prompt_tokens: 0, completion_tokens: 0 };
+    let (mut mass, mut sum) = (0.0, 0.0);
+    // (tokens so far, their probability); the empty start is the question itself.
+    let mut open: Vec<(Vec<u32>, f64)> = vec![(Vec::new(), 1.0)];
+    while let Some((start, probability)) = open.pop() {
+        let mut children: Vec<u32> = values
+            .keys()
+            .filter(|ids| ids.len() > start.len() && ids.starts_with(&start))
+            .map(|ids| ids[start.len()])
+            .collect();
+        children.sort_unstable();
+        children.dedup();
+        let mut on = 0.0;
+        if !children.is_empty() {
+            let params = SamplingParams { max_tokens: Some(1), temperature: 0.0, ..SamplingParams::default() };
+            let mut request = target.request([prompt.as_slice(), &start].concat(), params);
+            request.task = Task::NextToken(children.clone());
+            let answer = target.ask(request).await?;
+            spent.prompt_tokens += answer.usage.prompt_tokens;
+            for (id, logprob) in children.iter().zip(&answer.next_token) {
+                let p = f64::from(*logprob).exp();
+                on += p;
+                let mut longer = start.clone();
+                longer.push(*id);
+                open.push((longer, probability * p));
+            }
+        }
+        if let Some(value) = values.get(&start) {
+            let here = probability * (1.0 - on).max(0.0);
+            mass += here;
+            sum += here * *value as f64;
+        }
+    }
+    if !(mass >= LEAST_MASS) {
+        return Err(unreadable(format!(
+            "the judge gives the numbers {}..={} only {mass:.1e} of its probability",
+            rubric.min, rubric.max
+        )));
+    }
+    Ok(Score { value: sum / mass, ..spent })
+}
+
+/// Tokens of every allowed value where the assistant's turn begins.
+fn value_tokens(target: &Target, rubric: &Rubric) -> Result<BTreeMap<Vec<u32>, i64>> {
+    let tokenizer = target.tokenizer()?;
+    let user = Message::new("user", "?");
+    let before = tokenizer.encode_chat(std::slice::from_ref(&user), &RenderOptions::default())?;
+    let open = RenderOptions { add_generation_prompt: false, continue_final_message: true, ..RenderOptions::default() };
+    (rubric.min..=rubric.max)
+        .map(|value| {
+            let text = value.to_string();
+            let turn = [user.clone(), Message::new("assistant", text.clone())];
+            let in_place = tokenizer.encode_chat(&turn, &open).ok();
+            let ids = match in_place.as_ref().and_then(|ids| ids.strip_prefix(before.as_slice())) {
+                Some(ids) if !ids.is_empty() => ids.to_vec(),
+                _ => tokenizer.encode(&text, false)?,
+            };
+            if ids.is_empty() {
+                return Err(Error::unprocessable(
+                    "judge.min",
+                    format!("the judge's tokenizer has no token for {value}"),
+                ));
+            }
+            Ok((ids, value))
+        })
+        .collect()
+}
+
+async fn generate(target: &Target, rubric: &Rubric, question: &[Message]) -> Result<Score> {
+    let params = SamplingParams {
+        temperature: 0.0,
+        max_tokens: Some(rubric.max_tokens.unwrap_or(256)),
+        ..SamplingParams::default()
+    };
+    let answer = target.answer(question, params).await?;
+    let value = read_score(&answer.text, rubric)?;
+    Ok(Score { value, prompt_tokens: answer.usage.prompt_tokens, completion_tokens: answer.usage.completion_tokens })
+}
+
+/// The last `Label: <number>` of a text, with its sign; an error when there is none or it is out of range.
+fn read_score(text: &str, rubric: &Rubric) -> Result<f64> {
+    let label = rubric.label.as_deref().unwrap_or("Score");
+    let pattern = format!(r"(?i){}[*_`]*\s*[:=][*_`]*\s*([+-]?\d+(?:\.\d+)?)", regex::escape(label));
+    let pattern = Regex::new(&pattern).map_err(|error| Error::invalid("judge.label", error.to_string()))?;
+    let last = pattern.captures_iter(text).last();
+    let number = last.and_then(|found| found[1].parse::<f64>().ok());
+    match number {
+        Some(value) if value >= rubric.min as f64 && value <= rubric.max as f64 => Ok(value),
+        Some(value) => {
+            Err(unreadable(format!("the judge wrote {value}, which is not in {}..={}", rubric.min, rubric.max)))
+        }
+        None => Err(unreadable(format!("the judge wrote no `{label}: <number>`"))),
+    }
+}
+
+pub(super) fn unreadable(message: String) -> Error {
+    crate::telemetry::metrics().reward_parse_failures_total.inc();
+    Error::unprocessable("reward", message)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn rubric() -> Rubric {
+        Rubric {
+            prompt: "{prompt} / {response}".into(),
+            min: -5,
+            max: 10,
+            mode: JudgeMode::Generate,
+            label: None,
+            max_tokens: None,
+        }
+    }
+
+    #[test]
+    fn filled_text_is_not_searched_again() {
+        let text = fill("a {prompt} b {response} {other} {", &[("prompt", "{response}"), ("response", "R")]);
+        assert_eq!(text, "a {response} b R {other} {");
+    }
+
+    #[test]
+    fn the_last_number_after_the_label_counts() {
+        let read = |text: &str| read_score(text, &rubric());
+        assert_eq!(read("Score: 3 at first. On reflection, score: -2.5").unwrap(), -2.5);
+        assert_eq!(read("**Score:** 7").unwrap(), 7.0);
+        for bad in ["", "7", "Score: high", "Score: 11", "Score: -6"] {
+            let error = read(bad).unwrap_err();
+            assert_eq!((error.status(), error.param.as_deref()), (422, Some("reward")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bad_rubric_names_its_field() {
+        let param = |rubric: Rubric| rubric.validate("judge").unwrap_err().param.unwrap();
+        assert_eq!(param(Rubric { max: -5, ..rubric() }), "judge.max");
+        assert_eq!(param(Rubric { min: i64::MIN, max: i64::MAX, ..rubric() }), "judge.max");
+        assert_eq!(param(Rubric { prompt: "{prompt}".into(), ..rubric() }), "judge.prompt");
+        assert_eq!(param(Rubric { label: Some(" ".into()), ..rubric() }), "judge.label");
+        rubric().validate("judge").unwrap();
+    }
+}

@@ -1,0 +1,228 @@
+//! Opens checkpoints once, picks the device and the dtype, starts one engine per checkpoint.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::{DeviceOptions, ModelOptions, RolesOptions};
+use crate::engine::{Engine, EngineOptions, Gate};
+use crate::error::{Error, Result};
+use crate::model::{Decoder, LoadOptions};
+use crate::telemetry::metrics;
+use crate::text::{Tokenizer, TokenizerOptions};
+use crate::weights::{Checkpoint, GenerationDefaults};
+
+/// One checkpoint in memory with its engine; every role that names it shares this.
+pub(super) struct Loaded {
+    /// Name under `[models]` it was first loaded by.
+    pub(super) name: String,
+    /// Canonical path.
+    pub(super) path: PathBuf,
+    /// Dtype of the linear weights.
+    pub(super) dtype: DType,
+    /// What the file stores.
+    pub(super) stored: String,
+    pub(super) max_model_len: Option<usize>,
+    pub(super) engine: Engine,
+    pub(super) defaults: GenerationDefaults,
+    bytes: i64,
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        metrics().gpu_memory_bytes.with_label_values(&["weights"]).sub(self.bytes);
+    }
+}
+
+/// Loads checkpoints, each once.
+pub(super) struct Loader<'a> {
+    options: &'a RolesOptions,
+    device: Device,
+    gate: Arc<Gate>,
+    pub(super) loaded: Vec<Arc<Loaded>>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(options: &'a RolesOptions) -> Result<Self> {
+        if !(options.training_share > 0.0 && options.training_share <= 1.0) {
+            return Err(Error::invalid(
+                "training.device_share",
+                format!("must be in (0, 1], not {}", options.training_share),
+            ));
+        }
+        let device = device(&options.device)?;
+        let gate = Arc::new(Gate::new(options.training_share));
+        Ok(Loader { options, device, gate, loaded: Vec::new() })
+    }
+
+    /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and dtype).
+    pub(super) fn get(&mut self, role: &str, name: &str) -> Result<Arc<Loaded>> {
+        let model = self.options.models.get(name).ok_or_else(|| {
+            let known = self.options.models.keys().cloned().collect::<Vec<_>>().join(", ");
+            Error::invalid(format!("roles.{role}.model"), format!("there is no [models.{name}]; there is: {known}"))
+        })?;
+        let field = |key: &str| format!("models.{name}.{key}");
+        if !model.path.exists() {
+            let advice = match model.path.file_name() {
+                Some(folder) if model.path.extension().is_none() => {
+                    format!("; run `models/fetch.sh {}` or set the path", folder.to_string_lossy())
+                }
+                _ => "; set the path".to_owned(),
+            };
+            return Err(Error::invalid(
+                field("path"),
+                format!("there is no model at {}{advice}", model.path.display()),
+            ));
+        }
+        let dtype = dtype(&model.dtype, &self.device, &field("dtype"))?;
+        let canonical = model.path.canonicalize().map_err(|error| Error::invalid(field("path"), format!("{error}")))?;
+        let checkpoint = Checkpoint::open(&canonical)?;
+        let same = |one: &&Arc<Loaded>| one.path == *checkpoint.path() && one.dtype == dtype;
+        if let Some(found) = self.loaded.iter().find(same) {
+            if model.max_model_len != found.max_model_len {
+                return Err(Error::invalid(
+                    field("max_model_len"),
+                    format!("`{}` is the same checkpoint with another max_model_len; make them equal", found.name),
+                ));
+            }
+            return Ok(found.clone());
+        }
+        let loaded = Arc::new(self.start(name, model, &checkpoint, dtype)?);
+        self.loaded.push(loaded.clone());
+        Ok(loaded)
+    }
+
+    fn start(&self, name: &str, model: &ModelOptions, checkpoint: &Checkpoint, dtype: DType) -> Result<Loaded> {
+        let decoder = Arc::new(Decoder::load(checkpoint, &LoadOptions { device: self.device.clone(), dtype })?);
+        let files = checkpoint.tokenizer()?;
+        let tokenizer = Arc::new(Tokenizer::new(TokenizerOptions {
+            tokenizer_json: files.tokenizer_json,
+            chat_template: files.chat_template,
+            bos_token: files.bos_token,
+            eos_token: files.eos_token,
+            pad_token: files.pad_token,
+            add_bos_token: files.add_bos_token,
+            eos_token_ids: files.eos_token_ids,
+        })?);
+        let cache = &self.options.kv_cache;
+        let options = EngineOptions {
+            name: name.to_owned(),
+            block_size: cache.block_size,
+            kv_memory_bytes: bytes(&cache.memory, "kv_cache.memory")?,
+            max_batch_tokens: cache.max_batch_tokens,
+            max_sequences: cache.max_sequences,
+            max_waiting: cache.max_waiting,
+            max_model_len: model.max_model_len,
+            prefix_caching: cache.prefix_caching,
+        };
+        let held = decoder.bytes() as i64;
+        let engine = Engine::start(decoder, tokenizer, self.gate.clone(), options)?;
+        metrics().gpu_memory_bytes.with_label_values(&["weights"]).add(held);
+        Ok(Loaded {
+            name: name.to_owned(),
+            path: checkpoint.path().clone(),
+            dtype,
+            stored: checkpoint.stored_dtype(),
+            max_model_len: model.max_model_len,
+            engine,
+            defaults: checkpoint.generation_defaults(),
+            bytes: held,
+        })
+    }
+}
+
+fn device(options: &DeviceOptions) -> Result<Device> {
+    if let Some(threads) = options.threads {
+        if threads == 0 {
+            return Err(Error::invalid("device.threads", "must be at least 1"));
+        }
+        // Err: the pool is running already (a second load in one process); it keeps its size.
+        if rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_err() {
+            tracing::debug!(threads, "the thread pool is running already and keeps its size");
+        }
+    }
+    let cuda = |ordinal: usize| {
+        if !candle_core::utils::cuda_is_available() {
+            return Err(Error::invalid(
+                "device.kind",
+                "this build has no CUDA; build with `--features cuda`, or set `auto` or `cpu`",
+            ));
+        }
+        Device::new_cuda(ordinal).map_err(|error| Error::invalid("device.kind", format!("cuda:{ordinal}: {error}")))
+    };
+    match options.kind.as_str() {
+        "cpu" => Ok(Device::Cpu),
+        "auto" if candle_core::utils::cuda_is_available() => Ok(Device::new_cuda(0).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no CUDA device answers; running on the CPU");
+            Device::Cpu
+        })),
+        "auto" => Ok(Device::Cpu),
+        "cuda" => cuda(0),
+        other => match other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
+            Some(ordinal) => cuda(ordinal),
+            None => Err(Error::invalid("device.kind", format!("`{other}` is not `auto`, `cpu`, `cuda` or `cuda:N`"))),
+        },
+    }
+}
+
+fn dtype(name: &str, device: &Device, field: &str) -> Result<DType> {
+    match name {
+        "auto" if device.is_cpu() => Ok(DType::F32),
+        "auto" | "bf16" => Ok(DType::BF16),
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        other => Err(Error::invalid(field, format!("`{other}` is not `auto`, `f32`, `bf16` or `f16`"))),
+    }
+}
+
+/// A size such as `2GiB`, `512 MiB`, `1.5GB` or a bare number of bytes.
+pub(super) fn bytes(text: &str, field: &str) -> Result<usize> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit.trim() {
+        "" | "B" => 1.0,
+        "KiB" => 1024.0,
+        "MiB" => 1024f64.powi(2),
+        "GiB" => 1024f64.powi(3),
+        "TiB" => 1024f64.powi(4),
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        _ => f64::NAN,
+    };
+    let value = number.parse::<f64>().unwrap_or(f64::NAN) * factor;
+    if value.is_finite() && value >= 1.0 {
+        Ok(value as usize)
+    } else {
+        Err(Error::invalid(field, format!("`{text}` is not a size; write it like \"2GiB\" or \"512MiB\"")))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(bytes("2GiB", "f").unwrap(), 2 << 30);
+        assert_eq!(bytes(" 1.5 KiB ", "f").unwrap(), 1536);
+        assert_eq!(bytes("3MB", "f").unwrap(), 3_000_000);
+        assert_eq!(bytes("77", "f").unwrap(), 77);
+        for bad in ["", "GiB", "-1GiB", "2 gigs", "1.2.3MB", "0"] {
+            let error = bytes(bad, "kv_cache.memory").unwrap_err();
+            assert_eq!(error.param.as_deref(), Some("kv_cache.memory"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices_and_dtypes_are_named_when_wrong() {
+        let error = device(&DeviceOptions { kind: "gpu".into(), threads: None }).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("device.kind"));
+        assert_eq!(dtype("auto", &Device::Cpu, "d").unwrap(), DType::F32);
+        assert_eq!(dtype("int8", &Device::Cpu, "models.a.dtype").unwrap_err().param.as_deref(), Some("models.a.dtype"));
+    }
+}
