@@ -1,54 +1,115 @@
 //! The method on one page: synthesize → score → pairs → train → evaluate → publish.
 
 mod behavior;
+mod pairs;
+mod parse;
+mod report;
 mod request;
+mod run;
+mod synthesize;
 
 use std::sync::Arc;
 
-pub use behavior::{Behavior, behaviors};
+pub use behavior::{Behavior, behaviors, behaviors_with};
+pub use pairs::Pair;
+pub use parse::{behavior as parse_behavior, prompts as parse_prompts};
+pub use report::{Comparison, Report};
 pub use request::{
     BehaviorRef, JobRequest, PairInput, PromptInput, PublishOptions, PublishRequire, PublishWhen, ScoringOptions,
     SynthesisOptions,
 };
+pub use synthesize::{Sample, synthesize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::jobs::Context;
-use crate::roles::Roles;
+use crate::roles::{Roles, confined};
+use run::Run;
 
 /// Runs or resumes one job to its end. Called on the worker thread; `runtime` drives the requests to the roles.
-pub fn run(_context: &Context, _roles: &Arc<Roles>, _runtime: &tokio::runtime::Handle) -> Result<()> {
-    todo!()
+///
+/// Every stage leaves rows, so a job that stops anywhere goes on where it stopped and ends with the same adapter.
+pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Handle) -> Result<()> {
+    let job = Run::open(context, roles, runtime)?;
+    // 1–3. The teacher answers, criticizes its answer and revises it.
+    job.timed("synthesizing", || job.synthesize())?;
+    // 4. The reward role, which is not the teacher's judgement of itself, scores both answers.
+    job.timed("scoring", || job.score())?;
+    // Pairs (x, y_w = revised, y_l = first answer) with both scores.
+    let kept = job.pairs()?;
+    // 5. The student learns from the pairs with the generalized DPO loss.
+    let outcome = job.timed("training", || job.train(&kept.tokens))?;
+    // Base against new adapter on prompts that were held out.
+    let report = job.timed("evaluating", || job.evaluate(&outcome))?;
+    // The new adapter goes live; requests in flight end on the one they began with.
+    job.timed("publishing", || job.publish(&outcome, &report, &kept.tokens))
 }
 
-/// One self-critique conversation, as `POST /v1/rdpo/synthesize` returns it.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
-pub struct Sample {
-    /// Index of the prompt in the request.
-    pub prompt_index: usize,
-    /// The last user turn of the prompt.
-    pub prompt: String,
-    /// y_o.
-    pub response: String,
-    /// What the teacher found wrong with it (last round).
-    pub critique: String,
-    /// y_r.
-    pub revised: String,
-    /// Tokens generated for it.
-    pub completion_tokens: usize,
-    /// Prompt tokens read for it.
-    pub prompt_tokens: usize,
-    /// Of those, from the prefix cache.
-    pub cached_tokens: usize,
+/// The behaviours a server knows: the built-in ones and the files of `behaviors/` under its data root.
+pub fn known_behaviors(roles: &Roles) -> Result<Vec<Behavior>> {
+    behaviors_with(&roles.data_root().join("behaviors"))
 }
 
-/// Runs the three turns for every prompt, several in flight; `on_sample` hears each as it is done.
-pub async fn synthesize(
-    _roles: &Arc<Roles>,
-    _behavior: &Behavior,
-    _prompts: &[(usize, PromptInput)],
-    _options: &SynthesisOptions,
-    _seed: u64,
-    _on_sample: &mut (dyn FnMut(Sample) -> Result<()> + Send),
-) -> Result<()> {
-    todo!()
+/// The recipe a request names or brings; a 400 naming `behavior` that lists what there is.
+pub fn find_behavior(roles: &Roles, asked: &BehaviorRef) -> Result<Behavior> {
+    match asked {
+        BehaviorRef::Inline(behavior) => {
+            behavior.validate("behavior")?;
+            Ok((**behavior).clone())
+        }
+        BehaviorRef::Name(name) => {
+            let known = known_behaviors(roles)?;
+            let names: Vec<&str> = known.iter().map(|one| one.name.as_str()).collect();
+            let message = format!("there is no behavior `{name}`; there is: {}", names.join(", "));
+            known.iter().find(|one| one.name == *name).cloned().ok_or_else(|| Error::invalid("behavior", message))
+        }
+    }
+}
+
+impl JobRequest {
+    /// What only the loaded roles can tell, to be checked before a job is stored: the behaviour, the responder, the adapter to
+    /// go on from, the prompts file.
+    pub fn check(&self, roles: &Roles) -> Result<()> {
+        self.recipe(roles)?;
+        let responder =
+            roles.resolve(&self.synthesis.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
+        responder.engine().map_err(|error| error.at("synthesis.respond_with"))?;
+        if let Some(init) = &self.lora.init_from {
+            roles.adapters().file(init).map_err(|error| error.at("lora.init_from"))?;
+        }
+        self.all_prompts(roles).map(drop)
+    }
+
+    fn recipe(&self, roles: &Roles) -> Result<Behavior> {
+        find_behavior(roles, &self.behavior)
+    }
+
+    /// The prompts: given, of the pairs, or read from the file.
+    fn all_prompts(&self, roles: &Roles) -> Result<Vec<PromptInput>> {
+        let Some(file) = &self.prompts_file else {
+            let of_pairs = self.pairs.iter().map(|pair| pair.prompt.clone());
+            return Ok(self.prompts.iter().cloned().chain(of_pairs).collect());
+        };
+        let path = confined(&roles.data_root(), file, "prompts_file")?;
+        let text = std::fs::read_to_string(&path)
+            .map_err(|error| Error::invalid("prompts_file", format!("`{file}` cannot be read: {error}")))?;
+        let json = path.extension().is_some_and(|extension| extension == "jsonl");
+        let mut found = Vec::new();
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let value = match json {
+                false => serde_json::Value::String(line.to_owned()),
+                true => serde_json::from_str::<serde_json::Value>(line).map_err(|error| {
+                    Error::invalid("prompts_file", format!("`{file}` line {}: {error}", number + 1))
+                })?,
+            };
+            let value = value.get("prompt").cloned().unwrap_or(value);
+            let one = parse_prompts("prompts_file", &serde_json::Value::Array(vec![value])).map_err(|error| {
+                Error::invalid("prompts_file", format!("`{file}` line {}: {}", number + 1, error.message))
+            })?;
+            found.extend(one);
+        }
+        if found.is_empty() {
+            return Err(Error::invalid("prompts_file", format!("`{file}` has no prompt")));
+        }
+        Ok(found)
+    }
 }

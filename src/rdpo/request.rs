@@ -5,7 +5,6 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::Behavior;
-use crate::error::Result;
 use crate::text::Message;
 use crate::train::{LoraOptions, LossOptions, TrainingOptions};
 
@@ -147,13 +146,6 @@ pub struct JobRequest {
     /// The user's own notes, echoed.
     #[schema(value_type = Object)]
     pub metadata: Value,
-}
-
-impl JobRequest {
-    /// Reads and checks a body: unknown fields, types, ranges, empty prompts; every error names its field.
-    pub fn parse(_body: &Value) -> Result<Self> {
-        todo!()
-    }
 }
 
 impl Default for SynthesisOptions {

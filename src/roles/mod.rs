@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use crate::engine::{Gate, GateGuard};
+pub use crate::weights::AdapterFile;
 pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
 pub use confine::confined;
 pub use judge::fill;

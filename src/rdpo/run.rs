@@ -1,0 +1,450 @@
+//! The stages of a job, each of which goes on from the rows it left.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::StreamExt;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+
+use super::pairs::{Candidate, Kept, count, keep};
+use super::report::{Comparison, Report, compare};
+use super::synthesize::{Sample, Work, mixed, synthesize_work};
+use super::{Behavior, JobRequest, PromptInput, PublishWhen};
+use crate::error::{Code, Error, Result};
+use crate::jobs::{Context, Status};
+use crate::roles::{Gate, GateGuard, Lease, PublishMode, Reward, Roles, Target};
+use crate::telemetry::metrics;
+use crate::text::Message;
+use crate::train::{Hooks, Outcome, StepMetrics, TokenPair, TrainJob, Trainer, train};
+
+/// Pairs of the probe batch.
+const PROBE: usize = 4;
+
+/// One job being run.
+pub(super) struct Run<'a> {
+    pub(super) context: &'a Context,
+    pub(super) roles: &'a Arc<Roles>,
+    pub(super) runtime: &'a Handle,
+    pub(super) request: JobRequest,
+    pub(super) behavior: Behavior,
+    prompts: Vec<PromptInput>,
+    /// Indices of prompts kept for the report.
+    held_out: BTreeSet<usize>,
+}
+
+impl<'a> Run<'a> {
+    /// Reads the request; the prompts are stored at the first run, so that a file that changes later changes nothing.
+    pub(super) fn open(context: &'a Context, roles: &'a Arc<Roles>, runtime: &'a Handle) -> Result<Self> {
+        let request = JobRequest::parse(&context.job.request)?;
+        let behavior = request.recipe(roles)?;
+        let prompts = match context.store.rows(&context.job.id, "prompts")?.pop() {
+            Some((_, stored)) => serde_json::from_value(stored)?,
+            None => {
+                let prompts = request.all_prompts(roles)?;
+                context.store.put_row(&context.job.id, "prompts", 0, &serde_json::to_value(&prompts)?)?;
+                prompts
+            }
+        };
+        let held_out = match request.eval_prompts.is_empty() {
+            true => held_out(&prompts, request.training.eval_fraction, request.seed),
+            false => BTreeSet::new(),
+        };
+        Ok(Run { context, roles, runtime, request, behavior, prompts, held_out })
+    }
+
+    /// Stages 1 to 3: the teacher answers, criticizes, revises.
+    pub(super) fn synthesize(&self) -> Result<()> {
+        if !self.request.pairs.is_empty() {
+            return Ok(());
+        }
+        self.context.stage(Status::Synthesizing)?;
+        let samples = self.request.synthesis.samples_per_prompt;
+        let done: BTreeSet<usize> = self.rows("sample")?.into_iter().map(|(index, _)| index).collect();
+        let training = (0..self.prompts.len()).filter(|index| !self.held_out.contains(index));
+        let all: Vec<(usize, usize)> = training.flat_map(|index| (0..samples).map(move |one| (index, one))).collect();
+        let work: Vec<Work> = all
+            .iter()
+            .filter(|(index, one)| !done.contains(&(index * samples + one)))
+            .map(|(index, one)| Work { prompt_index: *index, sample: *one, prompt: self.prompts[*index].clone() })
+            .collect();
+        let (mut finished, total) = (all.len() - work.len(), all.len());
+        self.context.progress(Status::Synthesizing, finished, total)?;
+        let mut on_sample = |sample: Sample| {
+            if let Some(reason) = &sample.too_long {
+                let message = format!("prompt {} is dropped: {reason}", sample.prompt_index);
+                self.context.event("warn", "message", &message, &json!({"prompt_index": sample.prompt_index}))?;
+            }
+            let row = sample.prompt_index * samples + sample.sample;
+            self.put_row("sample", row, &serde_json::to_value(&sample)?)?;
+            finished += 1;
+            self.context.progress(Status::Synthesizing, finished, total)
+        };
+        let check = || self.context.check();
+        let options = &self.request.synthesis;
+        self.runtime.block_on(synthesize_work(
+            self.roles,
+            &self.behavior,
+            work,
+            options,
+            self.request.seed,
+            &check,
+            &mut on_sample,
+        ))
+    }
+
+    /// Stage 4: the reward role scores both answers. A score that cannot be read is a row that says so.
+    pub(super) fn score(&self) -> Result<()> {
+        let unscored: Vec<(usize, Vec<Message>, String, String)> = self
+            .candidates_without_scores()?
+            .into_iter()
+            .filter(|(_, one)| !one.too_long && one.scores.is_none())
+            .map(|(index, one)| {
+                let plain = self.plain_prompt(one.prompt_index);
+                (index, plain, one.chosen, one.rejected)
+            })
+            .collect();
+        if unscored.is_empty() {
+            return Ok(());
+        }
+        self.context.stage(Status::Scoring)?;
+        let done: BTreeSet<usize> = self.rows("score")?.into_iter().map(|(index, _)| index).collect();
+        let total = unscored.len();
+        let left: Vec<_> = unscored.into_iter().filter(|(index, ..)| !done.contains(index)).collect();
+        let mut finished = total - left.len();
+        self.context.progress(Status::Scoring, finished, total)?;
+        let reward = self.roles.reward()?;
+        let rubric = &self.behavior.judge;
+        let scores = left.into_iter().map(|(index, plain, chosen, rejected)| {
+            let reward = &reward;
+            async move {
+                let one = async |answer: String| -> Result<Option<f64>> {
+                    if answer.trim().is_empty() {
+                        return Ok(None);
+                    }
+                    let mut turns = plain.clone();
+                    turns.push(Message::new("assistant", answer));
+                    match reward.score(&turns, Some(rubric)).await {
+                        Ok(score) => Ok(Some(score.value)),
+                        Err(error) if matches!(error.code, Code::Unprocessable | Code::ContextLengthExceeded) => {
+                            tracing::warn!(row = index, %error, "no score");
+                            Ok(None)
+                        }
+                        Err(error) => Err(error),
+                    }
+                };
+                Ok::<_, Error>((index, one(chosen).await?, one(rejected).await?))
+            }
+        });
+        self.runtime.block_on(async {
+            let mut running = futures_util::stream::iter(scores).buffer_unordered(self.roles.max_in_flight());
+            loop {
+                self.context.check()?;
+                match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
+                    Ok(Some(scored)) => {
+                        let (index, chosen, rejected) = scored?;
+                        self.put_row("score", index, &json!({"chosen": chosen, "rejected": rejected}))?;
+                        finished += 1;
+                        self.context.progress(Status::Scoring, finished, total)?;
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(_tick) => {}
+                }
+            }
+        })
+    }
+
+    /// Filters the scored answers; always the same pairs in the same order for the same rows.
+    pub(super) fn pairs(&self) -> Result<Kept> {
+        let scores: BTreeMap<usize, Value> = self.rows("score")?.into_iter().collect();
+        let mut candidates = Vec::new();
+        for (index, mut one) in self.candidates_without_scores()? {
+            if let Some(row) = scores.get(&index) {
+                one.scores = row["chosen"].as_f64().zip(row["rejected"].as_f64());
+            }
+            candidates.push(one);
+        }
+        let base = self.roles.student_base()?;
+        let longest = self.request.training.max_length.min(base.engine()?.max_model_len());
+        let first = self.rows("pair")?.is_empty();
+        let kept = keep(candidates, &self.request.scoring, base.tokenizer()?, longest)?;
+        let won = kept.pairs.iter().filter(|pair| pair.score_chosen > pair.score_rejected).count();
+        let ratio = won as f64 / kept.pairs.len().max(1) as f64;
+        metrics().revised_win_ratio.set(ratio);
+        if first {
+            count(&kept);
+            for (index, pair) in kept.pairs.iter().enumerate() {
+                self.put_row("pair", index, &serde_json::to_value(pair)?)?;
+            }
+        }
+        let summary = json!({"kept": kept.pairs.len(), "dropped": kept.dropped, "revised_win_ratio": ratio});
+        self.set_result(&json!({ "pairs": summary }))?;
+        let message = format!("{} pairs kept, dropped: {}", kept.pairs.len(), json!(kept.dropped));
+        self.context.event("info", "message", &message, &summary)?;
+        if kept.pairs.is_empty() {
+            return Err(Error::unprocessable("pairs", format!("{message}; there is nothing to train on")));
+        }
+        Ok(kept)
+    }
+
+    /// Stage 5: trains between the layers of serving.
+    pub(super) fn train(&self, pairs: &[TokenPair]) -> Result<Outcome> {
+        self.context.stage(Status::Training)?;
+        let base = self.roles.student_base()?;
+        let engine = base.engine()?;
+        let gate = engine.gate();
+        let mut hooks = Pacing { run: self, gate: &gate, guard: None };
+        let outcome = train(&self.train_job(&base, pairs)?, &mut hooks)?;
+        drop(hooks);
+        let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
+        self.set_result(&json!({"training": {
+            "steps": outcome.steps, "last": last, "dropped_too_long": outcome.dropped_too_long,
+        }}))?;
+        Ok(outcome)
+    }
+
+    fn train_job<'t>(&self, base: &'t Target, pairs: &'t [TokenPair]) -> Result<TrainJob<'t>> {
+        let request = &self.request;
+        let init = request.lora.init_from.as_deref().map(|name| self.roles.adapters().file(name)).transpose()?;
+        Ok(TrainJob {
+            model: base.engine()?.model(),
+            lora: request.lora.config(Some(self.roles.student_model())),
+            init,
+            pairs,
+            loss: request.loss.clone(),
+            options: request.training.clone(),
+            seed: request.seed,
+            folder: self.roles.adapters().job_folder(&self.context.job.id),
+        })
+    }
+
+    /// The report on held-out prompts, before anything goes live.
+    pub(super) fn evaluate(&self, outcome: &Outcome) -> Result<Report> {
+        self.context.stage(Status::Evaluating)?;
+        let prompts: Vec<&PromptInput> = match self.request.eval_prompts.is_empty() {
+            true => self.held_out.iter().map(|index| &self.prompts[*index]).collect(),
+            false => self.request.eval_prompts.iter().collect(),
+        };
+        let mut done: BTreeMap<usize, Comparison> = BTreeMap::new();
+        for (index, row) in self.rows("eval")? {
+            done.insert(index, serde_json::from_value(row)?);
+        }
+        let base = self.roles.student_base()?;
+        let staged = self.roles.adapters().stage(&self.request.publish.alias, &outcome.adapter)?;
+        let aligned = Target { lease: Some(staged), ..base.clone() };
+        let reward: Arc<Reward> = self.roles.reward()?;
+        let (total, left) = (prompts.len(), (0..prompts.len()).filter(|index| !done.contains_key(index)));
+        let left: Vec<usize> = left.collect();
+        self.context.progress(Status::Evaluating, done.len(), total)?;
+        self.runtime.block_on(async {
+            let (base, aligned, reward) = (&base, &aligned, &reward);
+            let comparisons = left.into_iter().map(|index| {
+                let prompt = prompts[index];
+                async move {
+                    let (options, seed) = (&self.request.synthesis, self.request.seed);
+                    let one = compare(base, aligned, reward, &self.behavior, prompt, index, options, seed).await;
+                    (index, one)
+                }
+            });
+            let mut running = futures_util::stream::iter(comparisons).buffer_unordered(self.roles.max_in_flight());
+            loop {
+                self.context.check()?;
+                match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
+                    Ok(Some((index, Ok(one)))) => {
+                        self.put_row("eval", index, &serde_json::to_value(&one)?)?;
+                        done.insert(index, one);
+                        self.context.progress(Status::Evaluating, done.len(), total)?;
+                    }
+                    Ok(Some((index, Err(error)))) if error.code == Code::ContextLengthExceeded => {
+                        let message = format!("held-out prompt {index} is left out of the report: {}", error.message);
+                        self.context.event("warn", "message", &message, &json!({ "index": index }))?;
+                    }
+                    Ok(Some((_, Err(error)))) => return Err(error),
+                    Ok(None) => return Ok(()),
+                    Err(_tick) => {}
+                }
+            }
+        })?;
+        let report = Report::of(done.into_values().collect());
+        metrics().train_kl.set(report.kl_per_token);
+        self.set_result(&json!({ "report": report }))?;
+        Ok(report)
+    }
+
+    /// Makes the adapter live, if the request wants it and the report allows it.
+    pub(super) fn publish(&self, outcome: &Outcome, report: &Report, pairs: &[TokenPair]) -> Result<()> {
+        self.context.stage(Status::Publishing)?;
+        let publish = &self.request.publish;
+        let least = publish.require.win_rate;
+        let held_back = match report.win_rate {
+            _ if publish.when == PublishWhen::Never => Some("the request says `never`".to_owned()),
+            Some(rate) if rate < least => Some(format!("the win rate {rate:.3} is below the required {least}")),
+            None if least > 0.0 => {
+                Some(format!("no held-out prompt was scored, and a win rate of {least} is required"))
+            }
+            _ => None,
+        };
+        let lease = match &held_back {
+            Some(reason) => {
+                self.context.event("warn", "message", &format!("not published: {reason}"), &json!({}))?;
+                self.roles.adapters().stage(&publish.alias, &outcome.adapter)?
+            }
+            None => self.roles.adapters().publish(&publish.alias, &outcome.adapter, PublishMode::Upsert)?,
+        };
+        let gap = self.probe(pairs, &lease)?;
+        metrics().train_serve_logprob_gap.set(gap);
+        let version = held_back.is_none().then_some(lease.version);
+        let result = json!({"adapter": {
+            "alias": publish.alias, "version": version, "generation": lease.adapter.generation,
+            "published": held_back.is_none(), "reason": held_back, "train_serve_logprob_gap": gap,
+        }});
+        self.set_result(&result)?;
+        if let Some(version) = version {
+            let message = format!("adapter `{}` version {version} is live", publish.alias);
+            self.context.event("info", "message", &message, &result)?;
+        }
+        Ok(())
+    }
+
+    /// Largest gap between the trainer's and the server's log-probs of the first pairs' chosen answers, nats a token.
+    fn probe(&self, pairs: &[TokenPair], lease: &Lease) -> Result<f64> {
+        let base = self.roles.student_base()?;
+        let served = Target { lease: Some(lease.clone()), ..base.clone() };
+        let trainer = Trainer::open(&self.train_job(&base, pairs)?)?;
+        let longest = base.engine()?.max_model_len();
+        let mut gap: f64 = 0.0;
+        for pair in pairs.iter().filter(|pair| pair.prompt.len() + pair.chosen.len() < longest).take(PROBE) {
+            self.context.check()?;
+            let trained = trainer.sample_logprobs(&pair.prompt, &pair.chosen, true)?;
+            let answered = self.runtime.block_on(served.logprobs_of(&pair.prompt, &pair.chosen))?;
+            for (one, other) in trained.iter().zip(&answered) {
+                gap = gap.max(f64::from((one - other).abs()));
+            }
+        }
+        Ok(gap)
+    }
+
+    /// Pairs of the request, or what the teacher wrote, by row; only ready scores are filled in.
+    fn candidates_without_scores(&self) -> Result<Vec<(usize, Candidate)>> {
+        let context = self.behavior.context.as_deref().filter(|_| self.behavior.train_with_context);
+        if !self.request.pairs.is_empty() {
+            let given = self.request.pairs.iter().enumerate();
+            // The prompts of ready pairs are in their order in `self.prompts`.
+            return Ok(given
+                .filter(|(index, _)| !self.held_out.contains(index))
+                .map(|(index, pair)| {
+                    let one = Candidate {
+                        prompt_index: index,
+                        prompt: pair.prompt.messages(),
+                        chosen: pair.chosen.clone(),
+                        rejected: pair.rejected.clone(),
+                        scores: pair.score_chosen.zip(pair.score_rejected),
+                        too_long: false,
+                    };
+                    (index, one)
+                })
+                .collect());
+        }
+        self.rows("sample")?
+            .into_iter()
+            .map(|(index, row)| {
+                let sample: Sample = serde_json::from_value(row)?;
+                let prompt = self
+                    .prompts
+                    .get(sample.prompt_index)
+                    .ok_or_else(|| Error::internal("a stored conversation has no prompt. This is a bug."))?;
+                let one = Candidate {
+                    prompt_index: sample.prompt_index,
+                    prompt: prompt.under(context),
+                    chosen: sample.revised,
+                    rejected: sample.response,
+                    scores: None,
+                    too_long: sample.too_long.is_some(),
+                };
+                Ok((index, one))
+            })
+            .collect()
+    }
+
+    fn plain_prompt(&self, index: usize) -> Vec<Message> {
+        self.prompts.get(index).map(PromptInput::messages).unwrap_or_default()
+    }
+
+    fn rows(&self, kind: &str) -> Result<Vec<(usize, Value)>> {
+        self.context.store.rows(&self.context.job.id, kind)
+    }
+
+    fn put_row(&self, kind: &str, index: usize, value: &Value) -> Result<()> {
+        self.context.store.put_row(&self.context.job.id, kind, index, value)
+    }
+
+    fn set_result(&self, patch: &Value) -> Result<()> {
+        self.context.store.set_result(&self.context.job.id, patch)
+    }
+
+    /// Adds the seconds a stage took to those of earlier runs of the job.
+    pub(super) fn timed<T>(&self, stage: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let since = Instant::now();
+        let outcome = work();
+        let job = self.context.store.get(&self.context.job.id)?;
+        let mut seconds = job.result["seconds"].as_object().cloned().unwrap_or_default();
+        let before = seconds.get(stage).and_then(Value::as_f64).unwrap_or(0.0);
+        seconds.insert(stage.to_owned(), json!(before + since.elapsed().as_secs_f64()));
+        self.set_result(&json!({ "seconds": seconds }))?;
+        outcome
+    }
+}
+
+/// Prompts kept for the report: a share of the distinct ones, drawn by the seed; equal prompts stay on one side.
+fn held_out(prompts: &[PromptInput], fraction: f64, seed: u64) -> BTreeSet<usize> {
+    let mut groups: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let turns: Vec<String> =
+            prompt.messages().iter().map(|turn| format!("{}\u{0}{}", turn.role, turn.content)).collect();
+        groups.entry(turns.join("\u{1}")).or_default().push(index);
+    }
+    let mut groups: Vec<Vec<usize>> = groups.into_values().collect();
+    groups.shuffle(&mut ChaCha8Rng::seed_from_u64(mixed(seed, &[0x6865_6c64])));
+    let wanted = fraction * groups.len() as f64;
+    let least = usize::from(fraction > 0.0 && groups.len() > 1);
+    let number = (wanted.round() as usize).max(least).min(groups.len().saturating_sub(1));
+    groups.into_iter().take(number).flatten().collect()
+}
+
+/// Holds the device for one layer at a time and passes on what the trainer says.
+struct Pacing<'a, 'r> {
+    run: &'a Run<'r>,
+    gate: &'a Gate,
+    guard: Option<GateGuard<'a>>,
+}
+
+impl Hooks for Pacing<'_, '_> {
+    fn pace(&mut self) -> Result<()> {
+        self.guard = None;
+        self.run.context.check()?;
+        self.guard = Some(self.gate.train());
+        Ok(())
+    }
+
+    fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        self.guard = None;
+        let message = format!("step {}/{}: loss {:.4}", metrics.step, metrics.total_steps, metrics.loss);
+        self.run.context.event("info", "metrics", &message, &serde_json::to_value(metrics)?)?;
+        self.run.context.progress(Status::Training, metrics.step, metrics.total_steps)
+    }
+
+    fn on_checkpoint(&mut self, step: usize, adapter: &crate::roles::AdapterFile) -> Result<()> {
+        self.guard = None;
+        let publish = &self.run.request.publish;
+        if publish.when == PublishWhen::EveryCheckpoint {
+            let lease = self.run.roles.adapters().publish(&publish.alias, adapter, PublishMode::Upsert)?;
+            let message = format!("adapter `{}` version {} is live (step {step})", publish.alias, lease.version);
+            self.run.context.event("info", "message", &message, &json!({"step": step, "version": lease.version}))?;
+        }
+        Ok(())
+    }
+}

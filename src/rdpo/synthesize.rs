@@ -1,0 +1,260 @@
+//! Self-critique: answer, critique and revision as three turns of one growing conversation, many prompts in flight.
+
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use regex::Regex;
+
+use super::{Behavior, PromptInput, SynthesisOptions};
+use crate::engine::request::SamplingParams;
+use crate::error::{Code, Result};
+use crate::roles::{Roles, Target};
+use crate::telemetry::metrics;
+use crate::text::Message;
+
+/// How often a stop is looked for while the teacher writes.
+const TICK: Duration = Duration::from_millis(100);
+
+/// One self-critique conversation, as `POST /v1/rdpo/synthesize` returns it.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+pub struct Sample {
+    /// Index of the prompt in the request.
+    pub prompt_index: usize,
+    /// Which conversation about that prompt, from 0.
+    pub sample: usize,
+    /// The last user turn of the prompt.
+    pub prompt: String,
+    /// y_o.
+    pub response: String,
+    /// What the teacher found wrong with it (last round).
+    pub critique: String,
+    /// y_r.
+    pub revised: String,
+    /// Tokens generated for it.
+    pub completion_tokens: usize,
+    /// Prompt tokens read for it.
+    pub prompt_tokens: usize,
+    /// Of those, from the prefix cache.
+    pub cached_tokens: usize,
+    /// Set when the conversation did not fit the model's context: there are no answers then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub too_long: Option<String>,
+}
+
+/// A conversation still to be held.
+#[derive(Clone, Debug)]
+pub(super) struct Work {
+    pub(super) prompt_index: usize,
+    pub(super) sample: usize,
+    pub(super) prompt: PromptInput,
+}
+
+impl PromptInput {
+    /// As turns.
+    pub fn messages(&self) -> Vec<Message> {
+        match self {
+            PromptInput::Text(text) => vec![Message::new("user", text.clone())],
+            PromptInput::Messages { messages } => messages.clone(),
+        }
+    }
+
+    /// The last user turn.
+    pub fn last_turn(&self) -> String {
+        self.messages().pop().map(|turn| turn.content).unwrap_or_default()
+    }
+
+    /// As turns, under a behaviour's context.
+    pub fn under(&self, context: Option<&str>) -> Vec<Message> {
+        let mut messages = self.messages();
+        if let Some(context) = context {
+            match messages.first_mut().filter(|first| first.role == "system") {
+                Some(system) => system.content = format!("{context}\n\n{}", system.content),
+                None => messages.insert(0, Message::new("system", context)),
+            }
+        }
+        messages
+    }
+}
+
+/// Runs the three turns for every prompt, several in flight; `on_sample` hears each as it is done.
+pub async fn synthesize(
+    roles: &Arc<Roles>,
+    behavior: &Behavior,
+    prompts: &[(usize, PromptInput)],
+    options: &SynthesisOptions,
+    seed: u64,
+    on_sample: &mut (dyn FnMut(Sample) -> Result<()> + Send),
+) -> Result<()> {
+    let all = |(prompt_index, prompt): &(usize, PromptInput)| {
+        let (prompt_index, prompt) = (*prompt_index, prompt.clone());
+        (0..options.samples_per_prompt).map(move |sample| Work { prompt_index, sample, prompt: prompt.clone() })
+    };
+    let work = prompts.iter().flat_map(all).collect();
+    synthesize_work(roles, behavior, work, options, seed, &|| Ok(()), on_sample).await
+}
+
+/// The same for chosen conversations; `check` may stop the run between any two tokens.
+pub(super) async fn synthesize_work(
+    roles: &Arc<Roles>,
+    behavior: &Behavior,
+    work: Vec<Work>,
+    options: &SynthesisOptions,
+    seed: u64,
+    check: &(dyn Fn() -> Result<()> + Send + Sync),
+    on_sample: &mut (dyn FnMut(Sample) -> Result<()> + Send),
+) -> Result<()> {
+    let responder = roles.resolve(&options.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
+    let teacher = roles.teacher()?;
+    let (responder, teacher) = (&responder, &teacher);
+    let conversations = work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed));
+    let mut running = futures_util::stream::iter(conversations).buffer_unordered(roles.max_in_flight());
+    loop {
+        check()?;
+        match tokio::time::timeout(TICK, running.next()).await {
+            Ok(Some(sample)) => on_sample(sample?)?,
+            Ok(None) => return Ok(()),
+            Err(_tick) => {}
+        }
+    }
+}
+
+async fn converse(
+    responder: &Target,
+    teacher: &Target,
+    behavior: &Behavior,
+    work: Work,
+    options: &SynthesisOptions,
+    seed: u64,
+) -> Result<Sample> {
+    let since = Instant::now();
+    let mut sample = Sample {
+        prompt_index: work.prompt_index,
+        sample: work.sample,
+        prompt: work.prompt.last_turn(),
+        response: String::new(),
+        critique: String::new(),
+        revised: String::new(),
+        completion_tokens: 0,
+        prompt_tokens: 0,
+        cached_tokens: 0,
+        too_long: None,
+    };
+    match turns(responder, teacher, behavior, &work, options, seed, &mut sample).await {
+        Ok(()) => {
+            metrics().pairs_generated_total.inc();
+            metrics().critique_duration_seconds.observe(since.elapsed().as_secs_f64());
+        }
+        Err(error) if error.code == Code::ContextLengthExceeded => sample.too_long = Some(error.message),
+        Err(error) => return Err(error),
+    }
+    Ok(sample)
+}
+
+async fn turns(
+    responder: &Target,
+    teacher: &Target,
+    behavior: &Behavior,
+    work: &Work,
+    options: &SynthesisOptions,
+    seed: u64,
+    sample: &mut Sample,
+) -> Result<()> {
+    let mut conversation = work.prompt.under(behavior.context.as_deref());
+    let mut turn = 0;
+    sample.response = next_turn(responder, &mut conversation, options, seed, &mut turn, sample).await?;
+    for _ in 0..options.rounds {
+        conversation.push(Message::new("user", behavior.critique_request()));
+        sample.critique = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
+        conversation.push(Message::new("user", behavior.revision_request()));
+        let revised = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
+        sample.revised = without_heading(&revised).to_owned();
+    }
+    Ok(())
+}
+
+/// One more assistant turn. Its seed depends on job, prompt, sample and turn alone, so a resumed job gets the same text.
+async fn next_turn(
+    target: &Target,
+    conversation: &mut Vec<Message>,
+    options: &SynthesisOptions,
+    seed: u64,
+    turn: &mut u64,
+    sample: &mut Sample,
+) -> Result<String> {
+    let params = SamplingParams {
+        temperature: options.temperature,
+        top_p: options.top_p,
+        max_tokens: Some(options.max_tokens),
+        seed: Some(mixed(seed, &[sample.prompt_index as u64, sample.sample as u64, *turn])),
+        ..SamplingParams::default()
+    };
+    *turn += 1;
+    let answer = target.answer(conversation, params).await?;
+    sample.prompt_tokens += answer.usage.prompt_tokens;
+    sample.cached_tokens += answer.usage.cached_tokens;
+    sample.completion_tokens += answer.usage.completion_tokens;
+    conversation.push(Message::new("assistant", answer.text.clone()));
+    Ok(answer.text.trim().to_owned())
+}
+
+/// A seed out of several numbers (SplitMix64's finalizer, chained).
+pub(super) fn mixed(seed: u64, parts: &[u64]) -> u64 {
+    parts.iter().fold(seed, |state, part| {
+        let mut z = state.wrapping_add(0x9E37_79B9_7F4A_7C15).wrapping_add(part.wrapping_mul(0xD134_2543_DE82_EF95));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    })
+}
+
+/// The revision without a first line that only announces it ("Here is the revised answer:").
+fn without_heading(text: &str) -> &str {
+    static HEADING: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(?i)\A\s*(?:(?:sure|certainly|of course)[^\n:.]{0,80}|here(?:'s| is)[^\n:.]{0,100}|\**(?:revised|new|improved) (?:answer|response|version))\**:\**\s*")
+            .expect("the pattern is a constant. This is a bug.")
+    });
+    let rest = HEADING.find(text).map_or(text, |heading| &text[heading.end()..]).trim();
+    if rest.is_empty() { text.trim() } else { rest }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_headings_are_cut() {
+        assert_eq!(without_heading("Here is the revised answer:\n\nPlants need light."), "Plants need light.");
+        assert_eq!(without_heading("**Revised response:** No."), "No.");
+        assert_eq!(without_heading("Sure, here's a better one: Yes."), "Yes.");
+        assert_eq!(without_heading("Plants need: light."), "Plants need: light.");
+        assert_eq!(without_heading("Here is a plant. It has: leaves"), "Here is a plant. It has: leaves");
+        assert_eq!(without_heading("Revised answer:"), "Revised answer:");
+    }
+
+    #[test]
+    fn seeds_differ_in_every_part() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..3 {
+            for prompt in 0..5 {
+                for sample in 0..5 {
+                    for turn in 0..3 {
+                        assert!(seen.insert(mixed(seed, &[prompt, sample, turn])));
+                    }
+                }
+            }
+        }
+        assert_eq!(mixed(1, &[2, 3]), mixed(1, &[2, 3]));
+    }
+
+    #[test]
+    fn a_context_goes_into_the_system_turn() {
+        let plain = PromptInput::Text("hi".into());
+        let roles = |messages: &[Message]| messages.iter().map(|turn| turn.role.clone()).collect::<Vec<_>>();
+        assert_eq!(roles(&plain.under(Some("persona"))), ["system", "user"]);
+        assert_eq!(roles(&plain.under(None)), ["user"]);
+        let own = PromptInput::Messages { messages: vec![Message::new("system", "own"), Message::new("user", "hi")] };
+        assert_eq!(own.under(Some("persona"))[0].content, "persona\n\nown");
+    }
+}
