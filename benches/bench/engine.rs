@@ -1,0 +1,113 @@
+//! Speed of serving: `cargo bench --bench bench -- engine-run CHECKPOINT [NEW_TOKENS]` prints tokens per second of decoding at
+//! batch 1, 8 and 32 (greedy, and sampled with a nucleus) and of reading one prompt of 512 tokens.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device};
+use rdpo::engine::{Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, Task};
+use rdpo::error::{Error, Result};
+use rdpo::model::{Decoder, LoadOptions};
+use rdpo::text::{Tokenizer, TokenizerOptions};
+use rdpo::weights::Checkpoint;
+
+const PROMPT_TOKENS: usize = 32;
+const PREFILL_TOKENS: usize = 512;
+
+fn start(path: &Path) -> Result<Engine> {
+    let checkpoint = Checkpoint::open(path)?;
+    let files = checkpoint.tokenizer()?;
+    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 })?;
+    let tokenizer = Tokenizer::new(TokenizerOptions {
+        tokenizer_json: files.tokenizer_json,
+        chat_template: files.chat_template,
+        bos_token: files.bos_token,
+        eos_token: files.eos_token,
+        pad_token: files.pad_token,
+        add_bos_token: files.add_bos_token,
+        eos_token_ids: files.eos_token_ids,
+    })?;
+    let options = EngineOptions {
+        name: "bench".into(),
+        block_size: 16,
+        kv_memory_bytes: 1 << 30,
+        max_batch_tokens: PREFILL_TOKENS,
+        max_sequences: 32,
+        max_waiting: 64,
+        max_model_len: None,
+        prefix_caching: false,
+    };
+    Engine::start(Arc::new(model), Arc::new(tokenizer), Arc::new(Gate::new(0.5)), options)
+}
+
+/// Arrival times of the tokens of one answer.
+fn times(mut stream: EventStream) -> Result<Vec<Instant>> {
+    let mut times = Vec::new();
+    loop {
+        match stream.blocking_recv() {
+            Some(Event::Token { .. }) => times.push(Instant::now()),
+            Some(Event::Done { .. }) => return Ok(times),
+            Some(Event::Failed(error)) => return Err(error),
+            Some(_) => {}
+            None => return Err(Error::internal("the engine stopped")),
+        }
+    }
+}
+
+/// Runs `count` requests at once; `(time to the last first token, time from there to the end, tokens in that time)`.
+fn measure(
+    engine: &Engine,
+    count: usize,
+    prompt_tokens: usize,
+    params: &SamplingParams,
+) -> Result<(Duration, Duration, usize)> {
+    let begin = Instant::now();
+    let answers = (0..count)
+        .map(|index| {
+            let prompt = (0..prompt_tokens).map(|at| 100 + (index * 7919 + at * 104_729) as u32 % 200).collect();
+            let params = SamplingParams { seed: Some(index as u64), ..params.clone() };
+            let stream =
+                engine.submit(Request { prompt, params, adapter: None, task: Task::Generate, role: "student" })?;
+            Ok(std::thread::spawn(move || times(stream)))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let answers = answers
+        .into_iter()
+        .map(|thread| thread.join().map_err(|_| Error::internal("a reader panicked"))?)
+        .collect::<Result<Vec<_>>>()?;
+    let first = answers.iter().filter_map(|times| times.first()).max().copied().unwrap_or(begin);
+    let last = answers.iter().filter_map(|times| times.last()).max().copied().unwrap_or(begin);
+    let tokens = answers.iter().flatten().filter(|at| **at > first).count();
+    Ok((first - begin, last - first, tokens))
+}
+
+/// The command line after `engine-run`.
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
+    let Some(path) = arguments.first() else {
+        return Err(Error::invalid("CHECKPOINT", "a checkpoint folder or GGUF file is wanted"));
+    };
+    let new_tokens = match arguments.get(1) {
+        Some(text) => text.parse().map_err(|_| Error::invalid("NEW_TOKENS", "must be a number"))?,
+        None => 64,
+    };
+    let engine = start(Path::new(path))?;
+    let greedy = SamplingParams {
+        temperature: 0.0,
+        max_tokens: Some(new_tokens),
+        ignore_eos: true,
+        ..SamplingParams::default()
+    };
+    let sampled = SamplingParams { temperature: 0.7, top_p: 0.9, ..greedy.clone() };
+    measure(&engine, 1, PROMPT_TOKENS, &greedy)?;
+    for (name, params) in [("greedy", &greedy), ("top_p 0.9", &sampled)] {
+        for batch in [1, 8, 32] {
+            let (_, time, tokens) = measure(&engine, batch, PROMPT_TOKENS, params)?;
+            println!("decode, batch {batch:2}, {name:9}: {:8.1} tok/s", tokens as f64 / time.as_secs_f64());
+        }
+    }
+    let one = SamplingParams { max_tokens: Some(1), ..greedy };
+    let (first, ..) = measure(&engine, 1, PREFILL_TOKENS, &one)?;
+    println!("prefill, {PREFILL_TOKENS} tokens:           {:8.1} tok/s", PREFILL_TOKENS as f64 / first.as_secs_f64());
+    Ok(())
+}
