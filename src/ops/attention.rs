@@ -3,9 +3,12 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor};
+use rayon::prelude::*;
 
-use crate::error::Result;
+use super::cpu;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{Heads, Keys, attend_row, attend_row_backward};
 
 /// One run of tokens: each sees all of `prefix` (an earlier run of the same step) and, causally, its own run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,15 +30,163 @@ pub struct CausalMask {
     pub positions: Vec<u32>,
 }
 
+impl CausalMask {
+    /// Rows that row `row` sees, in order: a tail of its prefix, then a tail of its own run. Positions grow along both, so the
+    /// window cuts at their beginnings.
+    fn visible(&self, segment: &Segment, row: usize, window: Option<usize>) -> (Range<usize>, Range<usize>) {
+        let position = self.positions[row] as usize;
+        let cut = |rows: Range<usize>| match window {
+            None => rows,
+            Some(window) => {
+                let seen = self.positions[rows.clone()].partition_point(|key| position - *key as usize >= window);
+                rows.start + seen..rows.end
+            }
+        };
+        (cut(segment.prefix.clone()), cut(segment.start..row + 1))
+    }
+
+    fn check(&self, rows: usize) -> Result<()> {
+        let covered = self.segments.iter().try_fold(0, |at, segment| {
+            (segment.start == at && segment.prefix.end <= segment.start.max(segment.prefix.start))
+                .then_some(at + segment.len)
+        });
+        if covered == Some(rows) && self.positions.len() == rows {
+            return Ok(());
+        }
+        Err(Error::internal(format!("an attention mask does not cover its {rows} rows in order")))
+    }
+}
+
 /// Softmax attention under `mask`. q: (N, H, D); k, v: (N, K, D) with `H % K == 0` → (N, H, D). A key further back than `window`
 /// positions (`pos_q − pos_k ≥ window`) is not seen. Differentiable in q, k and v.
 pub fn causal_attention(
-    _q: &Tensor,
-    _k: &Tensor,
-    _v: &Tensor,
-    _mask: &CausalMask,
-    _scale: f32,
-    _window: Option<usize>,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &CausalMask,
+    scale: f32,
+    window: Option<usize>,
 ) -> Result<Tensor> {
-    todo!()
+    let (n, h, d) = q.dims3()?;
+    let (_, kv, _) = k.dims3()?;
+    mask.check(n)?;
+    let heads = Heads { query: h, key: kv, dim: d, scale };
+    if q.device().is_cpu() {
+        let op = Causal { mask: mask.clone(), heads, window };
+        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
+    }
+    // Composed of candle's ops: (K, H/K·N, D) against (K, N, D), hidden pairs at −∞.
+    let mut hidden = vec![f32::NEG_INFINITY; n * n];
+    for segment in &mask.segments {
+        for row in segment.start..segment.start + segment.len {
+            let (prefix, own) = mask.visible(segment, row, window);
+            prefix.chain(own).for_each(|key| hidden[row * n + key] = 0.0);
+        }
+    }
+    let hidden = Tensor::from_vec(hidden, (1, 1, n, n), q.device())?;
+    let grouped = q.reshape((n, kv, h / kv, d))?.permute((1, 2, 0, 3))?.contiguous()?; // (K, H/K, N, D)
+    let spread = |x: &Tensor| -> candle_core::Result<Tensor> {
+        x.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv, h / kv, n, d))?.contiguous()
+    };
+    let scores =
+        (grouped.matmul(&spread(k)?.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?.broadcast_add(&hidden)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+    let out = weights.matmul(&spread(v)?)?; // (K, H/K, N, D)
+    Ok(out.permute((2, 0, 1, 3))?.contiguous()?.reshape((n, h, d))?)
+}
+
+struct Causal {
+    mask: CausalMask,
+    heads: Heads,
+    window: Option<usize>,
+}
+
+impl Causal {
+    /// Every row with the keys it sees.
+    fn rows(&self) -> Vec<(Range<usize>, Range<usize>)> {
+        let of = |segment: &'_ Segment| {
+            let segment = segment.clone();
+            (segment.start..segment.start + segment.len).map(move |row| self.mask.visible(&segment, row, self.window))
+        };
+        self.mask.segments.iter().flat_map(of).collect()
+    }
+}
+
+fn keys((prefix, own): &(Range<usize>, Range<usize>)) -> impl Keys + use<> {
+    let (shared, prefix_start, own_start) = (prefix.len(), prefix.start, own.start);
+    (
+        shared + own.len(),
+        move |index: usize| if index < shared { prefix_start + index } else { own_start + index - shared },
+    )
+}
+
+impl CustomOp3 for Causal {
+    fn name(&self) -> &'static str {
+        "causal-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (q, k, v) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
+        let (rows, Heads { query: h, dim: d, .. }) = (self.rows(), self.heads);
+        let mut out = vec![0f32; q.len()];
+        out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
+            let q = &q[index * d..(index + 1) * d];
+            attend_row(self.heads, index % h, q, (k, v), &keys(&rows[index / h]), weights, out);
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _out: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dout = dout.contiguous()?;
+        let (rows, Heads { query: h, key: kv, dim: d, .. }) = (self.rows(), self.heads);
+        let (n, group) = (rows.len(), h / kv);
+        // One task a kv head: it alone adds to that head's dK and dV, in row order.
+        let parts: Vec<[Vec<f32>; 3]> = cpu::with_floats([q, k, v, &dout], |[q, k, v, dout]| {
+            let part = |kv_head: usize| {
+                let (mut dq, mut dk, mut dv) = (vec![0f32; n * group * d], vec![0f32; n * d], vec![0f32; n * d]);
+                let mut weights = Vec::new();
+                for (row, seen) in rows.iter().enumerate() {
+                    for member in 0..group {
+                        let head = kv_head * group + member;
+                        let at = (row * h + head) * d;
+                        let dq = &mut dq[(row * group + member) * d..][..d];
+                        let gradients = (dq, dk.as_mut_slice(), dv.as_mut_slice());
+                        let (q, dout) = (&q[at..at + d], &dout[at..at + d]);
+                        attend_row_backward(self.heads, head, q, (k, v), &keys(seen), &mut weights, dout, gradients);
+                    }
+                }
+                [dq, dk, dv]
+            };
+            Ok((0..kv).into_par_iter().map(part).collect())
+        })?;
+        let join = |which: usize, width: usize| {
+            let mut all = vec![0f32; n * kv * width];
+            for (kv_head, part) in parts.iter().enumerate() {
+                for (row, values) in part[which].chunks(width).enumerate() {
+                    all[(row * kv + kv_head) * width..][..width].copy_from_slice(values);
+                }
+            }
+            all
+        };
+        Ok((
+            Some(cpu::tensor(join(0, group * d), q.shape())?),
+            Some(cpu::tensor(join(1, d), k.shape())?),
+            Some(cpu::tensor(join(2, d), v.shape())?),
+        ))
+    }
 }

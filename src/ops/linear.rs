@@ -1,42 +1,159 @@
 //! Linear layer over a frozen weight: the backward gives `dX = dY·W` and nothing else.
 
-use candle_core::Tensor;
+use std::sync::Arc;
 
-use crate::error::Result;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+
+use super::cpu;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{Packed, Width};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
-pub struct FrozenLinear {}
+pub struct FrozenLinear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+#[derive(Clone)]
+enum Weight {
+    Packed(Arc<Packed>),
+    Dense(Tensor),
+}
 
 impl FrozenLinear {
     /// Takes a weight `(out, in)` in f32, f16 or bf16 (kept in that width; products accumulate in f32 on the CPU) and an optional
     /// bias `(out)`.
-    pub fn new(_weight: &Tensor, _bias: Option<&Tensor>) -> Result<Self> {
-        todo!()
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let (n, k) = weight.dims2()?;
+        if let Some(bias) = bias
+            && bias.dims() != [n]
+        {
+            return Err(Error::internal(format!("bias {:?} of a weight with {n} rows", bias.dims())));
+        }
+        if !weight.device().is_cpu() {
+            // A deep copy: nobody else's variable shows through.
+            return Ok(FrozenLinear {
+                weight: Weight::Dense(weight.detach().copy()?),
+                bias: bias.map(Tensor::copy).transpose()?,
+            });
+        }
+        let flat = weight.flatten_all()?;
+        let width = match weight.dtype() {
+            DType::BF16 => Width::Bf16(flat.to_vec1()?),
+            DType::F16 => Width::F16(flat.to_vec1()?),
+            _ => Width::F32(flat.to_dtype(DType::F32)?.to_vec1()?),
+        };
+        let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.copy()).transpose()?;
+        Ok(FrozenLinear { weight: Weight::Packed(Arc::new(Packed::new(&width, n, k))), bias })
     }
 
     /// Input features.
     pub fn in_features(&self) -> usize {
-        todo!()
+        match &self.weight {
+            Weight::Packed(packed) => packed.k(),
+            Weight::Dense(weight) => weight.dims()[1],
+        }
     }
 
     /// Output features.
     pub fn out_features(&self) -> usize {
-        todo!()
+        match &self.weight {
+            Weight::Packed(packed) => packed.n(),
+            Weight::Dense(weight) => weight.dims()[0],
+        }
     }
 
     /// Bytes of memory it holds.
     pub fn bytes(&self) -> usize {
-        todo!()
+        let tensor = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let weight = match &self.weight {
+            Weight::Packed(packed) => packed.bytes(),
+            Weight::Dense(weight) => tensor(weight),
+        };
+        weight + self.bias.as_ref().map_or(0, tensor)
     }
 
     /// `x·Wᵀ + b`. x: (N, in) → (N, out). Differentiable in `x` only. Each output row depends on its input row alone, bit for bit.
-    pub fn forward(&self, _x: &Tensor) -> Result<Tensor> {
-        todo!()
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if x.dims2()?.1 != self.in_features() {
+            return Err(Error::internal(format!("a linear of {} inputs was given {:?}", self.in_features(), x.dims())));
+        }
+        let y = x.contiguous()?.apply_op1(Product { weight: self.weight.clone() })?;
+        match &self.bias {
+            Some(bias) => Ok(y.broadcast_add(bias)?),
+            None => Ok(y),
+        }
+    }
+
+    /// `dy·W`, the gradient of [`FrozenLinear::forward`] in its input. dy: (N, out) → (N, in).
+    pub(super) fn backward(&self, dy: &Tensor) -> Result<Tensor> {
+        Ok(self.weight.backward(dy)?)
     }
 
     /// Rows of the weight, as an embedding table. ids: N token ids → (N, in), in the compute dtype.
-    pub fn rows(&self, _ids: &[u32]) -> Result<Tensor> {
-        todo!()
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.out_features()) {
+            return Err(Error::invalid(
+                "prompt",
+                format!("token id {id} is outside the vocabulary of {}", self.out_features()),
+            ));
+        }
+        match &self.weight {
+            Weight::Packed(packed) => {
+                let mut rows = vec![0f32; ids.len() * packed.k()];
+                rows.chunks_mut(packed.k()).zip(ids).for_each(|(row, id)| packed.row(*id as usize, row));
+                Ok(cpu::tensor(rows, (ids.len(), packed.k()))?)
+            }
+            Weight::Dense(weight) => Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?),
+        }
+    }
+}
+
+impl Weight {
+    fn backward(&self, dy: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Weight::Packed(packed) => {
+                let dy = dy.contiguous()?;
+                let dx = cpu::with_floats([&dy], |[dy]| Ok(packed.backward(dy)))?;
+                cpu::tensor(dx, (dy.dim(0)?, packed.k()))
+            }
+            Weight::Dense(weight) => dy.matmul(weight),
+        }
+    }
+}
+
+struct Product {
+    weight: Weight,
+}
+
+impl CustomOp1 for Product {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let Weight::Packed(packed) = &self.weight else {
+            candle_core::bail!("a CPU tensor met a weight on another device")
+        };
+        let x = cpu::floats(storage, layout)?;
+        Ok((CpuStorage::F32(packed.forward(x)), (x.len() / packed.k(), packed.n()).into()))
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let Weight::Dense(weight) = &self.weight else { candle_core::bail!("a GPU tensor met a weight on the CPU") };
+        let (n, k) = weight.dims2()?;
+        let m = layout.shape().elem_count() / k;
+        let transposed = weight.t()?;
+        let (held, weight_layout) = transposed.storage_and_layout();
+        match &*held {
+            Storage::Cuda(weight) => Ok((storage.matmul(weight, (1, m, n, k), layout, weight_layout)?, (m, n).into())),
+            _ => candle_core::bail!("a GPU tensor met a weight on the CPU"),
+        }
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.weight.backward(dy).map(Some)
     }
 }

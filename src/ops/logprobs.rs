@@ -1,14 +1,107 @@
 //! Log-probabilities of given tokens without the `(N, V)` logits.
 
-use candle_core::Tensor;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use rayon::prelude::*;
 
-use crate::error::Result;
+use super::{FrozenLinear, cpu};
+use crate::error::{Error, Result};
+use crate::kernels::cpu::exp;
 
-use super::FrozenLinear;
+/// Rows of logits held at once: 64 rows of 49,152 are 12 MiB.
+const ROWS: usize = 64;
 
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
 /// Differentiable in `hidden`: when it records a graph, the unit gradient of each row is computed in the same pass (its upstream
 /// gradient is one scalar a row), so the backward multiplies and recomputes nothing.
-pub fn token_logprobs(_hidden: &Tensor, _head: &FrozenLinear, _targets: &[u32]) -> Result<Tensor> {
-    todo!()
+pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> Result<Tensor> {
+    let (rows, width) = hidden.dims2()?;
+    if rows != targets.len() || targets.iter().any(|target| *target as usize >= head.out_features()) {
+        return Err(Error::internal(format!(
+            "{} targets of a head with {} rows, for {rows} rows",
+            targets.len(),
+            head.out_features()
+        )));
+    }
+    let plain = hidden.detach();
+    let (mut logprobs, mut units) = (Vec::new(), Vec::new());
+    for (chunk, targets) in targets.chunks(ROWS).enumerate() {
+        let rows = plain.narrow(0, chunk * ROWS, targets.len())?;
+        let logits = head.forward(&rows)?;
+        let (found, weights) =
+            if logits.device().is_cpu() { on_cpu(&logits, targets)? } else { composed(&logits, targets)? };
+        logprobs.push(found);
+        if hidden.track_op() {
+            // d log p(target) / d logits = onehot − softmax.
+            units.push(head.backward(&weights)?);
+        }
+    }
+    if logprobs.is_empty() {
+        return Ok(Tensor::zeros(0, DType::F32, hidden.device())?);
+    }
+    let logprobs = Tensor::cat(&logprobs, 0)?;
+    if units.is_empty() {
+        return Ok(logprobs);
+    }
+    let units = Tensor::cat(&units, 0)?.reshape((rows, width))?;
+    if hidden.device().is_cpu() {
+        return Ok(hidden.contiguous()?.apply_op1(Known { logprobs, units })?);
+    }
+    // On other devices: values from `logprobs`, gradient from a product that is zero in value.
+    let slope = (hidden * &units)?.sum(1)?.to_dtype(DType::F32)?;
+    Ok((&logprobs + (&slope - slope.detach())?)?)
+}
+
+/// (T) log-probs and (T, V) onehot − softmax, in the logits' own memory.
+fn on_cpu(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
+    let (rows, v) = logits.dims2()?;
+    let mut weights = cpu::with_floats([logits], |[logits]| Ok(logits.to_vec()))?;
+    let logprobs: Vec<f32> = weights
+        .par_chunks_mut(v)
+        .zip(targets)
+        .map(|(row, target)| {
+            let (max, aim) = (row.iter().copied().fold(f32::NEG_INFINITY, f32::max), row[*target as usize]);
+            let mut sum = 0f64;
+            for piece in row.chunks_mut(1024) {
+                for value in piece.iter_mut() {
+                    *value = exp(*value - max);
+                }
+                sum += piece.iter().map(|value| f64::from(*value)).sum::<f64>();
+            }
+            let scale = -(1.0 / sum) as f32;
+            row.iter_mut().for_each(|value| *value *= scale);
+            row[*target as usize] += 1.0;
+            (f64::from(aim - max) - sum.ln()) as f32
+        })
+        .collect();
+    Ok((cpu::tensor(logprobs, rows)?, cpu::tensor(weights, (rows, v))?))
+}
+
+fn composed(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
+    let (rows, v) = logits.dims2()?;
+    let wide = candle_nn::ops::log_softmax(&logits.to_dtype(DType::F32)?, 1)?;
+    let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    let logprobs = wide.gather(&index, 1)?.squeeze(1)?;
+    let ones = Tensor::ones((rows, 1), DType::F32, logits.device())?;
+    let onehot = Tensor::zeros((rows, v), DType::F32, logits.device())?.scatter_add(&index, &ones, 1)?;
+    Ok((logprobs, (onehot - wide.exp()?)?.to_dtype(logits.dtype())?))
+}
+
+/// An op whose value and gradient are known already.
+struct Known {
+    logprobs: Tensor,
+    units: Tensor,
+}
+
+impl CustomOp1 for Known {
+    fn name(&self) -> &'static str {
+        "token-logprobs"
+    }
+
+    fn cpu_fwd(&self, _storage: &CpuStorage, _layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(self.logprobs.to_vec1()?), self.logprobs.shape().clone()))
+    }
+
+    fn bwd(&self, _hidden: &Tensor, _logprobs: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.units.broadcast_mul(&upstream.unsqueeze(1)?).map(Some)
+    }
 }

@@ -1,8 +1,11 @@
 //! Attention over the paged key/value cache. Forward only: a tensor that records a graph is an error.
 
-use candle_core::Tensor;
+use candle_core::{CpuStorage, D, DType, InplaceOp2, Layout, Tensor};
+use rayon::prelude::*;
 
-use crate::error::Result;
+use super::cpu;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{Heads, attend_row};
 
 /// One layer's cache. k, v: (blocks, block_size, K, D).
 #[derive(Clone, Debug)]
@@ -37,18 +40,131 @@ pub struct PagedBatch {
     pub sequences: Vec<PagedSequence>,
 }
 
+fn refuse_graph(tensors: &[&Tensor]) -> Result<()> {
+    if tensors.iter().any(|tensor| tensor.track_op()) {
+        return Err(Error::internal("the paged cache is forward only: it would cut the gradient. This is a bug."));
+    }
+    Ok(())
+}
+
 /// Writes k, v: (N, K, D) into the cache in place at `batch.slots`.
-pub fn kv_write(_cache: &KvLayer, _k: &Tensor, _v: &Tensor, _batch: &PagedBatch) -> Result<()> {
-    todo!()
+pub fn kv_write(cache: &KvLayer, k: &Tensor, v: &Tensor, batch: &PagedBatch) -> Result<()> {
+    refuse_graph(&[k, v])?;
+    for (cache, new) in [(&cache.k, k), (&cache.v, v)] {
+        let new = new.contiguous()?;
+        if new.device().is_cpu() {
+            cache.inplace_op2(&new, &WriteSlots { slots: &batch.slots })?;
+            continue;
+        }
+        let (blocks, size, kv, d) = cache.dims4()?;
+        let slots = Tensor::new(batch.slots.as_slice(), new.device())?;
+        let index = slots.unsqueeze(1)?.broadcast_as((batch.slots.len(), kv * d))?.contiguous()?;
+        // A reshape of a contiguous tensor shares its storage, so this writes the cache itself.
+        cache.reshape((blocks * size, kv * d))?.scatter_set(&index, &new.reshape((batch.slots.len(), kv * d))?, 0)?;
+    }
+    Ok(())
+}
+
+struct WriteSlots<'a> {
+    slots: &'a [u32],
+}
+
+impl InplaceOp2 for WriteSlots<'_> {
+    fn name(&self) -> &'static str {
+        "kv-write"
+    }
+
+    fn cpu_fwd(
+        &self,
+        cache: &mut CpuStorage,
+        layout: &Layout,
+        new: &CpuStorage,
+        new_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let new = cpu::floats(new, new_layout)?;
+        let width = new.len() / self.slots.len().max(1);
+        let (CpuStorage::F32(cache), Some((start, end))) = (cache, layout.contiguous_offsets()) else {
+            candle_core::bail!("the CPU's cache is contiguous f32")
+        };
+        let cache = &mut cache[start..end];
+        for (slot, new) in self.slots.iter().zip(new.chunks(width)) {
+            let at = *slot as usize * width;
+            match cache.get_mut(at..at + width) {
+                Some(place) => place.copy_from_slice(new),
+                None => candle_core::bail!("slot {slot} is outside the cache"),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Softmax attention of q: (N, H, D) over the cache → (N, H, D). A key `window` or more positions back is not seen.
 pub fn paged_attention(
-    _q: &Tensor,
-    _cache: &KvLayer,
-    _batch: &PagedBatch,
-    _scale: f32,
-    _window: Option<usize>,
+    q: &Tensor,
+    cache: &KvLayer,
+    batch: &PagedBatch,
+    scale: f32,
+    window: Option<usize>,
 ) -> Result<Tensor> {
-    todo!()
+    refuse_graph(&[q])?;
+    let (n, h, d) = q.dims3()?;
+    let (_, _, kv, _) = cache.k.dims4()?;
+    if !q.device().is_cpu() {
+        return gathered(q, cache, batch, scale, window);
+    }
+    // (sequence, tokens it sees) of every row.
+    let rows: Vec<(&PagedSequence, usize)> = batch
+        .sequences
+        .iter()
+        .flat_map(|sequence| (1..=sequence.len).map(move |at| (sequence, sequence.context - sequence.len + at)))
+        .collect();
+    if rows.len() != n {
+        return Err(Error::internal(format!("a paged batch of {} rows was given {n} queries", rows.len())));
+    }
+    let heads = Heads { query: h, key: kv, dim: d, scale };
+    let size = batch.block_size;
+    let mut out = vec![0f32; n * h * d];
+    let q = q.contiguous()?;
+    cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| {
+        out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
+            let (sequence, seen) = rows[index / h];
+            let first = window.map_or(0, |window| seen.saturating_sub(window));
+            let slot = |at: usize| sequence.blocks[(first + at) / size] as usize * size + (first + at) % size;
+            let q = &q[index * d..(index + 1) * d];
+            attend_row(heads, index % h, q, (k, v), &(seen - first, slot), weights, out);
+        });
+        Ok(())
+    })?;
+    Ok(cpu::tensor(out, (n, h, d))?)
+}
+
+/// The same of candle's ops: each sequence's blocks are gathered, then attended over.
+fn gathered(q: &Tensor, cache: &KvLayer, batch: &PagedBatch, scale: f32, window: Option<usize>) -> Result<Tensor> {
+    let (_, h, d) = q.dims3()?;
+    let (_, _, kv, _) = cache.k.dims4()?;
+    let mut outs = Vec::with_capacity(batch.sequences.len());
+    for sequence in &batch.sequences {
+        let (len, context) = (sequence.len, sequence.context);
+        let blocks = Tensor::new(sequence.blocks.as_slice(), q.device())?;
+        let spread = |cache: &Tensor| -> candle_core::Result<Tensor> {
+            let rows = cache.index_select(&blocks, 0)?.reshape(((), kv, d))?.narrow(0, 0, context)?;
+            rows.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv, h / kv, context, d))?.contiguous()
+        };
+        let mut hidden = vec![0f32; len * context];
+        for row in 0..len {
+            let seen = context - len + row + 1;
+            let first = window.map_or(0, |window| seen.saturating_sub(window));
+            hidden[row * context..][..first].fill(f32::NEG_INFINITY);
+            hidden[row * context..][seen..context].fill(f32::NEG_INFINITY);
+        }
+        let hidden = Tensor::from_vec(hidden, (1, 1, len, context), q.device())?;
+        let grouped =
+            q.narrow(0, sequence.start, len)?.reshape((len, kv, h / kv, d))?.permute((1, 2, 0, 3))?.contiguous()?;
+        let scores = (grouped.matmul(&spread(&cache.k)?.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?
+            .broadcast_add(&hidden)?;
+        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(q.dtype())?;
+        let out = weights.matmul(&spread(&cache.v)?)?.permute((2, 0, 1, 3))?.contiguous()?.reshape((len, h, d))?;
+        outs.push(out);
+    }
+    Ok(Tensor::cat(&outs, 0)?)
 }

@@ -1,0 +1,109 @@
+//! Loops over one row: norm, rotation, activations.
+
+/// `exp(x)` to about one unit in the last place, in plain arithmetic that vectorises: 2^n · p(r) with |r| ≤ ln 2 / 2.
+#[inline]
+pub fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.3, 88.7);
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // ln 2 in two parts, so that r keeps its low bits.
+    let r = x - n * 0.693_359_4;
+    let r = r + n * 2.121_944_4e-4;
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.666_666_7e-1 + r * (4.166_66e-2 + r * (8.333_7e-3 + r * 1.388_9e-3)))));
+    // n is in -126..=128 here; split so that neither factor leaves the exponent's range.
+    let half = (n as i32) >> 1;
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    p * power(half) * power(n as i32 - half)
+}
+
+/// `x·σ(x)` and its derivative.
+#[inline]
+pub fn silu(x: f32) -> (f32, f32) {
+    let sigmoid = 1.0 / (1.0 + exp(-x));
+    (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+}
+
+/// GELU by its tanh approximation (arXiv 1606.08415), and its derivative.
+#[inline]
+pub fn gelu_tanh(x: f32) -> (f32, f32) {
+    const ROOT: f32 = 0.797_884_6; // √(2/π)
+    const CUBIC: f32 = 0.044_715;
+    let inner = ROOT * (x + CUBIC * x * x * x);
+    let tanh = 1.0 - 2.0 / (1.0 + exp(2.0 * inner));
+    let slope = ROOT * (1.0 + 3.0 * CUBIC * x * x);
+    (0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * slope)
+}
+
+fn inverse_root(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight`. x, weight, out: (C).
+pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = inverse_root(x, eps);
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// Gradient of [`rms_norm_row`] in x. x, weight, dy, dx: (C).
+pub fn rms_norm_backward_row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+    let scale = inverse_root(x, eps);
+    let mut projected = 0f32;
+    for ((x, weight), dy) in x.iter().zip(weight).zip(dy) {
+        projected += x * weight * dy;
+    }
+    let pull = projected * scale * scale / x.len() as f32;
+    for (((dx, x), weight), dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
+        *dx = scale * (weight * dy - x * pull);
+    }
+}
+
+/// Rotates `(i, i + D/2)` by the angle whose cosine and sine are given; `sign` −1 rotates back. x, out: (D); cos, sin: (D/2).
+pub fn rope_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32]) {
+    let half = x.len() / 2;
+    for at in 0..half {
+        let (a, b, sin) = (x[at], x[at + half], sign * sin[at]);
+        out[at] = a * cos[at] - b * sin;
+        out[at + half] = b * cos[at] + a * sin;
+    }
+}
+
+/// Σ a·b in sixteen interleaved sums, added in a fixed order.
+#[inline]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for lane in 0..16 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_everywhere() {
+        for step in -8700..8800 {
+            let x = step as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            assert!(((f64::from(exp(x)) - exact) / exact).abs() < 3e-7, "exp({x})");
+        }
+        assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn derivatives_of_the_activations() {
+        for function in [silu, gelu_tanh] {
+            for step in -40..40 {
+                let x = step as f32 / 8.0;
+                let slope = (f64::from(function(x + 1e-2).0) - f64::from(function(x - 1e-2).0)) / 2e-2;
+                assert!((slope - f64::from(function(x).1)).abs() < 2e-3, "at {x}");
+            }
+        }
+    }
+}
