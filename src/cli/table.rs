@@ -19,8 +19,8 @@ pub(super) fn report(report: &Value) -> String {
             let _ = writeln!(out, "  {name:<28} {:>12} {:>12} {change:>12}", show(before), show(after));
         }
     };
-    row("mean reward", number(&["/base/mean_reward"]), number(&["/adapter/mean_reward"]), 3);
-    row("mean length, tokens", number(&["/base/mean_length"]), number(&["/adapter/mean_length"]), 1);
+    row("mean reward", number(&["/mean_reward_base"]), number(&["/mean_reward_aligned"]), 3);
+    row("mean length, tokens", number(&["/mean_tokens_base"]), number(&["/mean_tokens_aligned"]), 1);
     let mut text = format!("  {:<28} {:>12} {:>12} {:>12}\n", "held-out prompts", "before", "after", "change");
     let _ = writeln!(text, "  {}", "─".repeat(67));
     text.push_str(&out);
@@ -31,15 +31,15 @@ pub(super) fn report(report: &Value) -> String {
         };
         let _ = writeln!(text, "  {:<28} {:>25.0}%{interval}", "win rate against the base", rate * 100.0);
     }
-    if let Some(kl) = number(&["/kl_to_base"]) {
+    if let Some(kl) = number(&["/kl_per_token"]) {
         let _ = writeln!(text, "  {:<28} {kl:>26.4}", "KL to the base, nats a token");
     }
     for sample in report["samples"].as_array().into_iter().flatten().take(3) {
         let _ = writeln!(text, "\n  {}", clip(sample["prompt"].as_str().unwrap_or_default(), WIDTH - 2));
         let score = |key: &str| sample[key].as_f64().map_or(String::new(), |score| format!(" (reward {score:.2})"));
-        let head = [format!("before{}", score("base_score")), format!("after{}", score("adapter_score"))];
+        let head = [format!("before{}", score("score_base")), format!("after{}", score("score_aligned"))];
         let body = |key: &str| sample[key].as_str().unwrap_or_default().to_owned();
-        text.push_str(&columns(&head, &[body("base"), body("adapter")]));
+        text.push_str(&columns(&head, &[body("base"), body("aligned")]));
     }
     text
 }
@@ -123,9 +123,9 @@ mod tests {
     #[test]
     fn a_report_fits_a_hundred_columns_and_shows_the_change() {
         let text = report(&json!({
-            "base": {"mean_reward": 3.0, "mean_length": 20.0}, "adapter": {"mean_reward": 3.5, "mean_length": 25.5},
-            "win_rate": 0.625, "win_rate_interval": [0.3, 0.85], "kl_to_base": 0.012,
-            "samples": [{"prompt": "word ".repeat(50), "base": "no ".repeat(200), "adapter": "yes", "base_score": 1.0}],
+            "mean_reward_base": 3.0, "mean_tokens_base": 20.0, "mean_reward_aligned": 3.5, "mean_tokens_aligned": 25.5,
+            "win_rate": 0.625, "win_rate_interval": [0.3, 0.85], "kl_per_token": 0.012,
+            "samples": [{"prompt": "word ".repeat(50), "base": "no ".repeat(200), "aligned": "yes", "score_base": 1.0}],
         }));
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH + 1), "{text}");
         assert!(text.contains("+0.500") && text.contains("62%") && text.contains("30%–85%"), "{text}");
