@@ -16,8 +16,7 @@ use super::sampler::{self, Draw};
 use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::{EngineStats, Shared};
 use crate::error::{Error, Result};
-use crate::model::{Attend, KvPool, LoraRows, RowGroup};
-use crate::ops::{PagedBatch, PagedSequence};
+use crate::model::{Attend, KvPool, LoraRows, PagedBatch, PagedSequence, RowGroup};
 use crate::telemetry::metrics;
 use crate::text::StreamDecoder;
 

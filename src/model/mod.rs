@@ -12,3 +12,6 @@ pub use decoder::{Attend, Decoder, LoadOptions};
 pub use kv::KvPool;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
 pub use rotary::Rotary;
+
+/// What [`Attend`] takes for a step over paged sequences.
+pub use crate::ops::{PagedBatch, PagedSequence};

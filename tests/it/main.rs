@@ -6,4 +6,5 @@ mod engine;
 mod jobs;
 mod parity;
 mod real_model;
+mod tidy;
 mod training;
