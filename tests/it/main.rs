@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod engine;
+mod hot_swap;
 mod jobs;
+mod method;
 mod parity;
 mod real_model;
 mod tidy;

@@ -1,0 +1,205 @@
+//! Whole jobs on the tiny Llama.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdpo::jobs::{Body, Job, Jobs, Status, Store};
+use rdpo::roles::{JudgeOptions, RewardOptions, RoleOptions, Roles};
+use rdpo::text::Message;
+use serde_json::{Value, json};
+
+use super::hot_swap::{options, rules};
+
+struct House {
+    roles: Arc<Roles>,
+    jobs: Jobs,
+    _runtime: tokio::runtime::Runtime,
+}
+
+fn house(data: &Path, reward: RewardOptions) -> House {
+    let roles = Roles::load(options(data, reward)).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let (inside, handle) = (roles.clone(), runtime.handle().clone());
+    let body: Body = Arc::new(move |context| rdpo::rdpo::run(context, &inside, &handle));
+    let jobs = Jobs::start(Store::open(&data.join("rdpo.sqlite")).unwrap(), body).unwrap();
+    House { roles, jobs, _runtime: runtime }
+}
+
+impl House {
+    fn wait(&self, id: &str, until: impl Fn(&Job) -> bool) -> Job {
+        let since = Instant::now();
+        loop {
+            let job = self.jobs.store().get(id).unwrap();
+            if until(&job) {
+                return job;
+            }
+            assert!(since.elapsed() < Duration::from_secs(300), "still {:?}: {}", job.status, job.progress);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn run(&self, request: &Value) -> Job {
+        let job = self.jobs.submit(request).unwrap();
+        self.wait(&job.id, |job| job.status.is_final())
+    }
+}
+
+fn request() -> Value {
+    json!({
+        "behavior": {
+            "name": "short", "principle": "Be kind.", "critique": "Wrong? {principle}", "revision": "Again.",
+            "judge": {"prompt": "Grade 8 to 11. {prompt} / {response}", "min": 8, "max": 11},
+        },
+        "prompts": ["Hi", "What is up?", "Why?", "Tell me more", "And then?", "No", "Yes", "Maybe"],
+        "synthesis": {"max_tokens": 12, "temperature": 1.0},
+        "loss": {"type": "rdpo"},
+        "lora": {"r": 4, "alpha": 8},
+        "training": {"epochs": 2, "batch_size": 2, "learning_rate": 1e-2, "eval_fraction": 0.25, "checkpoint_steps": 2},
+        "seed": 11,
+    })
+}
+
+fn succeeded(job: &Job) {
+    assert_eq!(job.status, Status::Succeeded, "{:?}", job.error);
+}
+
+#[test]
+fn a_job_with_a_rules_reward_goes_the_whole_road() {
+    let data = tempfile::tempdir().unwrap();
+    let house = house(data.path(), rules());
+    let job = house.run(&request());
+    succeeded(&job);
+    let store = house.jobs.store();
+    assert_eq!(store.rows(&job.id, "sample").unwrap().len(), 6, "two of eight prompts are held out");
+    let pairs = store.rows(&job.id, "pair").unwrap();
+    let dropped: u64 = job.result["pairs"]["dropped"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(pairs.len() as u64 + dropped, 6);
+    for (_, pair) in &pairs {
+        // The rules reward is a tenth of the characters: the stored score must be this answer's.
+        let length = pair["chosen"].as_str().unwrap().chars().count() as f64;
+        assert!((pair["score_chosen"].as_f64().unwrap() - length / 10.0).abs() < 1e-9);
+    }
+    let report = &job.result["report"];
+    assert_eq!((report["prompts"].as_u64(), report["scored"].as_u64()), (Some(2), Some(2)));
+    let gap = job.result["adapter"]["train_serve_logprob_gap"].as_f64().unwrap();
+    assert!(gap < 1e-4, "trainer and server differ by {gap} nats a token");
+    let live = house.roles.resolve("student").unwrap().lease.unwrap();
+    assert_eq!(Some(live.adapter.generation.as_str()), job.result["adapter"]["generation"].as_str());
+    let steps = job.result["training"]["steps"].as_u64().unwrap();
+    let metrics = store.events(&job.id, 0, 1000).unwrap().into_iter().filter(|event| event.kind == "metrics").count();
+    assert_eq!(metrics as u64, steps);
+}
+
+#[test]
+fn the_same_request_makes_the_same_adapter() {
+    let generation = |request: &Value| {
+        let data = tempfile::tempdir().unwrap();
+        let job = house(data.path(), rules()).run(request);
+        succeeded(&job);
+        job.result["adapter"]["generation"].as_str().unwrap().to_owned()
+    };
+    let first = generation(&request());
+    assert_eq!(generation(&request()), first);
+    let mut other = request();
+    other["seed"] = json!(12);
+    assert_ne!(generation(&other), first);
+}
+
+#[test]
+fn a_job_paused_in_the_middle_ends_with_the_same_adapter() {
+    let data = tempfile::tempdir().unwrap();
+    let straight = house(data.path(), rules()).run(&request());
+    succeeded(&straight);
+    let data = tempfile::tempdir().unwrap();
+    let house = house(data.path(), rules());
+    let job = house.jobs.submit(&request()).unwrap();
+    for stage in ["synthesizing", "training"] {
+        let done = |job: &Job| job.progress[stage]["done"].as_u64().unwrap_or(0) > 0;
+        house.wait(&job.id, |job| done(job) || job.status.is_final());
+        if house.jobs.pause(&job.id).is_ok() {
+            let now = house.wait(&job.id, |job| job.status.is_final());
+            if now.status == Status::Paused {
+                house.jobs.resume(&job.id).unwrap();
+            }
+        }
+    }
+    let job = house.wait(&job.id, |job| job.status == Status::Succeeded || job.status == Status::Failed);
+    succeeded(&job);
+    assert_eq!(job.result["adapter"]["generation"], straight.result["adapter"]["generation"]);
+}
+
+#[test]
+fn a_judge_scores_and_the_prefix_cache_sees_the_conversation_grow() {
+    let data = tempfile::tempdir().unwrap();
+    let judge = RewardOptions::Judge(JudgeOptions { model: "tiny".into(), rubric: None });
+    let house = house(data.path(), judge);
+    let job = house.run(&request());
+    succeeded(&job);
+    let rows = house.jobs.store().rows(&job.id, "score").unwrap();
+    assert!(!rows.is_empty());
+    for (_, row) in rows {
+        for side in ["chosen", "rejected"] {
+            if let Some(score) = row[side].as_f64() {
+                assert!(score > 8.0 && score < 11.0, "an expected value lies inside its range, not at {score}");
+            }
+        }
+    }
+    let samples = house.jobs.store().rows(&job.id, "sample").unwrap();
+    assert!(samples.iter().all(|(_, sample)| sample["cached_tokens"].as_u64().unwrap() > 0));
+}
+
+#[test]
+fn the_classifier_reward_is_what_transformers_computes() {
+    let data = tempfile::tempdir().unwrap();
+    let classifier = RewardOptions::Classifier(RoleOptions { model: "classifier".into() });
+    let roles = Roles::load(options(data.path(), classifier)).unwrap();
+    let text = std::fs::read(super::hot_swap::fixture("tiny-classifier/expected.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&text).unwrap();
+    let target = roles.resolve("reward").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let sequences: Vec<Vec<u32>> = serde_json::from_value(expected["sequences"].clone()).unwrap();
+    let scores: Vec<f32> = serde_json::from_value(expected["scores"].clone()).unwrap();
+    assert!(!scores.is_empty() && scores.len() == sequences.len());
+    for (ids, score) in sequences.into_iter().zip(scores) {
+        let mut request = target.request(ids, rdpo::engine::SamplingParams::default());
+        request.task = rdpo::engine::Task::Score;
+        let found = runtime.block_on(target.ask(request)).unwrap().score.unwrap();
+        assert!((found - score).abs() < 1e-4, "{found} is not {score}");
+    }
+    let turns = [Message::new("user", "Hi"), Message::new("assistant", "Hello")];
+    assert!(runtime.block_on(roles.reward().unwrap().score(&turns, None)).unwrap().value.is_finite());
+    assert_eq!(runtime.block_on(roles.reward().unwrap().score(&turns[..1], None)).unwrap_err().status(), 400);
+}
+
+#[test]
+fn ready_pairs_skip_what_they_do_not_need() {
+    let data = tempfile::tempdir().unwrap();
+    let house = house(data.path(), rules());
+    let pair = |n: usize| {
+        json!({"prompt": format!("Question {n}"), "chosen": format!("good {n}"), "rejected": "bad",
+        "score_chosen": 2.0, "score_rejected": 1.0 - n as f64})
+    };
+    let mut request = request();
+    request.as_object_mut().unwrap().remove("prompts");
+    request["pairs"] = (0..6).map(pair).collect();
+    request["publish"] = json!({"when": "never"});
+    let job = house.run(&request);
+    succeeded(&job);
+    let said = house.jobs.store().events(&job.id, 0, 1000).unwrap();
+    assert!(!said.iter().any(|event| event.data["status"] == "synthesizing" || event.data["status"] == "scoring"));
+    assert_eq!(job.result["adapter"]["published"], json!(false));
+    assert!(house.roles.resolve("student").unwrap().lease.is_none());
+}
+
+#[test]
+fn a_job_without_usable_pairs_fails_with_its_counts() {
+    let data = tempfile::tempdir().unwrap();
+    let house = house(data.path(), rules());
+    let mut request = request();
+    request["scoring"] = json!({"min_gap": 1e6});
+    let job = house.run(&request);
+    assert_eq!(job.status, Status::Failed);
+    assert!(job.error.unwrap()["message"].as_str().unwrap().contains("min_gap"));
+    assert_eq!(house.jobs.store().rows(&job.id, "sample").unwrap().len(), 6, "the rows stay");
+}
