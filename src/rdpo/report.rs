@@ -100,17 +100,19 @@ pub(super) fn wilson(wins: f64, n: f64) -> (f64, f64) {
     ((centre - half).max(0.0), (centre + half).min(1.0))
 }
 
+/// What is compared and how.
+pub(super) struct Contest<'a> {
+    pub(super) base: &'a Target,
+    pub(super) aligned: &'a Target,
+    pub(super) reward: &'a Reward,
+    pub(super) behavior: &'a Behavior,
+    pub(super) options: &'a SynthesisOptions,
+    pub(super) seed: u64,
+}
+
 /// Answers one held-out prompt with both and scores both, at the same seed and temperature.
-pub(super) async fn compare(
-    base: &Target,
-    aligned: &Target,
-    reward: &Reward,
-    behavior: &Behavior,
-    prompt: &PromptInput,
-    index: usize,
-    options: &SynthesisOptions,
-    seed: u64,
-) -> Result<Comparison> {
+pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: usize) -> Result<Comparison> {
+    let Contest { base, aligned, reward, behavior, options, seed } = *contest;
     let context = behavior.context.as_deref().filter(|_| behavior.train_with_context);
     let messages = prompt.under(context);
     let params = SamplingParams {

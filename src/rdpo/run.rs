@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
 use super::pairs::{Candidate, Kept, count, keep};
-use super::report::{Comparison, Report, compare};
+use super::report::{Comparison, Contest, Report, compare};
 use super::synthesize::{Sample, Work, mixed, synthesize_work};
 use super::{Behavior, JobRequest, PromptInput, PublishWhen};
 use crate::error::{Code, Error, Result};
@@ -241,14 +241,17 @@ impl<'a> Run<'a> {
         let left: Vec<usize> = left.collect();
         self.context.progress(Status::Evaluating, done.len(), total)?;
         self.runtime.block_on(async {
-            let (base, aligned, reward) = (&base, &aligned, &reward);
+            let contest = Contest {
+                base: &base,
+                aligned: &aligned,
+                reward: &reward,
+                behavior: &self.behavior,
+                options: &self.request.synthesis,
+                seed: self.request.seed,
+            };
             let comparisons = left.into_iter().map(|index| {
-                let prompt = prompts[index];
-                async move {
-                    let (options, seed) = (&self.request.synthesis, self.request.seed);
-                    let one = compare(base, aligned, reward, &self.behavior, prompt, index, options, seed).await;
-                    (index, one)
-                }
+                let (contest, prompt) = (&contest, prompts[index]);
+                async move { (index, compare(contest, prompt, index).await) }
             });
             let mut running = futures_util::stream::iter(comparisons).buffer_unordered(self.roles.max_in_flight());
             loop {

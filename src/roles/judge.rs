@@ -112,7 +112,7 @@ async fn expected(target: &Target, rubric: &Rubric, question: &[Message]) -> Res
             sum += here * *value as f64;
         }
     }
-    if !(mass >= LEAST_MASS) {
+    if mass.is_nan() || mass < LEAST_MASS {
         return Err(unreadable(format!(
             "the judge gives the numbers {}..={} only {mass:.1e} of its probability",
             rubric.min, rubric.max

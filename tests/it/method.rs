@@ -109,21 +109,30 @@ fn the_same_request_makes_the_same_adapter() {
 #[test]
 fn a_job_paused_in_the_middle_ends_with_the_same_adapter() {
     let data = tempfile::tempdir().unwrap();
-    let straight = house(data.path(), rules()).run(&request());
+    let mut request = request();
+    request["synthesis"]["samples_per_prompt"] = json!(8);
+    request["training"]["epochs"] = json!(3);
+    let straight = house(data.path(), rules()).run(&request);
     succeeded(&straight);
     let data = tempfile::tempdir().unwrap();
     let house = house(data.path(), rules());
-    let job = house.jobs.submit(&request()).unwrap();
+    let job = house.jobs.submit(&request).unwrap();
+    let mut paused_in = Vec::new();
     for stage in ["synthesizing", "training"] {
         let done = |job: &Job| job.progress[stage]["done"].as_u64().unwrap_or(0) > 0;
         house.wait(&job.id, |job| done(job) || job.status.is_final());
         if house.jobs.pause(&job.id).is_ok() {
             let now = house.wait(&job.id, |job| job.status.is_final());
             if now.status == Status::Paused {
+                let progress = &now.progress[stage];
+                if progress["done"].as_u64() < progress["total"].as_u64() {
+                    paused_in.push(stage);
+                }
                 house.jobs.resume(&job.id).unwrap();
             }
         }
     }
+    assert_eq!(paused_in, ["synthesizing", "training"], "each pause falls into the middle of its stage");
     let job = house.wait(&job.id, |job| job.status == Status::Succeeded || job.status == Status::Failed);
     succeeded(&job);
     assert_eq!(job.result["adapter"]["generation"], straight.result["adapter"]["generation"]);
@@ -137,14 +146,16 @@ fn a_judge_scores_and_the_prefix_cache_sees_the_conversation_grow() {
     let job = house.run(&request());
     succeeded(&job);
     let rows = house.jobs.store().rows(&job.id, "score").unwrap();
-    assert!(!rows.is_empty());
-    for (_, row) in rows {
+    let mut read = 0;
+    for (_, row) in &rows {
         for side in ["chosen", "rejected"] {
             if let Some(score) = row[side].as_f64() {
+                read += 1;
                 assert!(score > 8.0 && score < 11.0, "an expected value lies inside its range, not at {score}");
             }
         }
     }
+    assert!(read >= rows.len(), "the judge was read {read} times for {} pairs", rows.len());
     let samples = house.jobs.store().rows(&job.id, "sample").unwrap();
     assert!(samples.iter().all(|(_, sample)| sample["cached_tokens"].as_u64().unwrap() > 0));
 }
@@ -202,4 +213,32 @@ fn a_job_without_usable_pairs_fails_with_its_counts() {
     assert_eq!(job.status, Status::Failed);
     assert!(job.error.unwrap()["message"].as_str().unwrap().contains("min_gap"));
     assert_eq!(house.jobs.store().rows(&job.id, "sample").unwrap().len(), 6, "the rows stay");
+}
+
+/// 8 to 11: two values of one token and two that share their first. The reward is compared with the sum written out by hand.
+#[test]
+fn the_expected_score_is_the_sum_over_the_values() {
+    let data = tempfile::tempdir().unwrap();
+    let judge = RewardOptions::Judge(JudgeOptions { model: "tiny".into(), rubric: None });
+    let roles = Roles::load(options(data.path(), judge)).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let rubric: rdpo::roles::Rubric =
+        serde_json::from_value(json!({"prompt": "Grade. {prompt} / {response}", "min": 8, "max": 11})).unwrap();
+    let turns = [Message::new("user", "Hi"), Message::new("assistant", "Hello")];
+    let found = runtime.block_on(roles.reward().unwrap().score(&turns, Some(&rubric))).unwrap().value;
+
+    let target = roles.resolve("reward").unwrap();
+    let tokenizer = target.tokenizer().unwrap();
+    let asked = [Message::new("user", "Grade. Hi / Hello")];
+    let prompt = tokenizer.encode_chat(&asked, &rdpo::text::RenderOptions::default()).unwrap();
+    let p = |text: &str| {
+        let ids = tokenizer.encode(text, false).unwrap();
+        let logprobs = runtime.block_on(target.logprobs_of(&prompt, &ids)).unwrap();
+        logprobs.iter().map(|one| f64::from(*one)).sum::<f64>().exp()
+    };
+    assert_eq!(tokenizer.encode("10", false).unwrap().len(), 2);
+    let values = [(8.0, p("8")), (9.0, p("9")), (10.0, p("10")), (11.0, p("11"))];
+    let mass: f64 = values.iter().map(|(_, p)| p).sum();
+    let expected = values.iter().map(|(value, p)| value * p).sum::<f64>() / mass;
+    assert!((found - expected).abs() < 1e-4, "{found} is not {expected}");
 }
