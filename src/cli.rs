@@ -5,6 +5,7 @@ mod client;
 mod export;
 mod follow;
 mod inspect;
+mod serve;
 mod table;
 mod train;
 
@@ -29,6 +30,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Serve teacher, reward and student, and run jobs, until stopped
+    Serve(serve::ServeArgs),
+    /// Print the settings in force, secrets masked
+    Config(serve::ServeArgs),
     /// Start a refined-DPO job on a running server and follow it
     Train(train::TrainArgs),
     /// Let the teacher answer, criticize and revise for given prompts
@@ -70,6 +75,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
+        Command::Serve(args) => serve::serve(&args),
+        Command::Config(args) => serve::config(&args),
         Command::Train(args) => blocking(train::train(&args)),
         Command::Synthesize(args) => blocking(inspect::synthesize(&args)),
         Command::Score(args) => blocking(inspect::score(&args)),

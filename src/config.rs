@@ -1,1 +1,312 @@
 //! Settings: `rdpo.toml`, then `RDPO_*` variables, then flags; resolved once. The only place that reads the environment.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::roles::{
+    AdapterOptions, DeviceOptions, JudgeOptions, KvCacheOptions, ModelOptions, RewardOptions, RoleOptions, RolesOptions,
+};
+
+/// The file that is read when none is named and it exists.
+const DEFAULT_FILE: &str = "rdpo.toml";
+/// The model of all three roles where the settings name none.
+const DEFAULT_MODEL: &str = "smollm2";
+
+/// `[server]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerOptions {
+    /// Address to listen on.
+    pub host: String,
+    /// Port; 0 takes a free one.
+    pub port: u16,
+    /// Keys that open `/v1`; none leaves it open.
+    pub api_keys: Vec<String>,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// Seconds that answers in progress get when the server is told to stop.
+    pub drain_seconds: u64,
+}
+
+/// `[roles]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoleSection {
+    /// Answers, criticizes, revises.
+    pub teacher: RoleOptions,
+    /// Learns and serves.
+    pub student: RoleOptions,
+    /// Scores.
+    pub reward: RewardOptions,
+}
+
+/// `[store]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreOptions {
+    /// SQLite file of jobs, their rows and events.
+    pub path: PathBuf,
+}
+
+/// `[training]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingSection {
+    /// Share of device time training keeps while serving is busy, in (0, 1].
+    pub device_share: f64,
+}
+
+/// Everything the server is told.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// HTTP.
+    pub server: ServerOptions,
+    /// Device.
+    pub device: DeviceOptions,
+    /// KV cache and batch limits.
+    pub kv_cache: KvCacheOptions,
+    /// Models by name.
+    pub models: BTreeMap<String, ModelOptions>,
+    /// Who is what.
+    pub roles: RoleSection,
+    /// Jobs.
+    pub store: StoreOptions,
+    /// Adapters.
+    pub adapters: AdapterOptions,
+    /// Training beside serving.
+    pub training: TrainingSection,
+}
+
+/// What flags say; they win over file and variables.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// Settings file.
+    pub config: Option<PathBuf>,
+    /// `server.host`.
+    pub host: Option<String>,
+    /// `server.port`.
+    pub port: Option<u16>,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        let api_keys = Vec::new();
+        ServerOptions { host: "127.0.0.1".into(), port: 8080, api_keys, max_body_bytes: 32 << 20, drain_seconds: 30 }
+    }
+}
+
+impl Default for RoleSection {
+    fn default() -> Self {
+        let role = || RoleOptions { model: DEFAULT_MODEL.into() };
+        let judge = JudgeOptions { model: DEFAULT_MODEL.into(), rubric: None };
+        RoleSection { teacher: role(), student: role(), reward: RewardOptions::Judge(judge) }
+    }
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { path: "data/rdpo.sqlite".into() }
+    }
+}
+
+impl Default for TrainingSection {
+    fn default() -> Self {
+        TrainingSection { device_share: 0.5 }
+    }
+}
+
+impl Settings {
+    /// Reads file, environment and flags. Unknown keys and wrong types are errors that name them.
+    pub fn load(overrides: &Overrides) -> Result<Self> {
+        let file = overrides
+            .config
+            .clone()
+            .or_else(|| std::env::var_os("RDPO_CONFIG").map(PathBuf::from))
+            .or_else(|| PathBuf::from(DEFAULT_FILE).is_file().then(|| DEFAULT_FILE.into()));
+        let mut table = match &file {
+            None => toml::Table::new(),
+            Some(file) => {
+                let name = file.display().to_string();
+                let text = std::fs::read_to_string(file)
+                    .map_err(|error| Error::invalid(&name, format!("cannot read the settings file {name}: {error}")))?;
+                // Checked alone first, so that a mistake is shown with its line.
+                toml::from_str::<Settings>(&text)
+                    .map_err(|error| Error::invalid(&name, format!("in {name}: {}", error.to_string().trim_end())))?;
+                toml::from_str(&text).map_err(|error| Error::invalid(&name, error.to_string()))?
+            }
+        };
+        let mut variables: Vec<(String, String)> = std::env::vars().collect();
+        variables.sort();
+        apply_variables(&mut table, &variables)?;
+        let server = |table: &mut toml::Table, key: &str, value: toml::Value| set(table, &["server", key], value);
+        if let Some(host) = &overrides.host {
+            server(&mut table, "host", host.clone().into());
+        }
+        if let Some(port) = overrides.port {
+            server(&mut table, "port", i64::from(port).into());
+        }
+        Settings::from_table(table)
+    }
+
+    fn from_table(table: toml::Table) -> Result<Self> {
+        let mut settings: Settings = serde_path_to_error::deserialize(table).map_err(|error| {
+            Error::invalid(error.path().to_string(), format!("{}: {}", error.path(), error.inner().message()))
+        })?;
+        if settings.models.is_empty() {
+            let model =
+                ModelOptions { path: "models/smollm2-135m-instruct".into(), dtype: "auto".into(), max_model_len: None };
+            settings.models.insert(DEFAULT_MODEL.into(), model);
+        }
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<()> {
+        let share = self.training.device_share;
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(Error::invalid(
+                "training.device_share",
+                "`training.device_share` must be above 0 and at most 1",
+            ));
+        }
+        if self.server.api_keys.iter().any(String::is_empty) {
+            return Err(Error::invalid("server.api_keys", "`server.api_keys` holds an empty key"));
+        }
+        let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
+        let reward = match &self.roles.reward {
+            RewardOptions::Judge(judge) => Some(&judge.model),
+            RewardOptions::Classifier(role) => Some(&role.model),
+            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
+        };
+        let roles = [
+            ("teacher", Some(&self.roles.teacher.model)),
+            ("student", Some(&self.roles.student.model)),
+            ("reward", reward),
+        ];
+        for (role, model) in roles {
+            if let Some(model) = model.filter(|model| !self.models.contains_key(*model)) {
+                return Err(Error::invalid(
+                    format!("roles.{role}.model"),
+                    format!(
+                        "`roles.{role}.model` names `{model}`, which is not under [models]; there are: {}",
+                        known.join(", ")
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The part the roles need.
+    pub fn roles(&self) -> RolesOptions {
+        RolesOptions {
+            device: self.device.clone(),
+            kv_cache: self.kv_cache.clone(),
+            models: self.models.clone(),
+            teacher: self.roles.teacher.clone(),
+            student: self.roles.student.clone(),
+            reward: self.roles.reward.clone(),
+            adapters: self.adapters.clone(),
+            training_share: self.training.device_share,
+        }
+    }
+
+    /// What is in force, as TOML, with secrets masked.
+    pub fn masked_toml(&self) -> Result<String> {
+        let mut shown = self.clone();
+        shown.server.api_keys.iter_mut().for_each(|key| *key = "********".into());
+        toml::to_string_pretty(&shown).map_err(|error| Error::internal(format!("settings cannot be shown: {error}")))
+    }
+}
+
+/// `RDPO_SERVER__PORT=9000` is `server.port = 9000`: sections are parted by two underscores, values read as TOML where they are.
+fn apply_variables(table: &mut toml::Table, variables: &[(String, String)]) -> Result<()> {
+    for (name, text) in variables {
+        let Some(path) = name.strip_prefix("RDPO_").filter(|path| path.contains("__")) else { continue };
+        let path = path.to_lowercase();
+        let parts: Vec<&str> = path.split("__").collect();
+        if parts.iter().any(|part| part.is_empty()) {
+            return Err(Error::invalid(name, format!("the variable {name} names no setting")));
+        }
+        let value = toml::from_str::<toml::Table>(&format!("value = {text}"))
+            .ok()
+            .and_then(|mut table| table.remove("value"))
+            .unwrap_or_else(|| text.clone().into());
+        set(table, &parts, value);
+    }
+    Ok(())
+}
+
+fn set(table: &mut toml::Table, path: &[&str], value: toml::Value) {
+    match path {
+        [] => {}
+        [key] => {
+            table.insert((*key).to_owned(), value);
+        }
+        [key, rest @ ..] => {
+            let inner = table.entry(*key).or_insert_with(|| toml::Table::new().into());
+            if !inner.is_table() {
+                *inner = toml::Table::new().into();
+            }
+            if let Some(inner) = inner.as_table_mut() {
+                set(inner, rest, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings> {
+        let mut table = toml::from_str(text).unwrap();
+        let variables: Vec<(String, String)> =
+            variables.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        apply_variables(&mut table, &variables)?;
+        Settings::from_table(table)
+    }
+
+    #[test]
+    fn with_nothing_said_three_roles_share_one_model() {
+        let settings = load("", &[]).unwrap();
+        assert_eq!(settings.models.keys().collect::<Vec<_>>(), ["smollm2"]);
+        assert_eq!(settings.roles.teacher, settings.roles.student);
+        assert_eq!((settings.server.port, settings.kv_cache.block_size), (8080, 16));
+    }
+
+    #[test]
+    fn variables_win_over_the_file() {
+        let settings = load(
+            "[server]\nport = 1\n[models.m]\npath = \"x\"\n[roles]\nteacher = {model = \"m\"}\nstudent = {model = \"m\"}\nreward = {kind = \"rules\", terms = []}",
+            &[("RDPO_SERVER__PORT", "2"), ("RDPO_KV_CACHE__MEMORY", "64MiB"), ("RDPO_URL", "ignored")],
+        )
+        .unwrap();
+        assert_eq!((settings.server.port, settings.kv_cache.memory.as_str()), (2, "64MiB"));
+    }
+
+    #[test]
+    fn mistakes_name_their_key() {
+        for (text, variables, param) in [
+            ("[server]\nprot = 1", vec![], "server"),
+            ("", vec![("RDPO_SERVER__PORT", "many")], "server.port"),
+            ("[training]\ndevice_share = 0.0", vec![], "training.device_share"),
+            ("[models.m]\npath = \"x\"", vec![], "roles.teacher.model"),
+        ] {
+            let error = load(text, &variables).unwrap_err();
+            assert!(error.param.as_deref().unwrap().starts_with(param), "{text}: {error:?}");
+        }
+        assert!(load("[server]\nprot = 1", &[]).unwrap_err().message.contains("prot"));
+    }
+
+    #[test]
+    fn secrets_are_masked() {
+        let shown = load("[server]\napi_keys = [\"hush\"]", &[]).unwrap().masked_toml().unwrap();
+        assert!(!shown.contains("hush") && shown.contains("********"));
+    }
+}

@@ -123,3 +123,14 @@ pub fn metrics() -> &'static Metrics {
         LazyLock::new(|| Metrics::new().expect("metric names are distinct and valid. This is a bug."));
     &METRICS
 }
+
+/// Sends log lines to standard error; `RUST_LOG` chooses what (default `info`), `RDPO_LOG_FORMAT=json` how.
+pub fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let json = std::env::var("RDPO_LOG_FORMAT").is_ok_and(|format| format == "json");
+    let result = if json { lines.json().try_init() } else { lines.try_init() };
+    if let Err(error) = result {
+        tracing::debug!(%error, "logging was set up before");
+    }
+}

@@ -25,6 +25,8 @@ pub use options::{
 pub use reward::{Reward, Rubric, Score};
 pub use target::{Answer, Target};
 
+pub use crate::weights::GenerationDefaults;
+
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::telemetry::metrics;

@@ -1,1 +1,105 @@
 //! HTTP: parse a request, call a role or a job, render the answer. Sees no tensor.
+
+mod answer;
+mod guard;
+mod reply;
+mod routes;
+mod sampling;
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use actix_web::middleware::{Compress, from_fn};
+use actix_web::{App, HttpServer, web};
+
+use crate::error::{Error, Result};
+use crate::jobs::{Body, Jobs, Store};
+use crate::roles::{Roles, RolesOptions};
+use crate::telemetry::metrics;
+
+/// What the HTTP side is told (the `[server]` section's limits).
+#[derive(Clone, Debug)]
+pub struct ServerLimits {
+    /// Keys that open `/v1`; none leaves it open.
+    pub api_keys: Vec<String>,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// Seconds that answers in progress get when the server is told to stop.
+    pub drain_seconds: u64,
+}
+
+/// What handlers share.
+pub struct AppState {
+    /// Models and adapters.
+    pub roles: Arc<Roles>,
+    /// Jobs.
+    pub jobs: Jobs,
+    /// Limits.
+    pub limits: ServerLimits,
+}
+
+impl AppState {
+    /// Loads the roles and starts the job worker.
+    pub fn load(roles: RolesOptions, store: &std::path::Path, limits: ServerLimits) -> Result<Arc<Self>> {
+        let store = Store::open(store)?;
+        let roles = Roles::load(roles)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("jobs")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::internal(format!("cannot start the job runtime: {error}")))?;
+        let body: Body = {
+            let roles = roles.clone();
+            Arc::new(move |context| crate::rdpo::run(context, &roles, runtime.handle()))
+        };
+        let jobs = Jobs::start(store, body)?;
+        Ok(Arc::new(AppState { roles, jobs, limits }))
+    }
+}
+
+/// Binds an address, or says which setting to change.
+pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
+    TcpListener::bind((host, port)).map_err(|error| {
+        let advice = match error.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                "another program has the port: stop it, or choose another with `server.port`"
+            }
+            _ => "check `server.host` and `server.port`",
+        };
+        Error::invalid("server.port", format!("cannot listen on {host}:{port}: {error} ({advice})"))
+    })
+}
+
+/// Serves until `shutdown` resolves, then lets answers in progress end and leaves running jobs to be resumed.
+pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
+    metrics().start_time_seconds.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
+    let version = [env!("CARGO_PKG_VERSION"), if cfg!(feature = "cuda") { "cuda" } else { "cpu" }];
+    metrics().build_info.with_label_values(&version).set(1);
+    let (data, drain) = (web::Data::from(state.clone()), state.limits.drain_seconds);
+    let server = HttpServer::new(move || {
+        App::new()
+            .app_data(data.clone())
+            .app_data(web::PayloadConfig::new(data.limits.max_body_bytes))
+            .wrap(Compress::default())
+            .wrap(from_fn(guard::guard))
+            .configure(routes::configure)
+            .default_service(web::route().to(reply::no_route))
+    })
+    .workers(2)
+    .shutdown_timeout(drain)
+    .disable_signals()
+    .listen(listener)?
+    .run();
+    let handle = server.handle();
+    let running = actix_web::rt::spawn(server);
+    shutdown.await;
+    tracing::info!("stopping: answers in progress have {drain} s");
+    let jobs = state.jobs.clone();
+    let stopped = actix_web::rt::task::spawn_blocking(move || jobs.shutdown());
+    let _ = tokio::time::timeout(Duration::from_secs(drain + 5), handle.stop(true)).await;
+    let _ = stopped.await;
+    running.await.map_err(|error| Error::internal(error.to_string()))??;
+    Ok(())
+}

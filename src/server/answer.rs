@@ -1,0 +1,213 @@
+//! What chat and text completions share in their answers: who made them, the counts, the log-probabilities, several choices at
+//! once.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use actix_web::HttpResponseBuilder;
+use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
+use crate::error::Result;
+use crate::roles::Target;
+use crate::telemetry::metrics;
+use crate::text::Tokenizer;
+
+/// Lowest log-probability in JSON, which has no infinity.
+const FLOOR: f32 = -9999.0;
+
+/// Head of every body and chunk.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    pub(super) id: String,
+    pub(super) object: &'static str,
+    pub(super) created: u64,
+    pub(super) model: String,
+    pub(super) adapter_version: u64,
+    pub(super) adapter_generation: Option<String>,
+}
+
+impl Head {
+    pub(super) fn new(prefix: &str, object: &'static str, target: &Target) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Head {
+            id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+            object,
+            created: now.map_or(0, |now| now.as_secs()),
+            model: target.model.clone(),
+            adapter_version: target.lease.as_ref().map_or(0, |lease| lease.version),
+            adapter_generation: target.lease.as_ref().map(|lease| lease.adapter.generation.clone()),
+        }
+    }
+
+    /// The body with these fields after the head's.
+    pub(super) fn body(&self, fields: Value) -> Value {
+        let mut body = Map::new();
+        body.insert("id".into(), json!(self.id));
+        body.insert("object".into(), json!(self.object));
+        body.insert("created".into(), json!(self.created));
+        body.insert("model".into(), json!(self.model));
+        let generation = self.adapter_generation.as_deref().unwrap_or("base");
+        body.insert("system_fingerprint".into(), json!(format!("rdpo-{}", &generation[..generation.len().min(12)])));
+        body.insert("adapter_version".into(), json!(self.adapter_version));
+        body.insert("adapter_generation".into(), json!(self.adapter_generation));
+        if let Value::Object(fields) = fields {
+            body.extend(fields);
+        }
+        Value::Object(body)
+    }
+
+    /// The same facts as headers.
+    pub(super) fn headers(&self, response: &mut HttpResponseBuilder) {
+        response.insert_header(("x-adapter-version", self.adapter_version.to_string()));
+        if let Some(generation) = &self.adapter_generation {
+            response.insert_header(("x-adapter-generation", generation.as_str()));
+        }
+    }
+}
+
+/// OpenAI's counts; the prompt counts once however many choices there are.
+pub(super) fn usage_json(usages: &[Usage]) -> Value {
+    let prompt = usages.iter().map(|usage| usage.prompt_tokens).max().unwrap_or(0);
+    let cached = usages.iter().map(|usage| usage.cached_tokens).max().unwrap_or(0);
+    counted(prompt, cached, usages.iter().map(|usage| usage.completion_tokens).sum())
+}
+
+pub(super) fn counted(prompt: usize, cached: usize, completion: usize) -> Value {
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    })
+}
+
+pub(super) fn finish_reason(reason: &FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop { .. } => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+/// vLLM's `stop_reason`: the stop string or token id that was found.
+pub(super) fn stop_reason(reason: &FinishReason) -> Value {
+    match reason {
+        FinishReason::Stop { text: Some(text), .. } => json!(text),
+        FinishReason::Stop { token: Some(token), .. } => json!(token),
+        _ => Value::Null,
+    }
+}
+
+pub(super) fn floor(logprob: f32) -> f32 {
+    if logprob.is_nan() { FLOOR } else { logprob.max(FLOOR) }
+}
+
+/// One entry of chat's `logprobs.content`.
+pub(super) fn chat_logprob(tokenizer: &Tokenizer, logprob: &TokenLogprob) -> Value {
+    let entry = |id: u32, logprob: f32| json!({"token": tokenizer.token_text(id), "logprob": floor(logprob), "bytes": tokenizer.token_bytes(id)});
+    let mut own = entry(logprob.id, logprob.logprob);
+    own["top_logprobs"] = logprob.top.iter().map(|(id, logprob)| entry(*id, *logprob)).collect();
+    own
+}
+
+/// vLLM's `prompt_logprobs`: for each prompt token its alternatives by id.
+pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<TokenLogprob>]) -> Value {
+    let one = |token: &TokenLogprob| {
+        let mut map = Map::new();
+        let own = (token.id, token.logprob);
+        for (rank, (id, logprob)) in token.top.iter().copied().chain([own]).enumerate() {
+            map.entry(id.to_string()).or_insert_with(
+                || json!({"logprob": floor(logprob), "rank": rank + 1, "decoded_token": tokenizer.token_text(id)}),
+            );
+        }
+        Value::Object(map)
+    };
+    prompt.iter().map(|token| token.as_ref().map_or(Value::Null, one)).collect()
+}
+
+type Indexed = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;
+
+/// Events of several choices as they come. Dropping it before its end cancels them and counts a client that left.
+pub(super) struct Choices {
+    events: SelectAll<Indexed>,
+    left: usize,
+}
+
+impl Choices {
+    /// Queues `n` choices of each prompt; choice `i` of a seeded request has seed + i.
+    pub(super) fn submit(target: &Target, prompts: &[Vec<u32>], params: &SamplingParams, n: usize) -> Result<Self> {
+        let mut streams: Vec<Indexed> = Vec::with_capacity(prompts.len() * n);
+        for (at, prompt) in prompts.iter().enumerate() {
+            for choice in 0..n {
+                let seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));
+                let events = target.generate(prompt.clone(), SamplingParams { seed, ..params.clone() })?;
+                let index = at * n + choice;
+                streams.push(Box::pin(UnboundedReceiverStream::new(events).map(move |event| (index, event))));
+            }
+        }
+        Ok(Choices { left: streams.len(), events: select_all(streams) })
+    }
+}
+
+impl Stream for Choices {
+    type Item = (usize, Event);
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let polled = self.events.poll_next_unpin(context);
+        match &polled {
+            Poll::Ready(Some((_, Event::Done { .. } | Event::Failed(_)))) => self.left = self.left.saturating_sub(1),
+            Poll::Ready(None) => self.left = 0,
+            _ => {}
+        }
+        polled
+    }
+}
+
+impl Drop for Choices {
+    fn drop(&mut self) {
+        if self.left > 0 {
+            metrics().client_disconnects_total.inc();
+        }
+    }
+}
+
+/// A choice put together from its events.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(super) struct Collected {
+    pub(super) text: String,
+    pub(super) ids: Vec<u32>,
+    #[serde(skip)]
+    pub(super) logprobs: Vec<TokenLogprob>,
+    #[serde(skip)]
+    pub(super) prompt: Vec<Option<TokenLogprob>>,
+    #[serde(skip)]
+    pub(super) reason: Option<FinishReason>,
+    #[serde(skip)]
+    pub(super) usage: Usage,
+}
+
+/// Waits for all choices.
+pub(super) async fn collect(mut choices: Choices, count: usize) -> Result<Vec<Collected>> {
+    let mut all = vec![Collected::default(); count];
+    while let Some((index, event)) = choices.next().await {
+        let choice = &mut all[index];
+        match event {
+            Event::Prompt(logprobs) => choice.prompt = logprobs,
+            Event::Token { id, text, logprob } => {
+                choice.ids.push(id);
+                choice.text.push_str(&text);
+                choice.logprobs.extend(logprob);
+            }
+            Event::Done { text, reason, usage } => {
+                choice.text.push_str(&text);
+                (choice.reason, choice.usage) = (Some(reason), usage);
+            }
+            Event::Failed(error) => return Err(error),
+            Event::NextToken(..) | Event::Score(..) => {}
+        }
+    }
+    Ok(all)
+}

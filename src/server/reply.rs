@@ -1,0 +1,121 @@
+//! Answers' envelope: OpenAI's error object, parsed bodies, server-sent events.
+
+use actix_web::http::StatusCode;
+use actix_web::http::header::{CACHE_CONTROL, HeaderValue, RETRY_AFTER};
+use actix_web::{HttpRequest, HttpResponse, ResponseError, web};
+use futures_util::{Stream, StreamExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use crate::error::{Code, Error, Result};
+
+/// An error on its way to a client.
+#[derive(Debug)]
+pub(super) struct ApiError(pub(super) Error);
+
+/// What a handler returns.
+pub(super) type Reply = std::result::Result<HttpResponse, ApiError>;
+
+impl std::fmt::Display for ApiError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        ApiError(error)
+    }
+}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        StatusCode::from_u16(self.0.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        if self.0.status() >= 500 {
+            tracing::error!(error = %self.0, "request failed");
+        }
+        let mut response = HttpResponse::build(self.status_code()).json(error_body(&self.0));
+        match self.0.code {
+            Code::RateLimited => {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Code::Overloaded => {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+            }
+            // The state will not change by itself: the SDK would try a 409 twice more.
+            Code::Conflict => {
+                let name = actix_web::http::header::HeaderName::from_static("x-should-retry");
+                response.headers_mut().insert(name, HeaderValue::from_static("false"));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+/// `{"error": {"message", "type", "param", "code"}}`.
+pub(super) fn error_body(error: &Error) -> serde_json::Value {
+    let (_, kind, code) = error.code.row();
+    json!({"error": {"message": error.to_string(), "type": kind, "param": error.param, "code": code}})
+}
+
+/// Reads a JSON body; a wrong type or value is a 400 naming its path.
+pub(super) fn parse<T: DeserializeOwned>(body: &web::Bytes) -> Result<T> {
+    if body.is_empty() {
+        return Err(Error::new(Code::InvalidValue, "the body is empty: send a JSON object"));
+    }
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let (path, text) = (error.path().to_string(), error.inner().to_string());
+        if error.inner().is_syntax() || error.inner().is_eof() {
+            return Error::new(Code::InvalidValue, format!("the body is not valid JSON: {text}"));
+        }
+        let field = text.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next());
+        match field {
+            Some(field) => {
+                let parent = if path == "." {
+                    String::new()
+                } else {
+                    path.strip_suffix(field).unwrap_or(&path).trim_end_matches('.').to_owned()
+                };
+                let full = if parent.is_empty() { field.to_owned() } else { format!("{parent}.{field}") };
+                Error::new(Code::UnknownField, text.clone()).at(full)
+            }
+            None if path == "." => Error::new(Code::InvalidValue, text),
+            None => Error::invalid(path, text),
+        }
+    })?;
+    reader.end().map_err(|error| Error::new(Code::InvalidValue, format!("the body is not valid JSON: {error}")))?;
+    Ok(value)
+}
+
+/// One `data:` event.
+pub(super) fn event(value: &impl Serialize) -> web::Bytes {
+    web::Bytes::from(format!("data: {}\n\n", serde_json::to_string(value).unwrap_or_default()))
+}
+
+/// An event stream, with the headers that keep proxies from holding it back.
+pub(super) fn sse(stream: impl Stream<Item = web::Bytes> + 'static) -> HttpResponse {
+    HttpResponse::Ok()
+        .content_type("text/event-stream; charset=utf-8")
+        .insert_header((CACHE_CONTROL, "no-cache"))
+        .insert_header(("x-accel-buffering", "no"))
+        .insert_header(("content-encoding", "identity"))
+        .streaming(stream.map(Ok::<_, actix_web::Error>))
+}
+
+/// A path nobody serves, or a method it does not have.
+pub(super) async fn no_route(request: HttpRequest) -> Reply {
+    let text = format!("There is no route {} {}. GET /openapi.yaml lists them.", request.method(), request.path());
+    Err(ApiError(Error::not_found(text)))
+}
+
+/// The path is served, the method is not.
+pub(super) async fn no_method(request: HttpRequest) -> Reply {
+    let text = format!("{} does not take {}.", request.path(), request.method());
+    Err(ApiError(Error::new(Code::MethodNotAllowed, text)))
+}

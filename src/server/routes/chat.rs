@@ -1,0 +1,334 @@
+//! `POST /v1/chat/completions`, for all three roles.
+
+use actix_web::{HttpResponse, web};
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
+
+use crate::engine::request::{Event, Usage};
+use crate::error::{Error, Result};
+use crate::roles::Target;
+use crate::server::AppState;
+use crate::server::answer::{self, Choices, Head};
+use crate::server::reply::{Reply, error_body, event, no_method, parse, sse};
+use crate::server::sampling::{Refused, Sampling, StreamOptions};
+use crate::text::{Message, RenderOptions};
+
+pub(super) fn configure(app: &mut web::ServiceConfig) {
+    app.service(
+        web::resource("/v1/chat/completions").route(web::post().to(create)).default_service(web::route().to(no_method)),
+    );
+}
+
+/// Text, parts of text, or null.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+/// A part of a message's content; only text is read.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Part {
+    /// `text`.
+    #[serde(rename = "type")]
+    pub(crate) kind: String,
+    /// The text.
+    pub(crate) text: Option<String>,
+}
+
+/// One turn.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ChatMessage {
+    /// `system`, `developer`, `user`, `assistant` or `tool`.
+    pub(crate) role: String,
+    /// The text.
+    pub(crate) content: Option<Content>,
+    /// Name of the speaker.
+    pub(crate) name: Option<String>,
+    /// Tool calls of an assistant turn.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub(crate) tool_calls: Option<Value>,
+    /// The call a tool turn answers.
+    pub(crate) tool_call_id: Option<String>,
+}
+
+/// Body of a chat completion, besides the sampling fields.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub(crate) struct ChatRequest {
+    /// `teacher`, `reward`, `student`, or an adapter's name.
+    pub(crate) model: String,
+    /// The conversation.
+    pub(crate) messages: Vec<ChatMessage>,
+    /// Most tokens to generate (the new name; wins over `max_tokens`).
+    pub(crate) max_completion_tokens: Option<usize>,
+    /// Add log-probabilities.
+    pub(crate) logprobs: Option<bool>,
+    /// Alternatives per token, with `logprobs`.
+    #[schema(maximum = 20)]
+    pub(crate) top_logprobs: Option<usize>,
+    /// Tools, passed to the chat template.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub(crate) tools: Option<Value>,
+    /// End with the header of an assistant turn (the default).
+    pub(crate) add_generation_prompt: Option<bool>,
+    /// Go on with the last message.
+    pub(crate) continue_final_message: Option<bool>,
+    /// Template instead of the model's.
+    pub(crate) chat_template: Option<String>,
+    /// Extra variables of the template.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
+    /// The caller's notes, echoed.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) metadata: Option<Value>,
+}
+
+/// Turns as the template sees them; parts that are not text are a 400.
+pub(crate) fn messages(given: &[ChatMessage]) -> Result<Vec<Message>> {
+    if given.is_empty() {
+        return Err(Error::invalid("messages", "`messages` is empty"));
+    }
+    given.iter().enumerate().map(|(index, message)| one_message(index, message)).collect()
+}
+
+fn one_message(index: usize, message: &ChatMessage) -> Result<Message> {
+    let role = match message.role.as_str() {
+        "developer" => "system",
+        role @ ("system" | "user" | "assistant" | "tool") => role,
+        other => {
+            let text = format!("`{other}` is not a role: system, developer, user, assistant and tool are");
+            return Err(Error::invalid(format!("messages[{index}].role"), text));
+        }
+    };
+    let content = match &message.content {
+        Some(Content::Text(text)) => text.clone(),
+        Some(Content::Parts(parts)) => {
+            let mut joined = Vec::with_capacity(parts.len());
+            for (at, part) in parts.iter().enumerate() {
+                match &part.text {
+                    Some(text) if ["text", "refusal"].contains(&part.kind.as_str()) => joined.push(text.as_str()),
+                    _ => {
+                        let path = format!("messages[{index}].content[{at}]");
+                        return Err(Error::invalid(
+                            path,
+                            format!("parts of type `{}` cannot be read, only text can", part.kind),
+                        ));
+                    }
+                }
+            }
+            joined.join("\n")
+        }
+        None if message.tool_calls.is_some() => String::new(),
+        None => return Err(Error::invalid(format!("messages[{index}].content"), "the message has no content")),
+    };
+    let (tool_calls, tool_call_id) = (message.tool_calls.clone(), message.tool_call_id.clone());
+    Ok(Message { role: role.to_owned(), content, name: message.name.clone(), tool_calls, tool_call_id })
+}
+
+/// What a request asks of the rendering.
+struct Ask {
+    logprobs: bool,
+    ids: bool,
+    stream: StreamOptions,
+    n: usize,
+    metadata: Option<Value>,
+}
+
+async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: ChatRequest = parse(&body)?;
+    let sampling: Sampling = parse(&body)?;
+    let n = sampling.n()?;
+    parse::<Refused>(&body)?.check(n)?;
+    let target = state.roles.resolve(&request.model)?;
+    let turns = messages(&request.messages)?;
+    if target.reward.is_some() {
+        return reward(&target, &turns, sampling.streams()).await;
+    }
+    let mut params = sampling.params(&target.defaults)?;
+    params.max_tokens = request.max_completion_tokens.or(params.max_tokens);
+    if params.max_tokens == Some(0) {
+        return Err(Error::invalid("max_tokens", "`max_tokens` must be at least 1 in a chat").into());
+    }
+    params.logprobs = match (request.logprobs.unwrap_or(false), request.top_logprobs) {
+        (true, top) => Some(top.unwrap_or(0)),
+        (false, Some(top)) if top > 0 => {
+            return Err(Error::invalid("top_logprobs", "`top_logprobs` needs `logprobs: true`").into());
+        }
+        (false, _) => None,
+    };
+    if params.logprobs.is_some_and(|top| top > 20) {
+        return Err(Error::invalid("top_logprobs", "`top_logprobs` must be at most 20").into());
+    }
+    let continues = request.continue_final_message.unwrap_or(false);
+    if continues && request.add_generation_prompt == Some(true) {
+        let text = "`continue_final_message` and `add_generation_prompt` exclude each other";
+        return Err(Error::invalid("continue_final_message", text).into());
+    }
+    let render = RenderOptions {
+        add_generation_prompt: !continues && request.add_generation_prompt.unwrap_or(true),
+        continue_final_message: continues,
+        tools: request.tools.clone().filter(|tools| !tools.is_null()),
+        kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
+        template: request.chat_template.clone(),
+    };
+    let prompt = target.tokenizer()?.encode_chat(&turns, &render)?;
+    let ask = Ask {
+        logprobs: params.logprobs.is_some(),
+        ids: sampling.return_token_ids.unwrap_or(false),
+        stream: sampling.stream_options()?,
+        n,
+        metadata: request.metadata.clone(),
+    };
+    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, n)?;
+    if sampling.streams() { streamed(target, choices, ask) } else { whole(target, choices, &ask, &prompt).await }
+}
+
+async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> Reply {
+    let head = Head::new("chatcmpl", "chat.completion", &target);
+    let tokenizer = target.tokenizer()?;
+    let all = answer::collect(choices, ask.n).await?;
+    let mut rendered = Vec::with_capacity(all.len());
+    for (index, choice) in all.iter().enumerate() {
+        let logprobs = ask.logprobs.then(|| {
+            let content: Vec<Value> =
+                choice.logprobs.iter().map(|token| answer::chat_logprob(tokenizer, token)).collect();
+            json!({"content": content, "refusal": null})
+        });
+        let reason = choice.reason.as_ref();
+        let mut body = json!({
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": null},
+            "logprobs": logprobs,
+            "finish_reason": reason.map(answer::finish_reason),
+            "stop_reason": reason.map_or(Value::Null, answer::stop_reason),
+        });
+        if ask.ids {
+            body["token_ids"] = json!(choice.ids);
+        }
+        rendered.push(body);
+    }
+    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
+    let mut fields = json!({"choices": rendered, "usage": answer::usage_json(&usages)});
+    if ask.ids {
+        fields["prompt_token_ids"] = json!(prompt);
+    }
+    if let Some(first) = all.first().filter(|choice| !choice.prompt.is_empty()) {
+        fields["prompt_logprobs"] = answer::prompt_logprobs_json(tokenizer, &first.prompt);
+    }
+    if let Some(metadata) = &ask.metadata {
+        fields["metadata"] = metadata.clone();
+    }
+    let mut response = HttpResponse::Ok();
+    head.headers(&mut response);
+    Ok(response.json(head.body(fields)))
+}
+
+fn streamed(target: Target, mut choices: Choices, ask: Ask) -> Reply {
+    let head = Head::new("chatcmpl", "chat.completion.chunk", &target);
+    let tokenizer = target.tokenizer()?.clone();
+    let named = head.clone();
+    let chunks = async_stream::stream! {
+        let chunk = |choice: Value, usage: Value| {
+            let choices = if choice.is_null() { json!([]) } else { json!([choice]) };
+            let mut fields = json!({"choices": choices});
+            if ask.stream.include_usage {
+                fields["usage"] = usage;
+            }
+            event(&head.body(fields))
+        };
+        for index in 0..ask.n {
+            let delta = json!({"role": "assistant", "content": ""});
+            yield chunk(json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}), Value::Null);
+        }
+        let (mut usages, mut so_far) = (Vec::new(), vec![0usize; ask.n]);
+        let mut prompt_tokens = 0;
+        while let Some((index, next)) = choices.next().await {
+            match next {
+                Event::Token { id, text, logprob } => {
+                    so_far[index] += 1;
+                    if text.is_empty() && logprob.is_none() && !ask.ids {
+                        continue;
+                    }
+                    let logprobs = logprob.map(|token| json!({"content": [answer::chat_logprob(&tokenizer, &token)], "refusal": null}));
+                    let mut choice = json!({"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": null});
+                    if ask.ids {
+                        choice["token_ids"] = json!([id]);
+                    }
+                    let running = if ask.stream.continuous_usage_stats {
+                        answer::counted(prompt_tokens, 0, so_far.iter().sum())
+                    } else {
+                        Value::Null
+                    };
+                    yield chunk(choice, running);
+                }
+                Event::Done { text, reason, usage } => {
+                    if !text.is_empty() {
+                        yield chunk(json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null}), Value::Null);
+                    }
+                    prompt_tokens = usage.prompt_tokens;
+                    usages.push(usage);
+                    yield chunk(
+                        json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
+                            "stop_reason": answer::stop_reason(&reason)}),
+                        Value::Null,
+                    );
+                }
+                Event::Failed(error) => {
+                    yield event(&error_body(&error));
+                    return;
+                }
+                Event::Prompt(_) | Event::NextToken(..) | Event::Score(..) => {}
+            }
+        }
+        if ask.stream.include_usage {
+            yield chunk(Value::Null, answer::usage_json(&usages));
+        }
+        yield web::Bytes::from_static(b"data: [DONE]\n\n");
+    };
+    let mut response = sse(chunks);
+    add_headers(&mut response, &named);
+    Ok(response)
+}
+
+pub(super) fn add_headers(response: &mut HttpResponse, head: &Head) {
+    use actix_web::http::header::{HeaderName, HeaderValue};
+    let mut add = |name: &'static str, value: &str| {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            response.headers_mut().insert(HeaderName::from_static(name), value);
+        }
+    };
+    add("x-adapter-version", &head.adapter_version.to_string());
+    if let Some(generation) = &head.adapter_generation {
+        add("x-adapter-generation", generation);
+    }
+}
+
+/// The reward role scores the last assistant turn: `reward:<float>` as content, one entry of log-probabilities, and a top-level
+/// `reward` (the convention of hosted reward models).
+async fn reward(target: &Target, turns: &[Message], stream: bool) -> Reply {
+    if turns.last().is_none_or(|turn| turn.role != "assistant") {
+        let text = "the reward model scores the last assistant message; the conversation ends with another turn";
+        return Err(Error::invalid("messages", text).into());
+    }
+    let Some(reward) = &target.reward else { return Err(Error::no_model(&target.model).into()) };
+    let score = reward.score(turns, None).await?;
+    let content = format!("reward:{}", score.value);
+    let logprobs = json!({"content": [{"token": "reward", "logprob": score.value, "bytes": null, "top_logprobs": []}], "refusal": null});
+    let usage = answer::counted(score.prompt_tokens, 0, score.completion_tokens);
+    if !stream {
+        let head = Head::new("chatcmpl", "chat.completion", target);
+        let message = json!({"role": "assistant", "content": content, "refusal": null});
+        let choice = json!({"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"});
+        return Ok(
+            HttpResponse::Ok().json(head.body(json!({"choices": [choice], "usage": usage, "reward": score.value})))
+        );
+    }
+    let head = Head::new("chatcmpl", "chat.completion.chunk", target);
+    let delta = json!({"role": "assistant", "content": content});
+    let choice = json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": "stop"});
+    let chunk = event(&head.body(json!({"choices": [choice], "reward": score.value})));
+    Ok(sse(futures_util::stream::iter([chunk, web::Bytes::from_static(b"data: [DONE]\n\n")])))
+}

@@ -1,0 +1,209 @@
+//! `POST /v1/completions`: text or token ids in, text out; `echo` with `max_tokens: 0` scores a given text.
+
+use actix_web::{HttpResponse, web};
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
+
+use super::chat::add_headers;
+use crate::engine::request::{Event, TokenLogprob, Usage};
+use crate::error::{Error, Result};
+use crate::roles::Target;
+use crate::server::AppState;
+use crate::server::answer::{self, Choices, Collected, Head};
+use crate::server::reply::{Reply, error_body, event, no_method, parse, sse};
+use crate::server::sampling::{Refused, Sampling};
+use crate::text::Tokenizer;
+
+pub(super) fn configure(app: &mut web::ServiceConfig) {
+    app.service(
+        web::resource("/v1/completions").route(web::post().to(create)).default_service(web::route().to(no_method)),
+    );
+}
+
+/// One prompt or several, as text or token ids.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum Prompt {
+    Text(String),
+    Ids(Vec<u32>),
+    Texts(Vec<String>),
+    ManyIds(Vec<Vec<u32>>),
+}
+
+/// Body of a text completion, besides the sampling fields.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub(crate) struct CompletionRequest {
+    /// `teacher`, `student`, or an adapter's name.
+    pub(crate) model: String,
+    /// What to go on from.
+    pub(crate) prompt: Prompt,
+    /// Put the prompt before the answer.
+    pub(crate) echo: Option<bool>,
+    /// Log-probabilities with so many alternatives.
+    #[schema(maximum = 5)]
+    pub(crate) logprobs: Option<usize>,
+    /// Put BOS before a text prompt where the model wants one (the default).
+    pub(crate) add_special_tokens: Option<bool>,
+}
+
+/// OpenAI's default length of a text completion.
+const DEFAULT_TOKENS: usize = 16;
+
+async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: CompletionRequest = parse(&body)?;
+    let sampling: Sampling = parse(&body)?;
+    let n = sampling.n()?;
+    parse::<Refused>(&body)?.check(n)?;
+    let target = state.roles.resolve(&request.model)?;
+    let tokenizer = target.tokenizer()?.clone();
+    let special = request.add_special_tokens.unwrap_or(true);
+    let prompts: Vec<Vec<u32>> = match request.prompt {
+        Prompt::Text(text) => vec![tokenizer.encode(&text, special)?],
+        Prompt::Texts(texts) => texts.iter().map(|text| tokenizer.encode(text, special)).collect::<Result<_>>()?,
+        Prompt::Ids(ids) => vec![ids],
+        Prompt::ManyIds(all) => all,
+    };
+    if prompts.is_empty() {
+        return Err(Error::invalid("prompt", "`prompt` is empty").into());
+    }
+    let echo = request.echo.unwrap_or(false);
+    let mut params = sampling.params(&target.defaults)?;
+    params.max_tokens = Some(params.max_tokens.unwrap_or(DEFAULT_TOKENS));
+    params.logprobs = request.logprobs;
+    if request.logprobs.is_some_and(|top| top > 5) {
+        return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
+    }
+    if echo && request.logprobs.is_some() {
+        params.prompt_logprobs = request.logprobs;
+    }
+    let options = sampling.stream_options()?;
+    if sampling.streams() && echo {
+        return Err(Error::invalid("echo", "`echo` cannot be streamed").into());
+    }
+    let ids = sampling.return_token_ids.unwrap_or(false);
+    let choices = Choices::submit(&target, &prompts, &params, n)?;
+    if sampling.streams() {
+        return streamed(&target, choices, options.include_usage, ids);
+    }
+    let head = Head::new("cmpl", "text_completion", &target);
+    let all = answer::collect(choices, prompts.len() * n).await?;
+    let mut rendered = Vec::with_capacity(all.len());
+    for (index, choice) in all.iter().enumerate() {
+        let prompt = &prompts[index / n];
+        let before = if echo { tokenizer.decode(prompt, false)? } else { String::new() };
+        let mut body = json!({
+            "index": index,
+            "text": format!("{before}{}", choice.text),
+            "logprobs": request.logprobs.map(|_| logprobs(&tokenizer, choice, if echo { prompt } else { &[] })),
+            "finish_reason": choice.reason.as_ref().map(answer::finish_reason),
+            "stop_reason": choice.reason.as_ref().map_or(Value::Null, answer::stop_reason),
+        });
+        if ids {
+            body["token_ids"] = json!(choice.ids);
+            body["prompt_token_ids"] = json!(prompt);
+        }
+        if sampling.prompt_logprobs.is_some() {
+            body["prompt_logprobs"] = answer::prompt_logprobs_json(&tokenizer, &choice.prompt);
+        }
+        rendered.push(body);
+    }
+    let firsts: Vec<Usage> = all.chunks(n).filter_map(|same| same.first().map(|choice| choice.usage)).collect();
+    let usage = answer::counted(
+        firsts.iter().map(|usage| usage.prompt_tokens).sum(),
+        firsts.iter().map(|usage| usage.cached_tokens).sum(),
+        all.iter().map(|choice| choice.usage.completion_tokens).sum(),
+    );
+    let mut response = HttpResponse::Ok();
+    head.headers(&mut response);
+    Ok(response.json(head.body(json!({"choices": rendered, "usage": usage}))))
+}
+
+/// The classic four lists; `echoed` are the prompt's tokens that stand before the answer.
+fn logprobs(tokenizer: &Tokenizer, choice: &Collected, echoed: &[u32]) -> Value {
+    let mut lists = Lists::default();
+    for (id, known) in echoed.iter().zip(choice.prompt.iter().map(Option::as_ref).chain(std::iter::repeat(None))) {
+        lists.push(tokenizer, *id, known);
+    }
+    for token in &choice.logprobs {
+        lists.push(tokenizer, token.id, Some(token));
+    }
+    json!({"tokens": lists.tokens, "token_logprobs": lists.values, "top_logprobs": lists.top, "text_offset": lists.offsets})
+}
+
+#[derive(Default)]
+struct Lists {
+    tokens: Vec<String>,
+    values: Vec<Option<f32>>,
+    top: Vec<Value>,
+    offsets: Vec<usize>,
+    at: usize,
+}
+
+impl Lists {
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, known: Option<&TokenLogprob>) {
+        let text = tokenizer.token_text(id);
+        self.offsets.push(self.at);
+        self.at += text.chars().count();
+        self.tokens.push(text);
+        self.values.push(known.map(|token| answer::floor(token.logprob)));
+        self.top.push(known.map_or(Value::Null, |token| {
+            let map: Map<String, Value> = token
+                .top
+                .iter()
+                .map(|(id, logprob)| (tokenizer.token_text(*id), json!(answer::floor(*logprob))))
+                .collect();
+            Value::Object(map)
+        }));
+    }
+}
+
+fn streamed(target: &Target, mut choices: Choices, include_usage: bool, ids: bool) -> Reply {
+    let head = Head::new("cmpl", "text_completion", target);
+    let named = head.clone();
+    let tokenizer = target.tokenizer()?.clone();
+    let chunks = async_stream::stream! {
+        let mut usages: Vec<Usage> = Vec::new();
+        while let Some((index, next)) = choices.next().await {
+            let choice = match next {
+                Event::Token { id, text, logprob } => {
+                    if text.is_empty() && logprob.is_none() && !ids {
+                        continue;
+                    }
+                    let logprobs = logprob.map(|token| {
+                        let one = Collected { logprobs: vec![token], ..Collected::default() };
+                        logprobs(&tokenizer, &one, &[])
+                    });
+                    let mut choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null});
+                    if ids {
+                        choice["token_ids"] = json!([id]);
+                    }
+                    choice
+                }
+                Event::Done { text, reason, usage } => {
+                    usages.push(usage);
+                    json!({"index": index, "text": text, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
+                        "stop_reason": answer::stop_reason(&reason)})
+                }
+                Event::Failed(error) => {
+                    yield event(&error_body(&error));
+                    return;
+                }
+                Event::Prompt(_) | Event::NextToken(..) | Event::Score(..) => continue,
+            };
+            let mut fields = json!({"choices": [choice]});
+            if include_usage {
+                fields["usage"] = Value::Null;
+            }
+            yield event(&head.body(fields));
+        }
+        if include_usage {
+            yield event(&head.body(json!({"choices": [], "usage": answer::usage_json(&usages)})));
+        }
+        yield web::Bytes::from_static(b"data: [DONE]\n\n");
+    };
+    let mut response = sse(chunks);
+    add_headers(&mut response, &named);
+    Ok(response)
+}

@@ -1,0 +1,83 @@
+//! `POST /tokenize` and `/detokenize`, as vLLM has them.
+
+use actix_web::{HttpResponse, web};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
+
+use super::chat::{ChatMessage, messages};
+use crate::error::Error;
+use crate::server::AppState;
+use crate::server::reply::{Reply, no_method, parse};
+use crate::text::RenderOptions;
+
+pub(super) fn configure(app: &mut web::ServiceConfig) {
+    app.service(web::resource("/tokenize").route(web::post().to(tokenize)).default_service(web::route().to(no_method)));
+    app.service(
+        web::resource("/detokenize").route(web::post().to(detokenize)).default_service(web::route().to(no_method)),
+    );
+}
+
+/// A text or a conversation.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub(crate) struct TokenizeRequest {
+    /// Whose tokenizer; `student` where it is left out.
+    pub(crate) model: Option<String>,
+    /// A text.
+    pub(crate) prompt: Option<String>,
+    /// Or a conversation.
+    pub(crate) messages: Option<Vec<ChatMessage>>,
+    /// BOS before a text (the default).
+    pub(crate) add_special_tokens: Option<bool>,
+    /// Header of an assistant turn after a conversation (the default).
+    pub(crate) add_generation_prompt: Option<bool>,
+    /// Extra variables of the template.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
+    /// Add the tokens' texts.
+    pub(crate) return_token_strs: Option<bool>,
+}
+
+async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: TokenizeRequest = parse(&body)?;
+    let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
+    let tokenizer = target.tokenizer()?;
+    let tokens = match (&request.prompt, &request.messages) {
+        (Some(prompt), None) => tokenizer.encode(prompt, request.add_special_tokens.unwrap_or(true))?,
+        (None, Some(turns)) => {
+            let render = RenderOptions {
+                add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+                kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
+                ..RenderOptions::default()
+            };
+            tokenizer.encode_chat(&messages(turns)?, &render)?
+        }
+        _ => return Err(Error::invalid("prompt", "give either `prompt` or `messages`").into()),
+    };
+    let texts = request
+        .return_token_strs
+        .unwrap_or(false)
+        .then(|| tokens.iter().map(|id| tokenizer.token_text(*id)).collect::<Vec<_>>());
+    let length = target.engine()?.max_model_len();
+    Ok(HttpResponse::Ok()
+        .json(json!({"count": tokens.len(), "max_model_len": length, "tokens": tokens, "token_strs": texts})))
+}
+
+/// Token ids.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub(crate) struct DetokenizeRequest {
+    /// Whose tokenizer; `student` where it is left out.
+    pub(crate) model: Option<String>,
+    /// The ids.
+    pub(crate) tokens: Vec<u32>,
+}
+
+async fn detokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: DetokenizeRequest = parse(&body)?;
+    let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
+    let tokenizer = target.tokenizer()?;
+    if let Some(id) = request.tokens.iter().find(|id| **id as usize >= tokenizer.vocab_size()) {
+        return Err(Error::invalid("tokens", format!("token id {id} is outside the vocabulary")).into());
+    }
+    Ok(HttpResponse::Ok().json(json!({"prompt": tokenizer.decode(&request.tokens, false)?})))
+}
