@@ -37,6 +37,10 @@ trait Stored: Copy + Default + Send + Sync {
     /// `from` has 16 elements; the processor has AVX-512F.
     #[cfg(target_arch = "x86_64")]
     unsafe fn load16(from: *const Self) -> std::arch::x86_64::__m512;
+    /// # Safety
+    /// `from` has 8 elements; the processor has AVX2 and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load8(from: *const Self) -> std::arch::x86_64::__m256;
 }
 
 impl Stored for f32 {
@@ -49,6 +53,13 @@ impl Stored for f32 {
     unsafe fn load16(from: *const Self) -> std::arch::x86_64::__m512 {
         // SAFETY: the caller's promise.
         unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn load8(from: *const Self) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from) }
     }
 }
 
@@ -65,6 +76,15 @@ impl Stored for bf16 {
         let bits = unsafe { _mm256_loadu_si256(from.cast()) };
         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
     }
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn load8(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        let bits = unsafe { _mm_loadu_si128(from.cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))
+    }
 }
 
 impl Stored for f16 {
@@ -78,6 +98,14 @@ impl Stored for f16 {
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise.
         _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn load8(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
     }
 }
 
@@ -125,30 +153,85 @@ impl<W: Stored> Tile<'_, W> {
         }
     }
 
+    /// As [`Self::avx512`] for the V·8 columns from `first`: V = 4 is the whole panel, and six rows of V = 2 fill the registers.
+    /// # Safety
+    /// The processor has AVX2, FMA and F16C; `out` has room for M rows of `columns`, `out_stride` apart.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2<const M: usize, const V: usize>(&self, first: usize, out: *mut f32, out_stride: usize) {
+        use std::arch::x86_64::*;
+        if self.columns <= first {
+            return;
+        }
+        let mut sums = [[_mm256_setzero_ps(); V]; M];
+        let (x, panel) = (self.x.as_ptr(), self.panel.as_ptr());
+        debug_assert!(self.x.len() >= (M - 1) * self.stride + self.k && self.panel.len() >= self.k * PANEL);
+        for k in 0..self.k {
+            // SAFETY: k < self.k, r < M, first + 8·V ≤ PANEL: inside the slices by the assertion above.
+            unsafe {
+                let mut weights = [_mm256_setzero_ps(); V];
+                for (v, weights) in weights.iter_mut().enumerate() {
+                    *weights = W::load8(panel.add(k * PANEL + first + v * 8));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm256_set1_ps(*x.add(r * self.stride + k));
+                    for v in 0..V {
+                        sums[v] = _mm256_fmadd_ps(value, weights[v], sums[v]);
+                    }
+                }
+            }
+        }
+        let mut row = [0f32; PANEL];
+        let columns = (self.columns - first).min(V * 8);
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: row has room for V·8 ≤ PANEL; the caller's promise for out.
+            unsafe {
+                for (v, sums) in sums.iter().enumerate() {
+                    _mm256_storeu_ps(row.as_mut_ptr().add(v * 8), *sums);
+                }
+                std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(r * out_stride + first), columns);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::avx2`], for any number of rows.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn avx2_rows(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        const AT_ONCE: usize = 6;
+        for row in (0..rows).step_by(AT_ONCE) {
+            let tile = Tile { x: &self.x[row * self.stride..], ..*self };
+            // SAFETY: the caller's promise.
+            unsafe {
+                let out = out.add(row * out_stride);
+                match rows - row {
+                    1 => tile.avx2::<1, 4>(0, out, out_stride),
+                    2 => tile.avx2::<2, 4>(0, out, out_stride),
+                    3 => [0, 16].iter().for_each(|&first| tile.avx2::<3, 2>(first, out, out_stride)),
+                    4 => [0, 16].iter().for_each(|&first| tile.avx2::<4, 2>(first, out, out_stride)),
+                    5 => [0, 16].iter().for_each(|&first| tile.avx2::<5, 2>(first, out, out_stride)),
+                    _ => [0, 16].iter().for_each(|&first| tile.avx2::<AT_ONCE, 2>(first, out, out_stride)),
+                }
+            }
+        }
+    }
+
     /// The same sums without vector instructions of our choosing.
     /// # Safety
     /// `out` has room for `rows` rows of `columns`, `out_stride` apart.
-    unsafe fn portable(&self, rows: usize, out: *mut f32, out_stride: usize, fused: bool) {
+    unsafe fn portable(&self, rows: usize, out: *mut f32, out_stride: usize) {
         for r in 0..rows {
             let mut sums = [0f32; PANEL];
             let row = &self.x[r * self.stride..r * self.stride + self.k];
             for (value, panel) in row.iter().zip(self.panel.chunks_exact(PANEL)) {
                 for (sum, weight) in sums.iter_mut().zip(panel) {
-                    *sum = if fused { value.mul_add(weight.widen(), *sum) } else { *sum + value * weight.widen() };
+                    // Not fused: without the instruction that is a call for each number.
+                    *sum += value * weight.widen();
                 }
             }
             // SAFETY: the caller's promise.
             unsafe { std::ptr::copy_nonoverlapping(sums.as_ptr(), out.add(r * out_stride), self.columns) };
         }
-    }
-
-    /// # Safety
-    /// As [`Self::portable`]; the processor has AVX2 and FMA.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2(&self, rows: usize, out: *mut f32, out_stride: usize) {
-        // SAFETY: the caller's promise.
-        unsafe { self.portable(rows, out, out_stride, true) };
     }
 
     /// # Safety
@@ -173,8 +256,8 @@ impl<W: Stored> Tile<'_, W> {
                     _ => self.avx512::<ROWS>(out, out_stride),
                 },
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => self.avx2(rows, out, out_stride),
-                Level::Portable => self.portable(rows, out, out_stride, false),
+                Level::Avx2 => self.avx2_rows(rows, out, out_stride),
+                Level::Portable => self.portable(rows, out, out_stride),
             }
         }
     }
@@ -370,7 +453,7 @@ mod tests {
             let packed = Packed::new(&width, n, k);
             let mut rows = vec![0f32; n * k];
             rows.chunks_mut(k).enumerate().for_each(|(row, out)| packed.row(row, out));
-            for m in [1, 5, 12, 13, 100] {
+            for m in [1, 2, 3, 4, 5, 6, 12, 13, 100] {
                 let (x, dy) = (numbers(m * k, 2), numbers(m * n, 3));
                 let (y, dx) = (packed.forward(&x), packed.backward(&dy));
                 for row in 0..m {
