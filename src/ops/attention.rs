@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{Heads, Keys, attend_row, attend_row_backward};
+use crate::kernels::cpu::{Heads, Keys, attend_row, attend_row_backward, vectorized};
 
 /// One run of tokens: each sees all of `prefix` (an earlier run of the same step) and, causally, its own run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,7 +139,7 @@ impl CustomOp3 for Causal {
         let mut out = vec![0f32; q.len()];
         out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
             let q = &q[index * d..(index + 1) * d];
-            attend_row(self.heads, index % h, q, (k, v), &keys(&rows[index / h]), weights, out);
+            vectorized(|| attend_row(self.heads, index % h, q, (k, v), &keys(&rows[index / h]), weights, out));
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -167,7 +167,10 @@ impl CustomOp3 for Causal {
                         let dq = &mut dq[(row * group + member) * d..][..d];
                         let gradients = (dq, dk.as_mut_slice(), dv.as_mut_slice());
                         let (q, dout) = (&q[at..at + d], &dout[at..at + d]);
-                        attend_row_backward(self.heads, head, q, (k, v), &keys(seen), &mut weights, dout, gradients);
+                        let (heads, weights) = (self.heads, &mut weights);
+                        vectorized(|| {
+                            attend_row_backward(heads, head, q, (k, v), &keys(seen), weights, dout, gradients)
+                        });
                     }
                 }
                 [dq, dk, dv]

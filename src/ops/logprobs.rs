@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{FrozenLinear, cpu};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::exp;
+use crate::kernels::cpu::{exp, vectorized};
 
 /// Rows of logits held at once: 64 rows of 49,152 are 12 MiB.
 const ROWS: usize = 64;
@@ -62,9 +62,7 @@ fn on_cpu(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
             let (max, aim) = (row.iter().copied().fold(f32::NEG_INFINITY, f32::max), row[*target as usize]);
             let mut sum = 0f64;
             for piece in row.chunks_mut(1024) {
-                for value in piece.iter_mut() {
-                    *value = exp(*value - max);
-                }
+                vectorized(|| piece.iter_mut().for_each(|value| *value = exp(*value - max)));
                 sum += piece.iter().map(|value| f64::from(*value)).sum::<f64>();
             }
             let scale = -(1.0 / sum) as f32;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{Heads, attend_row};
+use crate::kernels::cpu::{Heads, attend_row, vectorized};
 
 /// One layer's cache. k, v: (blocks, block_size, K, D).
 #[derive(Clone, Debug)]
@@ -112,26 +112,33 @@ pub fn paged_attention(
     if !q.device().is_cpu() {
         return gathered(q, cache, batch, scale, window);
     }
-    // (sequence, tokens it sees) of every row.
-    let rows: Vec<(&PagedSequence, usize)> = batch
+    let size = batch.block_size;
+    let slots_of = |sequence: &PagedSequence| -> Vec<usize> {
+        sequence.blocks.iter().flat_map(|block| (0..size).map(move |at| *block as usize * size + at)).collect()
+    };
+    let slots: Vec<Vec<usize>> = batch.sequences.iter().map(slots_of).collect();
+    // (slots of its sequence, tokens it sees) of every row.
+    let rows: Vec<(&[usize], usize)> = batch
         .sequences
         .iter()
-        .flat_map(|sequence| (1..=sequence.len).map(move |at| (sequence, sequence.context - sequence.len + at)))
+        .zip(&slots)
+        .flat_map(|(sequence, slots)| {
+            (1..=sequence.len).map(move |at| (slots.as_slice(), sequence.context - sequence.len + at))
+        })
         .collect();
     if rows.len() != n {
         return Err(Error::internal(format!("a paged batch of {} rows was given {n} queries", rows.len())));
     }
     let heads = Heads { query: h, key: kv, dim: d, scale };
-    let size = batch.block_size;
     let mut out = vec![0f32; n * h * d];
     let q = q.contiguous()?;
     cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| {
         out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
-            let (sequence, seen) = rows[index / h];
+            let (slots, seen) = rows[index / h];
             let first = window.map_or(0, |window| seen.saturating_sub(window));
-            let slot = |at: usize| sequence.blocks[(first + at) / size] as usize * size + (first + at) % size;
+            let slot = |at: usize| slots[first + at];
             let q = &q[index * d..(index + 1) * d];
-            attend_row(heads, index % h, q, (k, v), &(seen - first, slot), weights, out);
+            vectorized(|| attend_row(heads, index % h, q, (k, v), &(seen - first, slot), weights, out));
         });
         Ok(())
     })?;

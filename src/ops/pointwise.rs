@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{gelu_tanh, rope_row, silu};
+use crate::kernels::cpu::{gelu_tanh, rope_row, silu, vectorized};
 
 /// The gate's activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,7 @@ pub enum Activation {
 
 impl Activation {
     /// Value and derivative.
+    #[inline(always)]
     fn at(self, x: f32) -> (f32, f32) {
         match self {
             Activation::Silu => silu(x),
@@ -64,9 +65,11 @@ impl CustomOp2 for Gated {
         let mut out = vec![0f32; gate.len()];
         out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
             |((out, gate), up)| {
-                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = self.activation.at(*gate).0 * up;
-                }
+                vectorized(|| {
+                    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                        *out = self.activation.at(*gate).0 * up;
+                    }
+                });
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -85,11 +88,13 @@ impl CustomOp2 for Gated {
             let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dout.par_chunks(CHUNK));
             dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).zip(inputs).for_each(
                 |((dgate, dup), ((gate, up), dout))| {
-                    for at in 0..gate.len() {
-                        let (value, slope) = self.activation.at(gate[at]);
-                        dgate[at] = dout[at] * up[at] * slope;
-                        dup[at] = dout[at] * value;
-                    }
+                    vectorized(|| {
+                        for at in 0..gate.len() {
+                            let (value, slope) = self.activation.at(gate[at]);
+                            dgate[at] = dout[at] * up[at] * slope;
+                            dup[at] = dout[at] * value;
+                        }
+                    });
                 },
             );
             Ok(())
@@ -131,7 +136,9 @@ impl CustomOp1 for Rope {
             let tables = cos.par_chunks(d / 2).zip(sin.par_chunks(d / 2));
             y.par_chunks_mut(h * d).with_min_len(16).zip(x.par_chunks(h * d)).zip(tables).for_each(
                 |((y, x), (cos, sin))| {
-                    y.chunks_mut(d).zip(x.chunks(d)).for_each(|(y, x)| rope_row(x, cos, sin, self.sign, y));
+                    y.chunks_mut(d)
+                        .zip(x.chunks(d))
+                        .for_each(|(y, x)| vectorized(|| rope_row(x, cos, sin, self.sign, y)));
                 },
             );
             Ok(())

@@ -37,6 +37,7 @@ impl<F: Fn(usize) -> usize> Keys for (usize, F) {
     }
 }
 
+#[inline(always)]
 fn probabilities(heads: Heads, head: usize, q: &[f32], k: &[f32], keys: &impl Keys, weights: &mut Vec<f32>) {
     let (group, d) = (heads.query / heads.key, heads.dim);
     let kv = head / group;
@@ -53,6 +54,7 @@ fn probabilities(heads: Heads, head: usize, q: &[f32], k: &[f32], keys: &impl Ke
 }
 
 /// One head of one row. q, out: (D); k, v: slots of (K, D).
+#[inline(always)]
 pub fn attend_row(
     heads: Heads,
     head: usize,
@@ -74,6 +76,7 @@ pub fn attend_row(
 }
 
 /// Gradients of [`attend_row`]: writes dq: (D), adds to dk and dv of one kv head: slots of (D).
+#[inline(always)]
 #[allow(clippy::too_many_arguments)] // three inputs, their three gradients, and where they lie
 pub fn attend_row_backward(
     heads: Heads,

@@ -6,4 +6,4 @@ mod rowwise;
 
 pub use attention::{Heads, Keys, attend_row, attend_row_backward};
 pub use matmul::{Packed, Width};
-pub use rowwise::{exp, gelu_tanh, rms_norm_backward_row, rms_norm_row, rope_row, silu};
+pub use rowwise::{exp, gelu_tanh, rms_norm_backward_row, rms_norm_row, rope_row, silu, vectorized};
