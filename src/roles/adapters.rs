@@ -139,6 +139,11 @@ impl Adapters {
         &self.root
     }
 
+    /// Most generations kept in memory besides those in use, and the largest rank taken.
+    pub fn limits(&self) -> (usize, usize) {
+        (self.max_resident, self.max_rank)
+    }
+
     /// Folder for a job's checkpoints; no alias can have its name.
     pub fn job_folder(&self, job: &str) -> PathBuf {
         self.root.join(".jobs").join(job)

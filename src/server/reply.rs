@@ -93,6 +93,11 @@ pub(super) fn parse<T: DeserializeOwned>(body: &web::Bytes) -> Result<T> {
     Ok(value)
 }
 
+/// Runs what waits for the disk or a long computation off the threads that answer.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    web::block(work).await.map_err(|error| Error::internal(error.to_string()))?
+}
+
 /// One `data:` event.
 pub(super) fn event(value: &impl Serialize) -> web::Bytes {
     web::Bytes::from(format!("data: {}\n\n", serde_json::to_string(value).unwrap_or_default()))

@@ -1,0 +1,239 @@
+//! Adapters: load and unload as vLLM names them, list, publish with compare-and-swap, roll back.
+
+use std::collections::BTreeMap;
+
+use actix_web::{HttpResponse, web};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use crate::error::{Error, Result};
+use crate::roles::{AdapterCard, Lease, PublishMode};
+use crate::server::AppState;
+use crate::server::reply::{Reply, blocking, no_method, parse};
+
+pub(super) fn configure(app: &mut web::ServiceConfig) {
+    let post = |path: &str| web::resource(path).default_service(web::route().to(no_method));
+    app.service(post("/v1/load_lora_adapter").route(web::post().to(load)));
+    app.service(post("/v1/unload_lora_adapter").route(web::post().to(unload)));
+    app.service(post("/v1/lora_adapters").route(web::get().to(list)));
+    app.service(post("/v1/lora_adapters/{alias}/publish").route(web::post().to(publish)));
+    app.service(post("/v1/lora_adapters/{alias}/rollback").route(web::post().to(rollback)));
+}
+
+/// Body of `/v1/load_lora_adapter`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LoadRequest {
+    /// Name it is asked for by.
+    pub(crate) lora_name: String,
+    /// Folder under the adapter root.
+    pub(crate) lora_path: String,
+    /// Replace what has the name.
+    #[serde(default, alias = "replace")]
+    pub(crate) load_inplace: bool,
+    /// Replace it only if this generation is live.
+    #[serde(default)]
+    pub(crate) expected_generation: Option<String>,
+    /// The role it is for; only `student` takes adapters.
+    #[serde(default)]
+    pub(crate) model: Option<String>,
+    /// vLLM's; only `false` is known here.
+    #[serde(default)]
+    pub(crate) is_3d_lora_weight: bool,
+}
+
+/// Body of `/v1/unload_lora_adapter`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UnloadRequest {
+    /// Name.
+    pub(crate) lora_name: String,
+    /// Only if this generation is live.
+    #[serde(default)]
+    pub(crate) expected_generation: Option<String>,
+    /// vLLM's number of the adapter; names are enough here, so it is not read.
+    #[serde(default)]
+    #[schema(value_type = Option<i64>)]
+    pub(crate) lora_int_id: Option<i64>,
+}
+
+/// Body of `/v1/lora_adapters/{alias}/publish`: a folder or a version.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PublishRequest {
+    /// Folder under the adapter root.
+    pub(crate) path: Option<String>,
+    /// Or a version of the alias, published once more.
+    pub(crate) version: Option<u64>,
+    /// Only if this generation is live.
+    pub(crate) expected_generation: Option<String>,
+}
+
+/// Body of `/v1/lora_adapters/{alias}/rollback`; may be empty.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RollbackRequest {
+    /// Version to make live; the one before the live one where it is left out.
+    pub(crate) version: Option<u64>,
+}
+
+impl LoadRequest {
+    fn mode(&self) -> Result<PublishMode> {
+        named("lora_name", &self.lora_name)?;
+        named("lora_path", &self.lora_path)?;
+        if self.is_3d_lora_weight {
+            return Err(Error::invalid("is_3d_lora_weight", "adapters of fused expert weights are not known here"));
+        }
+        if let Some(model) = self.model.as_deref().filter(|model| *model != "student") {
+            return Err(Error::invalid("model", format!("`{model}` takes no adapters; `student` does")));
+        }
+        Ok(match &self.expected_generation {
+            Some(expected) => PublishMode::CompareAndSwap(expected.clone()),
+            None if self.load_inplace => PublishMode::Upsert,
+            None => PublishMode::Create,
+        })
+    }
+}
+
+fn named(field: &str, value: &str) -> Result<()> {
+    if value.trim().is_empty() { Err(Error::invalid(field, "must not be empty")) } else { Ok(()) }
+}
+
+fn card(card: &AdapterCard) -> Value {
+    json!({
+        "id": if card.live { card.alias.clone() } else { format!("{}@{}", card.alias, card.version) },
+        "object": "lora_adapter",
+        "alias": card.alias,
+        "version": card.version,
+        "generation": card.generation,
+        "rank": card.rank,
+        "bytes": card.bytes,
+        "live": card.live,
+        "active_leases": card.active_leases,
+        "source": card.source.display().to_string(),
+    })
+}
+
+/// What is live after a change.
+fn live(state: &AppState, lease: &Lease) -> Result<HttpResponse> {
+    let cards = state.roles.adapters().list();
+    let found = cards.iter().find(|card| card.alias == lease.alias && card.version == lease.version);
+    Ok(HttpResponse::Ok().json(card(found.ok_or_else(|| Error::no_model(&lease.alias))?)))
+}
+
+async fn list(state: web::Data<AppState>) -> Reply {
+    let cards = state.roles.adapters().list();
+    let (max_adapters, max_rank) = state.roles.adapters().limits();
+    let mut generations: BTreeMap<&str, Vec<&AdapterCard>> = BTreeMap::new();
+    for one in &cards {
+        generations.entry(&one.generation).or_default().push(one);
+    }
+    let grouped: Vec<Value> = generations
+        .iter()
+        .map(|(generation, of)| {
+            let aliases: Vec<&str> = of.iter().filter(|one| one.live).map(|one| one.alias.as_str()).collect();
+            json!({
+                "generation": generation,
+                "retired": aliases.is_empty(),
+                "aliases": aliases,
+                "rank": of[0].rank,
+                "bytes": of.iter().map(|one| one.bytes).sum::<usize>(),
+                "active_leases": of.iter().map(|one| one.active_leases).sum::<usize>(),
+            })
+        })
+        .collect();
+    let retired = grouped.iter().filter(|one| one["retired"] == true).count();
+    Ok(HttpResponse::Ok().json(json!({
+        "object": "list",
+        "data": cards.iter().map(card).collect::<Vec<_>>(),
+        "generations": grouped,
+        "resident_generations": cards.iter().filter(|one| one.bytes > 0).count(),
+        "retired_generations": retired,
+        "resident_bytes": cards.iter().map(|one| one.bytes).sum::<usize>(),
+        "max_adapters": max_adapters,
+        "max_rank": max_rank,
+    })))
+}
+
+async fn load(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: LoadRequest = parse(&body)?;
+    let mode = request.mode()?;
+    let (roles, name) = (state.roles.clone(), request.lora_name.clone());
+    blocking(move || roles.adapters().load(&request.lora_name, &request.lora_path, mode)).await?;
+    Ok(success(&name, "added"))
+}
+
+async fn unload(state: web::Data<AppState>, body: web::Bytes) -> Reply {
+    let request: UnloadRequest = parse(&body)?;
+    named("lora_name", &request.lora_name)?;
+    let (roles, name) = (state.roles.clone(), request.lora_name.clone());
+    blocking(move || roles.adapters().unload(&request.lora_name, request.expected_generation.as_deref())).await?;
+    Ok(success(&name, "removed"))
+}
+
+fn success(name: &str, what: &str) -> HttpResponse {
+    let text = format!("Success: LoRA adapter '{name}' {what} successfully.");
+    HttpResponse::Ok().content_type("text/plain; charset=utf-8").body(text)
+}
+
+async fn publish(state: web::Data<AppState>, alias: web::Path<String>, body: web::Bytes) -> Reply {
+    let (alias, request) = (alias.into_inner(), parse::<PublishRequest>(&body)?);
+    let mode = request.expected_generation.clone().map_or(PublishMode::Upsert, PublishMode::CompareAndSwap);
+    let roles = state.roles.clone();
+    let lease = blocking(move || {
+        let adapters = roles.adapters();
+        match (&request.path, request.version) {
+            (Some(path), None) => adapters.load(&alias, path, mode).map_err(|error| match error.param.as_deref() {
+                Some("lora_path") => error.at("path"),
+                _ => error,
+            }),
+            (None, Some(version)) => {
+                let name = format!("{alias}@{version}");
+                if !adapters.list().iter().any(|card| card.alias == alias && card.version == version) {
+                    return Err(Error::no_model(&name).at("version"));
+                }
+                adapters.publish(&alias, &adapters.file(&name)?, mode)
+            }
+            _ => Err(Error::invalid("path", "give either `path` or `version`")),
+        }
+    })
+    .await?;
+    Ok(live(&state, &lease)?)
+}
+
+async fn rollback(state: web::Data<AppState>, alias: web::Path<String>, body: web::Bytes) -> Reply {
+    let request: RollbackRequest = if body.is_empty() { RollbackRequest::default() } else { parse(&body)? };
+    let roles = state.roles.clone();
+    let lease = blocking(move || roles.adapters().rollback(&alias, request.version)).await?;
+    Ok(live(&state, &lease)?)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn read(body: Value) -> Result<PublishMode> {
+        parse::<LoadRequest>(&web::Bytes::from(body.to_string()))?.mode()
+    }
+
+    #[test]
+    fn how_a_load_treats_the_alias() {
+        assert_eq!(read(json!({"lora_name": "a", "lora_path": "x"})).unwrap(), PublishMode::Create);
+        let replace = json!({"lora_name": "a", "lora_path": "x", "replace": true});
+        assert_eq!(read(replace).unwrap(), PublishMode::Upsert);
+        let swap = json!({"lora_name": "a", "lora_path": "x", "expected_generation": "g", "load_inplace": true});
+        assert_eq!(read(swap).unwrap(), PublishMode::CompareAndSwap("g".into()));
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let param = |body: Value| read(body).unwrap_err().param.unwrap();
+        assert_eq!(param(json!({"lora_name": " ", "lora_path": "x"})), "lora_name");
+        assert_eq!(param(json!({"lora_name": "a", "lora_path": ""})), "lora_path");
+        assert_eq!(param(json!({"lora_name": "a", "lora_path": "x", "model": "teacher"})), "model");
+        assert_eq!(param(json!({"lora_name": "a", "lora_path": "x", "is_3d_lora_weight": true})), "is_3d_lora_weight");
+        assert_eq!(param(json!({"lora_name": "a", "lora_path": "x", "path": "y"})), "path");
+    }
+}
