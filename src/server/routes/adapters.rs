@@ -54,7 +54,7 @@ pub(crate) struct UnloadRequest {
     pub(crate) expected_generation: Option<String>,
     /// vLLM's number of the adapter; names are enough here, so it is not read.
     #[serde(default)]
-    #[schema(value_type = Option<i64>)]
+    #[expect(dead_code, reason = "taken so that vLLM's clients are not refused")]
     pub(crate) lora_int_id: Option<i64>,
 }
 
