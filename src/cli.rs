@@ -2,6 +2,7 @@
 
 mod chat;
 mod client;
+mod demo;
 mod export;
 mod follow;
 mod inspect;
@@ -34,6 +35,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Print the settings in force, secrets masked
     Config(serve::ServeArgs),
+    /// Show the whole method on this machine: start a server, align its student, compare
+    Demo(demo::DemoArgs),
     /// Start a refined-DPO job on a running server and follow it
     Train(train::TrainArgs),
     /// Let the teacher answer, criticize and revise for given prompts
@@ -77,6 +80,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Serve(args) => serve::serve(&args),
         Command::Config(args) => serve::config(&args),
+        Command::Demo(args) => blocking(demo::demo(&args)),
         Command::Train(args) => blocking(train::train(&args)),
         Command::Synthesize(args) => blocking(inspect::synthesize(&args)),
         Command::Score(args) => blocking(inspect::score(&args)),

@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_metrics_line_takes_what_is_there() {
-        assert_eq!(metrics_line(&json!({"loss": 0.69314, "rewards/margins": 0.5})), "loss 0.693  margin 0.500");
+        assert_eq!(metrics_line(&json!({"loss": 0.51234, "rewards/margins": 0.5})), "loss 0.512  margin 0.500");
         assert_eq!(metrics_line(&json!({})), "");
     }
 
