@@ -6,7 +6,7 @@ MODEL := smollm2-135m-instruct
 BINARY := $(CARGO_TARGET_DIR)/release/rdpo
 VENV ?= $(HOME)/.cache/rdpo-parity-venv
 
-.PHONY: help build model demo test check unit doc sdk parity bench cuda-check
+.PHONY: help build model demo test check unit doc openapi sdk parity bench cuda-check
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ unit: ## unit and integration tests
 
 doc: ## the API documentation, without warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --document-private-items --quiet
+
+openapi: ## write openapi.yaml from the code
+	UPDATE_OPENAPI=1 $(CARGO) test --release --test it openapi
 
 sdk: build ## the OpenAI SDK, schemathesis and promtool against a live server
 	tests/sdk/run.sh

@@ -247,6 +247,8 @@ mod tests {
         let (learnt, held_out) = prompts();
         assert_eq!((learnt.len(), held_out.len()), (16, 8));
         assert!(held_out.iter().all(|prompt| !learnt.contains(prompt)));
-        assert!(learnt.iter().chain(&held_out).all(|prompt| !prompt.trim().is_empty() && !prompt.contains(['"', '\''])));
+        assert!(
+            learnt.iter().chain(&held_out).all(|prompt| !prompt.trim().is_empty() && !prompt.contains(['"', '\'']))
+        );
     }
 }

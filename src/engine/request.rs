@@ -169,48 +169,57 @@ pub enum Event {
 /// Events of one request; dropping it cancels the request.
 pub type EventStream = tokio::sync::mpsc::UnboundedReceiver<Event>;
 
-impl Request {
-    /// Range checks, each error naming the field as the API does. `max_model_len` counts prompt and answer.
-    pub(super) fn validate(&self, vocab_size: usize, max_model_len: usize) -> Result<()> {
-        let params = &self.params;
+impl SamplingParams {
+    /// Range checks that need no model, each error naming the field as the API does.
+    pub fn check(&self) -> Result<()> {
         let within = |field: &str, value: f32, lowest: f32, highest: f32| {
             if (lowest..=highest).contains(&value) {
                 return Ok(());
             }
             Err(Error::invalid(field, format!("`{field}` must be between {lowest} and {highest}, got {value}")))
         };
-        within("temperature", params.temperature, 0.0, 2.0)?;
-        within("top_p", params.top_p, f32::MIN_POSITIVE, 1.0).map_err(|_| {
-            Error::invalid("top_p", format!("`top_p` must be above 0 and at most 1, got {}", params.top_p))
+        within("temperature", self.temperature, 0.0, 2.0)?;
+        within("top_p", self.top_p, f32::MIN_POSITIVE, 1.0).map_err(|_| {
+            Error::invalid("top_p", format!("`top_p` must be above 0 and at most 1, got {}", self.top_p))
         })?;
-        within("min_p", params.min_p, 0.0, 1.0)?;
-        within("presence_penalty", params.presence_penalty, -2.0, 2.0)?;
-        within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)?;
-        if !(params.repetition_penalty.is_finite() && params.repetition_penalty > 0.0) {
+        within("min_p", self.min_p, 0.0, 1.0)?;
+        within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
             return Err(Error::invalid("repetition_penalty", "`repetition_penalty` must be above 0"));
         }
+        self.logit_bias.values().try_for_each(|bias| within("logit_bias", *bias, -100.0, 100.0))?;
+        if self.stop.len() > 16 || self.stop.iter().any(String::is_empty) {
+            return Err(Error::invalid("stop", "`stop` takes at most 16 strings, none of them empty"));
+        }
+        for (field, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if count.is_some_and(|count| count > 20) {
+                return Err(Error::invalid(field, format!("`{field}` must be at most 20")));
+            }
+        }
+        if self.max_tokens.is_some_and(|max| self.min_tokens > max) {
+            return Err(Error::invalid("min_tokens", "`min_tokens` is larger than `max_tokens`"));
+        }
+        Ok(())
+    }
+}
+
+impl Request {
+    /// Range checks, each error naming the field as the API does. `max_model_len` counts prompt and answer.
+    pub(super) fn validate(&self, vocab_size: usize, max_model_len: usize) -> Result<()> {
+        let params = &self.params;
+        params.check()?;
         let known = |field: &str, id: u32| {
             if (id as usize) < vocab_size {
                 return Ok(());
             }
             Err(Error::invalid(field, format!("`{field}`: token id {id} is outside the vocabulary of {vocab_size}")))
         };
-        for (id, bias) in &params.logit_bias {
-            known("logit_bias", *id)?;
-            within("logit_bias", *bias, -100.0, 100.0)?;
-        }
+        params.logit_bias.keys().try_for_each(|id| known("logit_bias", *id))?;
         params.stop_token_ids.iter().try_for_each(|id| known("stop_token_ids", *id))?;
         self.prompt.iter().try_for_each(|id| known("prompt", *id))?;
         if let Task::NextToken(ids) = &self.task {
             ids.iter().try_for_each(|id| known("logprob_token_ids", *id))?;
-        }
-        if params.stop.len() > 16 || params.stop.iter().any(String::is_empty) {
-            return Err(Error::invalid("stop", "`stop` takes at most 16 strings, none of them empty"));
-        }
-        for (field, count) in [("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)] {
-            if count.is_some_and(|count| count > 20) {
-                return Err(Error::invalid(field, format!("`{field}` must be at most 20")));
-            }
         }
         if self.prompt.is_empty() {
             return Err(Error::invalid("prompt", "the prompt is empty"));
@@ -219,7 +228,7 @@ impl Request {
             Task::Generate => params.max_tokens.unwrap_or(1),
             Task::NextToken(_) | Task::Score => 0,
         };
-        if self.prompt.len() + answer > max_model_len {
+        if self.prompt.len().saturating_add(answer) > max_model_len {
             return Err(Error::new(
                 Code::ContextLengthExceeded,
                 format!(
@@ -228,9 +237,6 @@ impl Request {
                 ),
             )
             .at("prompt"));
-        }
-        if params.max_tokens.is_some_and(|max| params.min_tokens > max) {
-            return Err(Error::invalid("min_tokens", "`min_tokens` is larger than `max_tokens`"));
         }
         Ok(())
     }

@@ -13,7 +13,6 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
 use crate::error::Result;
 use crate::roles::Target;
-use crate::telemetry::metrics;
 use crate::text::Tokenizer;
 
 /// Lowest log-probability in JSON, which has no infinity.
@@ -130,16 +129,15 @@ pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<Token
 
 type Indexed = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;
 
-/// Events of several choices as they come. Dropping it before its end cancels them and counts a client that left.
+/// Events of several choices as they come. Dropping it cancels those that have not ended.
 pub(super) struct Choices {
     events: SelectAll<Indexed>,
-    left: usize,
 }
 
 impl Choices {
     /// Queues `n` choices of each prompt; choice `i` of a seeded request has seed + i.
     pub(super) fn submit(target: &Target, prompts: &[Vec<u32>], params: &SamplingParams, n: usize) -> Result<Self> {
-        let mut streams: Vec<Indexed> = Vec::with_capacity(prompts.len() * n);
+        let mut streams: Vec<Indexed> = Vec::new();
         for (at, prompt) in prompts.iter().enumerate() {
             for choice in 0..n {
                 let seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));
@@ -148,7 +146,7 @@ impl Choices {
                 streams.push(Box::pin(UnboundedReceiverStream::new(events).map(move |event| (index, event))));
             }
         }
-        Ok(Choices { left: streams.len(), events: select_all(streams) })
+        Ok(Choices { events: select_all(streams) })
     }
 }
 
@@ -156,21 +154,7 @@ impl Stream for Choices {
     type Item = (usize, Event);
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let polled = self.events.poll_next_unpin(context);
-        match &polled {
-            Poll::Ready(Some((_, Event::Done { .. } | Event::Failed(_)))) => self.left = self.left.saturating_sub(1),
-            Poll::Ready(None) => self.left = 0,
-            _ => {}
-        }
-        polled
-    }
-}
-
-impl Drop for Choices {
-    fn drop(&mut self) {
-        if self.left > 0 {
-            metrics().client_disconnects_total.inc();
-        }
+        self.events.poll_next_unpin(context)
     }
 }
 

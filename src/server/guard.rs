@@ -1,10 +1,16 @@
-//! Around every request: id, key, metrics, log line.
+//! Around every request: id, key, metrics, log line, and errors in the API's own form wherever they come from.
 
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
-use actix_web::body::MessageBody;
+use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header::{AUTHORIZATION, HeaderName, HeaderValue};
+use actix_web::http::header::{
+    ACCEPT_ENCODING, ALLOW, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, VARY,
+    WWW_AUTHENTICATE,
+};
+use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::Next;
 use actix_web::{ResponseError, web};
 use sha2::{Digest, Sha256};
@@ -16,51 +22,47 @@ use crate::telemetry::metrics;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What can be asked without a key; everything else needs one where the server has keys.
+pub(super) const OPEN: [&str; 7] = ["/", "/health", "/ready", "/ping", "/version", "/metrics", "/openapi.yaml"];
+
 pub(super) async fn guard(
     request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
-) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
-    let started = Instant::now();
+) -> Result<ServiceResponse<Tracked>, actix_web::Error> {
+    let mut flight = Flight::start(&request);
     let given = request.headers().get(&REQUEST_ID).filter(|id| id.len() <= 128).cloned();
     let id = given.or_else(|| HeaderValue::from_str(&format!("req-{}", uuid::Uuid::new_v4().simple())).ok());
-    let method = request.method().to_string();
-    metrics().http_requests_in_flight.inc();
-    let allowed = authorize(&request);
-    let answered = match allowed {
-        Ok(()) => next.call(request).await.map(ServiceResponse::map_into_left_body),
+    let answered = match authorize(&request) {
+        Ok(()) => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
+        Err(error) => Ok(request.into_response(ApiError(error).error_response())),
+    };
+    let mut response = match answered {
+        Ok(response) => in_api_form(response),
         Err(error) => {
-            let response = ApiError(error).error_response();
-            Ok(request.into_response(response).map_into_right_body())
+            flight.answered(error.error_response().status());
+            flight.ended = true;
+            return Err(error);
         }
     };
-    metrics().http_requests_in_flight.dec();
-    let mut response = match answered {
-        Ok(response) => response,
-        Err(error) => return Err(error),
-    };
-    let endpoint = response.request().match_pattern().unwrap_or_else(|| "unmatched".into());
-    let code = response.status().as_u16().to_string();
-    metrics().http_requests_total.with_label_values(&[endpoint.as_str(), &method, &code]).inc();
-    metrics().http_request_duration_seconds.with_label_values(&[&endpoint]).observe(started.elapsed().as_secs_f64());
-    tracing::debug!(
-        method,
-        path = response.request().path(),
-        code,
-        seconds = started.elapsed().as_secs_f64(),
-        "answered"
-    );
+    flight.answered(response.status());
+    // A stream has ended once its last piece was asked for; anything else is here already.
+    flight.ended = response.response().body().size() != BodySize::Stream;
+    // The mark that keeps a stream from being compressed is of no use to a client.
+    if response.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding == "identity") {
+        response.headers_mut().remove(CONTENT_ENCODING);
+    }
     if let Some(id) = id {
         response.headers_mut().insert(REQUEST_ID, id);
     }
-    Ok(response)
+    Ok(response.map_body(|_, body| Tracked { body, flight }))
 }
 
-/// Keys guard `/v1` and the token routes; health and metrics stay open.
+/// Keys guard all that is not on the list. The path is compared as it was sent: a percent-encoded one that the router would
+/// still understand is never on it.
 fn authorize(request: &ServiceRequest) -> Result<(), Error> {
     let Some(state) = request.app_data::<web::Data<AppState>>() else { return Ok(()) };
     let keys = &state.limits.api_keys;
-    let guarded = ["/v1", "/tokenize", "/detokenize"].iter().any(|prefix| request.path().starts_with(prefix));
-    if keys.is_empty() || !guarded {
+    if keys.is_empty() || OPEN.contains(&request.path()) {
         return Ok(());
     }
     let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -72,4 +74,111 @@ fn authorize(request: &ServiceRequest) -> Result<(), Error> {
     }
     let message = "Wrong or missing API key: send one of the server's `api_keys` as `Authorization: Bearer <key>`.";
     Err(Error::new(Code::InvalidApiKey, message))
+}
+
+/// Errors that no handler made (a body too large, a path that is no text, an encoding nobody has) as the API words errors.
+fn in_api_form(response: ServiceResponse<BoxBody>) -> ServiceResponse<BoxBody> {
+    let status = response.status();
+    let is_json =
+        response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if is_json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let why = response.response().error().map(ToString::to_string).filter(|text| !text.is_empty());
+    let why = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("the request failed").to_owned());
+    let error = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            let most =
+                response.request().app_data::<web::Data<AppState>>().map_or(0, |state| state.limits.max_body_bytes);
+            Error::new(Code::TooLarge, format!("The body is larger than {most} bytes (`server.max_body_bytes`)."))
+        }
+        StatusCode::NOT_FOUND => Error::not_found(why),
+        StatusCode::METHOD_NOT_ALLOWED => Error::new(Code::MethodNotAllowed, why),
+        StatusCode::NOT_ACCEPTABLE => {
+            Error::invalid(ACCEPT_ENCODING.as_str(), "`accept-encoding` refuses all this server has: gzip and identity")
+        }
+        status if status.is_client_error() => Error::new(Code::InvalidValue, why),
+        _ => Error::internal(why),
+    };
+    let mut fresh = ApiError(error).error_response();
+    *fresh.status_mut() = status;
+    for name in [ALLOW, VARY, WWW_AUTHENTICATE] {
+        if let Some(value) = response.headers().get(&name) {
+            fresh.headers_mut().insert(name, value.clone());
+        }
+    }
+    response.into_response(fresh)
+}
+
+/// A request from its arrival until its answer is written or its client is gone; what is left to count is counted when dropped.
+struct Flight {
+    endpoint: String,
+    method: &'static str,
+    started: Instant,
+    answered: bool,
+    ended: bool,
+}
+
+impl Flight {
+    fn start(request: &ServiceRequest) -> Self {
+        metrics().http_requests_in_flight.inc();
+        let endpoint = request.match_pattern().unwrap_or_else(|| "unmatched".into());
+        let known =
+            [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::PUT, Method::PATCH, Method::DELETE];
+        let method = match known.iter().position(|method| method == request.method()) {
+            // A client may send any word as a method; a label may not be any word.
+            Some(at) => ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"][at],
+            None => "other",
+        };
+        Flight { endpoint, method, started: Instant::now(), answered: false, ended: false }
+    }
+
+    fn answered(&mut self, status: StatusCode) {
+        self.answered = true;
+        self.count(status.as_str());
+        let seconds = self.started.elapsed().as_secs_f64();
+        tracing::debug!(method = self.method, endpoint = self.endpoint, code = status.as_u16(), seconds, "answered");
+    }
+
+    fn count(&self, code: &str) {
+        metrics().http_requests_total.with_label_values(&[self.endpoint.as_str(), self.method, code]).inc();
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        metrics().http_requests_in_flight.dec();
+        if !self.ended {
+            metrics().client_disconnects_total.inc();
+        }
+        if !self.answered {
+            let (code, _, _) = Code::Cancelled.row();
+            self.count(&code.to_string());
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        metrics().http_request_duration_seconds.with_label_values(&[&self.endpoint]).observe(seconds);
+    }
+}
+
+/// A body that carries its [`Flight`].
+pub(super) struct Tracked {
+    body: BoxBody,
+    flight: Flight,
+}
+
+impl MessageBody for Tracked {
+    type Error = Box<dyn std::error::Error>;
+
+    fn size(&self) -> BodySize {
+        self.body.size()
+    }
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<web::Bytes, Self::Error>>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.body).poll_next(context);
+        if let Poll::Ready(None) = &polled {
+            this.flight.ended = true;
+        }
+        polled
+    }
 }

@@ -2,6 +2,7 @@
 
 mod answer;
 mod guard;
+pub mod openapi;
 mod reply;
 mod routes;
 mod sampling;
@@ -85,10 +86,12 @@ pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Fut
             .wrap(Compress::default())
             .wrap(from_fn(guard::guard))
             .configure(routes::configure)
-            .default_service(web::route().to(reply::no_route))
+            .default_service(web::to(reply::no_route))
     })
     .workers(2)
     .shutdown_timeout(drain)
+    // A client that closes its side is gone: its request is dropped, which takes its work out of the batch.
+    .h1_allow_half_closed(false)
     .disable_signals()
     .listen(listener)?
     .run();

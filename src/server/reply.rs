@@ -1,12 +1,12 @@
 //! Answers' envelope: OpenAI's error object, parsed bodies, server-sent events.
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{CACHE_CONTROL, HeaderValue, RETRY_AFTER};
+use actix_web::http::header::{ALLOW, CACHE_CONTROL, HeaderValue, RETRY_AFTER};
 use actix_web::{HttpRequest, HttpResponse, ResponseError, web};
 use futures_util::{Stream, StreamExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use utoipa::ToSchema;
 
 use crate::error::{Code, Error, Result};
 
@@ -57,16 +57,42 @@ impl ResponseError for ApiError {
     }
 }
 
-/// `{"error": {"message", "type", "param", "code"}}`.
-pub(super) fn error_body(error: &Error) -> serde_json::Value {
+/// OpenAI's error object.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ErrorReply {
+    /// What went wrong.
+    error: ErrorBody,
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    /// What is wrong and what to do.
+    message: String,
+    /// Kind of error.
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// The field it is about.
+    #[schema(required)]
+    param: Option<String>,
+    /// Short name of the error.
+    code: &'static str,
+}
+
+pub(super) fn error_body(error: &Error) -> ErrorReply {
     let (_, kind, code) = error.code.row();
-    json!({"error": {"message": error.to_string(), "type": kind, "param": error.param, "code": code}})
+    ErrorReply { error: ErrorBody { message: error.to_string(), kind, param: error.param.clone(), code } }
 }
 
 /// Reads a JSON body; a wrong type or value is a 400 naming its path.
 pub(super) fn parse<T: DeserializeOwned>(body: &web::Bytes) -> Result<T> {
     if body.is_empty() {
         return Err(Error::new(Code::InvalidValue, "the body is empty: send a JSON object"));
+    }
+    // serde would also read a list with the fields in their order.
+    let first = body.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first.is_some_and(|byte| b"[\"0123456789-tfn".contains(byte)) {
+        return Err(Error::new(Code::InvalidValue, "the body must be a JSON object"));
     }
     let mut reader = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
@@ -92,6 +118,34 @@ pub(super) fn parse<T: DeserializeOwned>(body: &web::Bytes) -> Result<T> {
     reader.end().map_err(|error| Error::new(Code::InvalidValue, format!("the body is not valid JSON: {error}")))?;
     Ok(value)
 }
+
+/// Makes a type read from an object and from nothing else: what serde derives also takes a list with the fields in their order.
+/// The type derives its `Deserialize` with `#[serde(remote = "Self")]`.
+macro_rules! read_from_objects_only {
+    ($($kind:ty),*) => {$(
+        impl<'de> serde::Deserialize<'de> for $kind {
+            fn deserialize<D: serde::Deserializer<'de>>(source: D) -> std::result::Result<Self, D::Error> {
+                struct Fields;
+                impl<'de> serde::de::Visitor<'de> for Fields {
+                    type Value = $kind;
+
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                        f.write_str("an object")
+                    }
+
+                    fn visit_map<A: serde::de::MapAccess<'de>>(
+                        self,
+                        fields: A,
+                    ) -> std::result::Result<Self::Value, A::Error> {
+                        <$kind>::deserialize(serde::de::value::MapAccessDeserializer::new(fields))
+                    }
+                }
+                source.deserialize_map(Fields)
+            }
+        }
+    )*};
+}
+pub(super) use read_from_objects_only;
 
 /// Runs what waits for the disk or a long computation off the threads that answer.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -119,8 +173,51 @@ pub(super) async fn no_route(request: HttpRequest) -> Reply {
     Err(ApiError(Error::not_found(text)))
 }
 
-/// The path is served, the method is not.
-pub(super) async fn no_method(request: HttpRequest) -> Reply {
-    let text = format!("{} does not take {}.", request.path(), request.method());
-    Err(ApiError(Error::new(Code::MethodNotAllowed, text)))
+/// The path is served, the method is not; `allowed` are those it has.
+pub(super) fn no_method(request: &HttpRequest, allowed: &'static str) -> HttpResponse {
+    let text = format!("{} does not take {}, only {allowed}.", request.path(), request.method());
+    let mut response = ApiError(Error::new(Code::MethodNotAllowed, text)).error_response();
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+    response
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Default, Deserialize, PartialEq)]
+    #[serde(default, deny_unknown_fields)]
+    struct Outer {
+        inner: Option<Inner>,
+        count: u8,
+    }
+
+    #[derive(Debug, Default, Deserialize, PartialEq)]
+    #[serde(remote = "Self", default)]
+    struct Inner {
+        deep: u8,
+    }
+
+    read_from_objects_only!(Inner);
+
+    #[test]
+    fn bodies_are_objects_through_and_through() {
+        let read = |text: &str| parse::<Outer>(&web::Bytes::from(text.to_owned()));
+        assert_eq!(read(" {\"inner\": {\"deep\": 3}}").unwrap().inner, Some(Inner { deep: 3 }));
+        assert_eq!(read("{\"inner\": null}").unwrap(), Outer::default());
+        for text in ["", "[]", "[null, 3]", "7", "null", "\"x\"", "{", "{} {}", "\u{feff}{}"] {
+            assert_eq!(read(text).unwrap_err().status(), 400, "{text}");
+        }
+        for (text, field) in [
+            ("{\"inner\": [3]}", "inner"),
+            ("{\"inner\": {\"deep\": \"3\"}}", "inner.deep"),
+            ("{\"count\": 256}", "count"),
+            ("{\"cuont\": 2}", "cuont"),
+        ] {
+            assert_eq!(read(text).unwrap_err().param.as_deref(), Some(field), "{text}");
+        }
+    }
 }

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::reply::read_from_objects_only;
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Error, Result};
 use crate::roles::GenerationDefaults;
 
 /// One stop string or several.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(super) enum Stop {
     One(String),
@@ -19,7 +20,8 @@ pub(super) enum Stop {
 }
 
 /// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(super) struct StreamOptions {
     /// Send one last chunk with the counts.
     #[serde(default)]
@@ -29,8 +31,10 @@ pub(super) struct StreamOptions {
     pub(super) continuous_usage_stats: bool,
 }
 
+read_from_objects_only!(StreamOptions);
+
 /// The sampling fields of a request body.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub(super) struct Sampling {
     /// 0 is greedy.
     #[schema(minimum = 0, maximum = 2)]
@@ -159,14 +163,15 @@ impl Sampling {
         Ok(self.stream_options.unwrap_or_default())
     }
 
-    /// Engine parameters; what the body leaves out comes from the checkpoint's defaults, then OpenAI's.
+    /// Engine parameters, their ranges checked; what the body leaves out comes from the checkpoint's defaults, then OpenAI's.
     pub(super) fn params(&self, defaults: &GenerationDefaults) -> Result<SamplingParams> {
         let base = SamplingParams::default();
         let mut logit_bias = BTreeMap::new();
         for (id, bias) in self.logit_bias.iter().flatten() {
-            let id = id
-                .parse()
-                .map_err(|_| Error::invalid("logit_bias", format!("`logit_bias`: `{id}` is not a token id")))?;
+            let digits = id.bytes().all(|byte| byte.is_ascii_digit());
+            let number = id.parse().ok().filter(|_| digits);
+            let id = number
+                .ok_or_else(|| Error::invalid("logit_bias", format!("`logit_bias`: `{id}` is not a token id")))?;
             logit_bias.insert(id, *bias);
         }
         let top_k = match self.top_k {
@@ -175,7 +180,7 @@ impl Sampling {
             Some(k) => usize::try_from(k)
                 .map_err(|_| Error::invalid("top_k", format!("`top_k` must be -1 or more, got {k}")))?,
         };
-        Ok(SamplingParams {
+        let params = SamplingParams {
             temperature: self.temperature.or(defaults.temperature).unwrap_or(base.temperature),
             top_p: self.top_p.or(defaults.top_p).unwrap_or(base.top_p),
             top_k,
@@ -198,6 +203,8 @@ impl Sampling {
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
             logprobs: None,
             prompt_logprobs: self.prompt_logprobs,
-        })
+        };
+        params.check()?;
+        Ok(params)
     }
 }

@@ -6,6 +6,7 @@ mod engine;
 mod hot_swap;
 mod jobs;
 mod method;
+mod openapi;
 mod parity;
 mod real_model;
 mod tidy;

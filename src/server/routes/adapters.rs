@@ -3,22 +3,21 @@
 use std::collections::BTreeMap;
 
 use actix_web::{HttpResponse, web};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::Routes;
 use crate::error::{Error, Result};
 use crate::roles::{AdapterCard, Lease, PublishMode};
 use crate::server::AppState;
-use crate::server::reply::{Reply, blocking, no_method, parse};
+use crate::server::reply::{Reply, blocking, parse};
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    let post = |path: &str| web::resource(path).default_service(web::route().to(no_method));
-    app.service(post("/v1/load_lora_adapter").route(web::post().to(load)));
-    app.service(post("/v1/unload_lora_adapter").route(web::post().to(unload)));
-    app.service(post("/v1/lora_adapters").route(web::get().to(list)));
-    app.service(post("/v1/lora_adapters/{alias}/publish").route(web::post().to(publish)));
-    app.service(post("/v1/lora_adapters/{alias}/rollback").route(web::post().to(rollback)));
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.post("/v1/load_lora_adapter", load);
+    routes.post("/v1/unload_lora_adapter", unload);
+    routes.get("/v1/lora_adapters", list);
+    routes.post("/v1/lora_adapters/{alias}/publish", publish);
+    routes.post("/v1/lora_adapters/{alias}/rollback", rollback);
 }
 
 /// Body of `/v1/load_lora_adapter`.
@@ -100,26 +99,91 @@ fn named(field: &str, value: &str) -> Result<()> {
     if value.trim().is_empty() { Err(Error::invalid(field, "must not be empty")) } else { Ok(()) }
 }
 
-fn card(card: &AdapterCard) -> Value {
-    json!({
-        "id": if card.live { card.alias.clone() } else { format!("{}@{}", card.alias, card.version) },
-        "object": "lora_adapter",
-        "alias": card.alias,
-        "version": card.version,
-        "generation": card.generation,
-        "rank": card.rank,
-        "bytes": card.bytes,
-        "live": card.live,
-        "active_leases": card.active_leases,
-        "source": card.source.display().to_string(),
-    })
+/// A version of an adapter.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct AdapterVersion {
+    /// Model name to ask for: the alias where it is live, `alias@version` otherwise.
+    id: String,
+    /// `lora_adapter`.
+    object: &'static str,
+    /// The alias.
+    alias: String,
+    /// Number under the alias.
+    version: u64,
+    /// Content hash.
+    generation: String,
+    /// Rank.
+    rank: usize,
+    /// Bytes in memory; 0 while it is only on disk.
+    bytes: usize,
+    /// Whether it answers under the alias.
+    live: bool,
+    /// Requests that hold it.
+    active_leases: usize,
+    /// Folder with its PEFT files.
+    source: String,
+}
+
+/// Versions with the same content.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Generation {
+    /// Content hash.
+    generation: String,
+    /// No alias has it live.
+    retired: bool,
+    /// Aliases that have it live.
+    aliases: Vec<String>,
+    /// Rank.
+    rank: usize,
+    /// Bytes in memory.
+    bytes: usize,
+    /// Requests that hold it.
+    active_leases: usize,
+}
+
+/// All adapters and what room they take.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct AdapterList {
+    /// `list`.
+    object: &'static str,
+    /// Every version of every alias.
+    data: Vec<AdapterVersion>,
+    /// The same by content.
+    generations: Vec<Generation>,
+    /// Versions in memory.
+    resident_generations: usize,
+    /// Generations that are live nowhere.
+    retired_generations: usize,
+    /// Bytes in memory.
+    resident_bytes: usize,
+    /// Most versions kept in memory besides those in use.
+    max_adapters: usize,
+    /// Largest rank taken.
+    max_rank: usize,
+}
+
+impl From<&AdapterCard> for AdapterVersion {
+    fn from(card: &AdapterCard) -> Self {
+        AdapterVersion {
+            id: if card.live { card.alias.clone() } else { format!("{}@{}", card.alias, card.version) },
+            object: "lora_adapter",
+            alias: card.alias.clone(),
+            version: card.version,
+            generation: card.generation.clone(),
+            rank: card.rank,
+            bytes: card.bytes,
+            live: card.live,
+            active_leases: card.active_leases,
+            source: card.source.display().to_string(),
+        }
+    }
 }
 
 /// What is live after a change.
 fn live(state: &AppState, lease: &Lease) -> Result<HttpResponse> {
     let cards = state.roles.adapters().list();
     let found = cards.iter().find(|card| card.alias == lease.alias && card.version == lease.version);
-    Ok(HttpResponse::Ok().json(card(found.ok_or_else(|| Error::no_model(&lease.alias))?)))
+    Ok(HttpResponse::Ok().json(AdapterVersion::from(found.ok_or_else(|| Error::no_model(&lease.alias))?)))
 }
 
 async fn list(state: web::Data<AppState>) -> Reply {
@@ -129,31 +193,30 @@ async fn list(state: web::Data<AppState>) -> Reply {
     for one in &cards {
         generations.entry(&one.generation).or_default().push(one);
     }
-    let grouped: Vec<Value> = generations
+    let generations: Vec<Generation> = generations
         .iter()
         .map(|(generation, of)| {
-            let aliases: Vec<&str> = of.iter().filter(|one| one.live).map(|one| one.alias.as_str()).collect();
-            json!({
-                "generation": generation,
-                "retired": aliases.is_empty(),
-                "aliases": aliases,
-                "rank": of[0].rank,
-                "bytes": of.iter().map(|one| one.bytes).sum::<usize>(),
-                "active_leases": of.iter().map(|one| one.active_leases).sum::<usize>(),
-            })
+            let aliases: Vec<String> = of.iter().filter(|one| one.live).map(|one| one.alias.clone()).collect();
+            Generation {
+                generation: (*generation).to_owned(),
+                retired: aliases.is_empty(),
+                aliases,
+                rank: of.first().map_or(0, |one| one.rank),
+                bytes: of.iter().map(|one| one.bytes).sum(),
+                active_leases: of.iter().map(|one| one.active_leases).sum(),
+            }
         })
         .collect();
-    let retired = grouped.iter().filter(|one| one["retired"] == true).count();
-    Ok(HttpResponse::Ok().json(json!({
-        "object": "list",
-        "data": cards.iter().map(card).collect::<Vec<_>>(),
-        "generations": grouped,
-        "resident_generations": cards.iter().filter(|one| one.bytes > 0).count(),
-        "retired_generations": retired,
-        "resident_bytes": cards.iter().map(|one| one.bytes).sum::<usize>(),
-        "max_adapters": max_adapters,
-        "max_rank": max_rank,
-    })))
+    Ok(HttpResponse::Ok().json(AdapterList {
+        object: "list",
+        data: cards.iter().map(AdapterVersion::from).collect(),
+        resident_generations: cards.iter().filter(|one| one.bytes > 0).count(),
+        retired_generations: generations.iter().filter(|one| one.retired).count(),
+        resident_bytes: cards.iter().map(|one| one.bytes).sum(),
+        generations,
+        max_adapters,
+        max_rank,
+    }))
 }
 
 async fn load(state: web::Data<AppState>, body: web::Bytes) -> Reply {
@@ -212,6 +275,8 @@ async fn rollback(state: web::Data<AppState>, alias: web::Path<String>, body: we
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn read(body: Value) -> Result<PublishMode> {

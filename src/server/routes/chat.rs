@@ -2,27 +2,26 @@
 
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
+use super::Routes;
 use crate::engine::request::{Event, Usage};
 use crate::error::{Error, Result};
 use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
-use crate::server::reply::{Reply, error_body, event, no_method, parse, sse};
+use crate::server::reply::{Reply, error_body, event, parse, read_from_objects_only, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::text::{Message, RenderOptions};
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    app.service(
-        web::resource("/v1/chat/completions").route(web::post().to(create)).default_service(web::route().to(no_method)),
-    );
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.post("/v1/chat/completions", create);
 }
 
 /// Text, parts of text, or null.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum Content {
     Text(String),
@@ -30,7 +29,8 @@ pub(crate) enum Content {
 }
 
 /// A part of a message's content; only text is read.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct Part {
     /// `text`.
     #[serde(rename = "type")]
@@ -40,7 +40,8 @@ pub(crate) struct Part {
 }
 
 /// One turn.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub(crate) struct ChatMessage {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub(crate) role: String,
@@ -50,10 +51,12 @@ pub(crate) struct ChatMessage {
     pub(crate) name: Option<String>,
     /// Tool calls of an assistant turn.
     #[schema(value_type = Option<Vec<Object>>)]
-    pub(crate) tool_calls: Option<Value>,
+    pub(crate) tool_calls: Option<Vec<Map<String, Value>>>,
     /// The call a tool turn answers.
     pub(crate) tool_call_id: Option<String>,
 }
+
+read_from_objects_only!(Part, ChatMessage);
 
 /// Body of a chat completion, besides the sampling fields.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -71,7 +74,7 @@ pub(crate) struct ChatRequest {
     pub(crate) top_logprobs: Option<usize>,
     /// Tools, passed to the chat template.
     #[schema(value_type = Option<Vec<Object>>)]
-    pub(crate) tools: Option<Value>,
+    pub(crate) tools: Option<Vec<Map<String, Value>>>,
     /// End with the header of an assistant turn (the default).
     pub(crate) add_generation_prompt: Option<bool>,
     /// Go on with the last message.
@@ -83,7 +86,7 @@ pub(crate) struct ChatRequest {
     pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
     /// The caller's notes, echoed.
     #[schema(value_type = Option<Object>)]
-    pub(crate) metadata: Option<Value>,
+    pub(crate) metadata: Option<Map<String, Value>>,
 }
 
 /// Turns as the template sees them; parts that are not text are a 400.
@@ -124,7 +127,8 @@ fn one_message(index: usize, message: &ChatMessage) -> Result<Message> {
         None if message.tool_calls.is_some() => String::new(),
         None => return Err(Error::invalid(format!("messages[{index}].content"), "the message has no content")),
     };
-    let (tool_calls, tool_call_id) = (message.tool_calls.clone(), message.tool_call_id.clone());
+    let (tool_calls, tool_call_id) =
+        (message.tool_calls.as_ref().map(|calls| json!(calls)), message.tool_call_id.clone());
     Ok(Message { role: role.to_owned(), content, name: message.name.clone(), tool_calls, tool_call_id })
 }
 
@@ -134,7 +138,7 @@ struct Ask {
     ids: bool,
     stream: StreamOptions,
     n: usize,
-    metadata: Option<Value>,
+    metadata: Option<Map<String, Value>>,
 }
 
 async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
@@ -144,14 +148,13 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     parse::<Refused>(&body)?.check(n)?;
     let target = state.roles.resolve(&request.model)?;
     let turns = messages(&request.messages)?;
-    if target.reward.is_some() {
-        return reward(&target, &turns, sampling.streams()).await;
-    }
     let mut params = sampling.params(&target.defaults)?;
-    params.max_tokens = request.max_completion_tokens.or(params.max_tokens);
-    if params.max_tokens == Some(0) {
-        return Err(Error::invalid("max_tokens", "`max_tokens` must be at least 1 in a chat").into());
+    for (field, most) in [("max_completion_tokens", request.max_completion_tokens), ("max_tokens", params.max_tokens)] {
+        if most == Some(0) {
+            return Err(Error::invalid(field, format!("`{field}` must be at least 1 in a chat")).into());
+        }
     }
+    params.max_tokens = request.max_completion_tokens.or(params.max_tokens);
     params.logprobs = match (request.logprobs.unwrap_or(false), request.top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
         (false, Some(top)) if top > 0 => {
@@ -162,6 +165,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if params.logprobs.is_some_and(|top| top > 20) {
         return Err(Error::invalid("top_logprobs", "`top_logprobs` must be at most 20").into());
     }
+    let stream = sampling.stream_options()?;
+    if target.reward.is_some() {
+        let stream = sampling.streams().then_some(stream);
+        return reward(&target, &turns, stream).await;
+    }
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {
         let text = "`continue_final_message` and `add_generation_prompt` exclude each other";
@@ -170,7 +178,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let render = RenderOptions {
         add_generation_prompt: !continues && request.add_generation_prompt.unwrap_or(true),
         continue_final_message: continues,
-        tools: request.tools.clone().filter(|tools| !tools.is_null()),
+        tools: request.tools.as_ref().map(|tools| json!(tools)),
         kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
         template: request.chat_template.clone(),
     };
@@ -178,12 +186,17 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let ask = Ask {
         logprobs: params.logprobs.is_some(),
         ids: sampling.return_token_ids.unwrap_or(false),
-        stream: sampling.stream_options()?,
+        stream,
         n,
         metadata: request.metadata.clone(),
     };
-    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, n)?;
+    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, n).map_err(about_messages)?;
     if sampling.streams() { streamed(target, choices, ask) } else { whole(target, choices, &ask, &prompt).await }
+}
+
+/// The engine's `prompt` is this route's `messages`.
+fn about_messages(error: Error) -> Error {
+    if error.param.as_deref() == Some("prompt") { error.at("messages") } else { error }
 }
 
 async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> Reply {
@@ -219,7 +232,7 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
         fields["prompt_logprobs"] = answer::prompt_logprobs_json(tokenizer, &first.prompt);
     }
     if let Some(metadata) = &ask.metadata {
-        fields["metadata"] = metadata.clone();
+        fields["metadata"] = json!(metadata);
     }
     let mut response = HttpResponse::Ok();
     head.headers(&mut response);
@@ -308,27 +321,38 @@ pub(super) fn add_headers(response: &mut HttpResponse, head: &Head) {
 
 /// The reward role scores the last assistant turn: `reward:<float>` as content, one entry of log-probabilities, and a top-level
 /// `reward` (the convention of hosted reward models).
-async fn reward(target: &Target, turns: &[Message], stream: bool) -> Reply {
+async fn reward(target: &Target, turns: &[Message], stream: Option<StreamOptions>) -> Reply {
     if turns.last().is_none_or(|turn| turn.role != "assistant") {
         let text = "the reward model scores the last assistant message; the conversation ends with another turn";
         return Err(Error::invalid("messages", text).into());
     }
     let Some(reward) = &target.reward else { return Err(Error::no_model(&target.model).into()) };
-    let score = reward.score(turns, None).await?;
+    let score = reward.score(turns, None).await.map_err(about_messages)?;
     let content = format!("reward:{}", score.value);
     let logprobs = json!({"content": [{"token": "reward", "logprob": score.value, "bytes": null, "top_logprobs": []}], "refusal": null});
     let usage = answer::counted(score.prompt_tokens, 0, score.completion_tokens);
-    if !stream {
+    let Some(options) = stream else {
         let head = Head::new("chatcmpl", "chat.completion", target);
         let message = json!({"role": "assistant", "content": content, "refusal": null});
-        let choice = json!({"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"});
-        return Ok(
-            HttpResponse::Ok().json(head.body(json!({"choices": [choice], "usage": usage, "reward": score.value})))
-        );
-    }
+        let choice =
+            json!({"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": null});
+        let mut response = HttpResponse::Ok();
+        head.headers(&mut response);
+        return Ok(response.json(head.body(json!({"choices": [choice], "usage": usage, "reward": score.value}))));
+    };
     let head = Head::new("chatcmpl", "chat.completion.chunk", target);
     let delta = json!({"role": "assistant", "content": content});
-    let choice = json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": "stop"});
-    let chunk = event(&head.body(json!({"choices": [choice], "reward": score.value})));
-    Ok(sse(futures_util::stream::iter([chunk, web::Bytes::from_static(b"data: [DONE]\n\n")])))
+    let choice =
+        json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": null});
+    let mut fields = json!({"choices": [choice], "reward": score.value});
+    let mut chunks = Vec::with_capacity(3);
+    if options.include_usage {
+        fields["usage"] = Value::Null;
+        chunks.push(event(&head.body(json!({"choices": [], "usage": usage}))));
+    }
+    chunks.insert(0, event(&head.body(fields)));
+    chunks.push(web::Bytes::from_static(b"data: [DONE]\n\n"));
+    let mut response = sse(futures_util::stream::iter(chunks));
+    add_headers(&mut response, &head);
+    Ok(response)
 }

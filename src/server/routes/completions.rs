@@ -2,28 +2,27 @@
 
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
+use super::Routes;
 use super::chat::add_headers;
 use crate::engine::request::{Event, TokenLogprob, Usage};
 use crate::error::{Error, Result};
 use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Collected, Head};
-use crate::server::reply::{Reply, error_body, event, no_method, parse, sse};
+use crate::server::reply::{Reply, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling};
 use crate::text::Tokenizer;
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    app.service(
-        web::resource("/v1/completions").route(web::post().to(create)).default_service(web::route().to(no_method)),
-    );
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.post("/v1/completions", create);
 }
 
 /// One prompt or several, as text or token ids.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum Prompt {
     Text(String),

@@ -1,17 +1,17 @@
 //! `GET /`: the page that shows what the server does, over the same API everybody else uses.
 
+use actix_web::HttpResponse;
 use actix_web::http::header::CONTENT_SECURITY_POLICY;
-use actix_web::{HttpResponse, web};
 
-use crate::server::reply::no_method;
+use super::Routes;
 
 const PAGE: &str = include_str!("../ui/index.html");
 /// The page brings all it needs; nothing is fetched from elsewhere.
 const POLICY: &str = "default-src 'none'; connect-src 'self'; img-src data:; \
                       style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'";
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    app.service(web::resource("/").route(web::get().to(page)).default_service(web::route().to(no_method)));
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.get("/", page);
 }
 
 async fn page() -> HttpResponse {

@@ -5,15 +5,17 @@ use std::time::Duration;
 
 use actix_web::http::header::ACCEPT;
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::{List, PageOf, Routes, TokensUsed};
 use crate::error::{Code, Error, Result};
-use crate::jobs::{EventRow, Job};
-use crate::rdpo::{JobRequest, Sample, find_behavior, known_behaviors, synthesize as run_synthesis};
+use crate::jobs::{EventRow, Job, Status};
+use crate::rdpo::{JobRequest, Pair, Sample, find_behavior, known_behaviors, synthesize as run_synthesis};
 use crate::server::AppState;
-use crate::server::reply::{Reply, blocking, error_body, event, no_method, parse, sse};
+use crate::server::reply::{Reply, blocking, error_body, event, parse, sse};
 
 /// Events read at a time while a stream is written.
 const BATCH: usize = 500;
@@ -22,18 +24,17 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Most conversations of one synthesis request; a job has no such limit.
 const MOST_CONVERSATIONS: usize = 256;
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    let at = |path: &str| web::resource(path).default_service(web::route().to(no_method));
-    app.service(at("/v1/rdpo/behaviors").route(web::get().to(behaviors)));
-    app.service(at("/v1/rdpo/synthesize").route(web::post().to(synthesize)));
-    app.service(at("/v1/rdpo/train").route(web::post().to(create)).route(web::get().to(list)));
-    app.service(at("/v1/rdpo/train/{id}").route(web::get().to(get)));
-    app.service(at("/v1/rdpo/train/{id}/events").route(web::get().to(events)));
-    app.service(at("/v1/rdpo/train/{id}/pairs").route(web::get().to(pairs)));
-    app.service(at("/v1/rdpo/train/{id}/report").route(web::get().to(report)));
-    app.service(at("/v1/rdpo/train/{id}/cancel").route(web::post().to(cancel)));
-    app.service(at("/v1/rdpo/train/{id}/pause").route(web::post().to(pause)));
-    app.service(at("/v1/rdpo/train/{id}/resume").route(web::post().to(resume)));
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.get("/v1/rdpo/behaviors", behaviors);
+    routes.post("/v1/rdpo/synthesize", synthesize);
+    routes.get_and_post("/v1/rdpo/train", list, create);
+    routes.get("/v1/rdpo/train/{id}", get);
+    routes.get("/v1/rdpo/train/{id}/events", events);
+    routes.get("/v1/rdpo/train/{id}/pairs", pairs);
+    routes.get("/v1/rdpo/train/{id}/report", report);
+    routes.post("/v1/rdpo/train/{id}/cancel", cancel);
+    routes.post("/v1/rdpo/train/{id}/pause", pause);
+    routes.post("/v1/rdpo/train/{id}/resume", resume);
 }
 
 fn query<T: DeserializeOwned>(request: &HttpRequest) -> Result<T> {
@@ -48,30 +49,119 @@ fn limit(given: Option<usize>, usual: usize, most: usize) -> Result<usize> {
     if (1..=most).contains(&limit) { Ok(limit) } else { Err(message()) }
 }
 
-/// A job on the wire.
-fn shown(job: &Job) -> Result<Value> {
-    let mut object = Map::new();
-    object.insert("id".into(), json!(job.id));
-    object.insert("object".into(), json!("rdpo.job"));
-    if let Value::Object(fields) = serde_json::to_value(job)? {
-        object.extend(fields.into_iter().filter(|(key, _)| key != "id"));
-    }
-    object.insert("adapter_version".into(), job.result["adapter"]["version"].clone());
-    Ok(Value::Object(object))
+/// A job.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct JobObject {
+    /// `rdpo-…`.
+    id: String,
+    /// `rdpo.job`.
+    object: &'static str,
+    /// Where it is.
+    status: Status,
+    /// The request with its defaults filled in; a list leaves out `prompts`, `pairs` and `eval_prompts`.
+    #[schema(value_type = Object)]
+    request: Value,
+    /// Unix seconds.
+    created_at: i64,
+    /// Unix seconds the worker first took it.
+    #[schema(required)]
+    started_at: Option<i64>,
+    /// Unix seconds of its end.
+    #[schema(required)]
+    finished_at: Option<i64>,
+    /// Why it failed.
+    #[schema(value_type = Option<Object>, required)]
+    error: Option<Value>,
+    /// Counters by stage, e.g. `{"synthesizing": {"done": 3, "total": 16}}`.
+    #[schema(value_type = Object)]
+    progress: Value,
+    /// What it left: adapter, report, counts of pairs; a list leaves out the report's samples.
+    #[schema(value_type = Object)]
+    result: Value,
+    /// Version it published, if it did.
+    #[schema(required)]
+    adapter_version: Option<u64>,
 }
 
-/// The same for a list: without the long parts, which the job itself and its report have.
-fn shown_short(job: &Job) -> Result<Value> {
-    let mut object = shown(job)?;
-    for (key, list) in [("request", "prompts"), ("request", "pairs"), ("request", "eval_prompts")] {
-        if let Some(part) = object[key].as_object_mut() {
-            part.remove(list);
+impl From<Job> for JobObject {
+    fn from(job: Job) -> Self {
+        JobObject {
+            id: job.id,
+            object: "rdpo.job",
+            status: job.status,
+            request: job.request,
+            created_at: job.created_at,
+            started_at: job.started_at,
+            finished_at: job.finished_at,
+            error: job.error,
+            progress: job.progress,
+            adapter_version: job.result["adapter"]["version"].as_u64(),
+            result: job.result,
         }
     }
-    if let Some(report) = object["result"].get_mut("report").and_then(Value::as_object_mut) {
-        report.remove("samples");
+}
+
+impl JobObject {
+    /// For a list: without the long parts, which the job itself and its report have.
+    fn short(mut self) -> Self {
+        for list in ["prompts", "pairs", "eval_prompts"] {
+            if let Some(request) = self.request.as_object_mut() {
+                request.remove(list);
+            }
+        }
+        if let Some(report) = self.result.get_mut("report").and_then(Value::as_object_mut) {
+            report.remove("samples");
+        }
+        self
     }
-    Ok(object)
+}
+
+/// Jobs, newest first.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct JobList {
+    /// `list`.
+    object: &'static str,
+    /// The jobs.
+    data: Vec<JobObject>,
+    /// Id of the first one.
+    #[schema(required)]
+    first_id: Option<String>,
+    /// Id of the last one, for `after`.
+    #[schema(required)]
+    last_id: Option<String>,
+    /// Whether older ones follow.
+    has_more: bool,
+}
+
+/// A pair that was kept, with its number.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct NumberedPair {
+    /// Number among the job's pairs, for `after`.
+    index: usize,
+    /// Which prompt of the request.
+    prompt_index: usize,
+    /// The turns the student learns under.
+    #[schema(value_type = Vec<Object>)]
+    prompt: Value,
+    /// The better answer.
+    chosen: String,
+    /// The worse answer.
+    rejected: String,
+    /// Score of the better one.
+    score_chosen: f64,
+    /// Score of the worse one.
+    score_rejected: f64,
+}
+
+/// Self-critique conversations.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Samples {
+    /// `list`.
+    object: &'static str,
+    /// By prompt, then by sample.
+    data: Vec<Sample>,
+    /// Tokens spent.
+    usage: TokensUsed,
 }
 
 async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
@@ -81,7 +171,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         state.jobs.submit(&serde_json::to_value(&request)?)
     })
     .await?;
-    Ok(HttpResponse::Ok().json(shown(&job)?))
+    Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
 #[derive(Deserialize)]
@@ -95,10 +185,9 @@ async fn list(state: web::Data<AppState>, request: HttpRequest) -> Reply {
     let query: ListQuery = query(&request)?;
     let limit = limit(query.limit, 20, 100)?;
     let page = blocking(move || state.jobs.store().list(query.after.as_deref(), limit)).await?;
-    let data = page.data.iter().map(shown_short).collect::<Result<Vec<_>>>()?;
-    let (first, last) = (page.data.first().map(|job| &job.id), page.data.last().map(|job| &job.id));
-    Ok(HttpResponse::Ok()
-        .json(json!({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": page.has_more})))
+    let (first_id, last_id) = (page.data.first().map(|job| job.id.clone()), page.data.last().map(|job| job.id.clone()));
+    let data = page.data.into_iter().map(|job| JobObject::from(job).short()).collect();
+    Ok(HttpResponse::Ok().json(JobList { object: "list", data, first_id, last_id, has_more: page.has_more }))
 }
 
 async fn read(state: &web::Data<AppState>, id: String) -> Result<Job> {
@@ -107,7 +196,7 @@ async fn read(state: &web::Data<AppState>, id: String) -> Result<Job> {
 }
 
 async fn get(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
-    Ok(HttpResponse::Ok().json(shown(&read(&state, id.into_inner()).await?)?))
+    Ok(HttpResponse::Ok().json(JobObject::from(read(&state, id.into_inner()).await?)))
 }
 
 async fn report(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
@@ -123,17 +212,17 @@ async fn report(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
 
 async fn cancel(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
     let job = blocking(move || state.jobs.cancel(&id)).await?;
-    Ok(HttpResponse::Ok().json(shown(&job)?))
+    Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
 async fn pause(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
     let job = blocking(move || state.jobs.pause(&id)).await?;
-    Ok(HttpResponse::Ok().json(shown(&job)?))
+    Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
 async fn resume(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
     let job = blocking(move || state.jobs.resume(&id)).await?;
-    Ok(HttpResponse::Ok().json(shown(&job)?))
+    Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
 #[derive(Deserialize)]
@@ -152,20 +241,20 @@ async fn pairs(state: web::Data<AppState>, id: web::Path<String>, request: HttpR
         state.jobs.store().rows(&id, "pair")
     })
     .await?;
-    let mut rest: Vec<Value> = rows
+    let mut rest = rows
         .into_iter()
         .filter(|(index, _)| query.after.is_none_or(|after| *index > after))
         .take(limit + 1)
-        .map(|(index, mut pair)| {
-            if let Some(pair) = pair.as_object_mut() {
-                pair.insert("index".into(), json!(index));
-            }
-            pair
+        .map(|(index, pair)| {
+            let Pair { prompt_index, prompt, chosen, rejected, score_chosen, score_rejected } =
+                serde_json::from_value(pair).map_err(|error| Error::internal(format!("pair {index}: {error}")))?;
+            let prompt = serde_json::to_value(prompt)?;
+            Ok(NumberedPair { index, prompt_index, prompt, chosen, rejected, score_chosen, score_rejected })
         })
-        .collect();
+        .collect::<Result<Vec<_>>>()?;
     let has_more = rest.len() > limit;
     rest.truncate(limit);
-    Ok(HttpResponse::Ok().json(json!({"object": "list", "data": rest, "has_more": has_more})))
+    Ok(HttpResponse::Ok().json(PageOf::new(rest, has_more)))
 }
 
 #[derive(Deserialize)]
@@ -191,7 +280,7 @@ async fn events(state: web::Data<AppState>, id: web::Path<String>, request: Http
     let mut data = blocking(move || state.jobs.store().events(&id, after, limit + 1)).await?;
     let has_more = data.len() > limit;
     data.truncate(limit);
-    Ok(HttpResponse::Ok().json(json!({"object": "list", "data": data, "has_more": has_more})))
+    Ok(HttpResponse::Ok().json(PageOf::new(data, has_more)))
 }
 
 /// Every event after `after`, then those to come, until the job has ended.
@@ -275,23 +364,20 @@ async fn synthesize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     samples.sort_by_key(|sample| (sample.prompt_index, sample.sample));
     let prompt: usize = samples.iter().map(|sample| sample.prompt_tokens).sum();
     let completion: usize = samples.iter().map(|sample| sample.completion_tokens).sum();
-    Ok(HttpResponse::Ok().json(json!({
-        "object": "list",
-        "data": samples,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-    })))
+    Ok(HttpResponse::Ok().json(Samples { object: "list", data: samples, usage: TokensUsed::new(prompt, completion) }))
 }
 
 async fn behaviors(state: web::Data<AppState>) -> Reply {
     let known = blocking(move || known_behaviors(&state.roles)).await?;
-    Ok(HttpResponse::Ok().json(json!({"object": "list", "data": known})))
+    Ok(HttpResponse::Ok().json(List::new(known)))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
-    use crate::jobs::Status;
 
     #[test]
     fn synthesis_takes_its_own_fields_only() {
@@ -321,10 +407,10 @@ mod tests {
             progress: json!({}),
             result: json!({"adapter": {"version": 4}, "report": {"win_rate": 0.5, "samples": [1]}}),
         };
-        let full = shown(&job).unwrap();
+        let full = serde_json::to_value(JobObject::from(job.clone())).unwrap();
         assert_eq!((&full["object"], &full["status"]), (&json!("rdpo.job"), &json!("succeeded")));
         assert_eq!((&full["adapter_version"], &full["request"]["prompts"]), (&json!(4), &json!(["a"])));
-        let short = shown_short(&job).unwrap();
+        let short = serde_json::to_value(JobObject::from(job).short()).unwrap();
         assert_eq!((&short["request"], &short["result"]["report"]), (&json!({"seed": 1}), &json!({"win_rate": 0.5})));
     }
 

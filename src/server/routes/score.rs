@@ -1,31 +1,29 @@
 //! `POST /v1/score`: the reward role's opinion of given answers.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use actix_web::{HttpResponse, web};
 use futures_util::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::chat::{ChatMessage, messages};
+use super::{Routes, TokensUsed, unix_now};
 use crate::error::{Error, Result};
 use crate::rdpo::{find_behavior, parse_behavior};
 use crate::server::AppState;
-use crate::server::reply::{Reply, no_method, parse};
+use crate::server::reply::{Reply, parse};
 use crate::text::Message;
 
 /// Most answers of one request.
 const MOST: usize = 1024;
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    for path in ["/v1/score", "/score"] {
-        app.service(web::resource(path).route(web::post().to(score)).default_service(web::route().to(no_method)));
-    }
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.post("/v1/score", score);
+    routes.post("/score", score);
 }
 
 /// One text, or several.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum Texts {
     One(String),
@@ -43,7 +41,7 @@ impl Texts {
 
 /// A prompt and answers to it, a conversation that ends in an answer, or vLLM's two lists.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct ScoreRequest {
     /// The reward role; `reward` where it is left out.
     pub(crate) model: Option<String>,
@@ -64,6 +62,34 @@ pub(crate) struct ScoreRequest {
     /// Whose rubric a judge is asked with: a name or a recipe.
     #[schema(value_type = Option<Object>)]
     pub(crate) behavior: Option<Value>,
+}
+
+/// The score of one answer.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct ScoreOf {
+    /// Which answer, from 0.
+    index: usize,
+    /// `score`.
+    object: &'static str,
+    /// The score, on the scale of the reward.
+    score: f64,
+}
+
+/// The scores, in the order of the answers.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Scores {
+    /// `score-…`.
+    id: String,
+    /// `list`.
+    object: &'static str,
+    /// Unix seconds.
+    created: u64,
+    /// The reward role.
+    model: String,
+    /// The scores.
+    data: Vec<ScoreOf>,
+    /// Tokens spent.
+    usage: TokensUsed,
 }
 
 impl ScoreRequest {
@@ -137,24 +163,22 @@ async fn score(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let scores: Vec<_> = futures_util::stream::iter(asked).buffered(state.roles.max_in_flight()).try_collect().await?;
     let prompt: usize = scores.iter().map(|score| score.prompt_tokens).sum();
     let completion: usize = scores.iter().map(|score| score.completion_tokens).sum();
-    let data: Vec<Value> = scores
-        .iter()
-        .enumerate()
-        .map(|(index, score)| json!({"index": index, "object": "score", "score": score.value}))
-        .collect();
-    Ok(HttpResponse::Ok().json(json!({
-        "id": format!("score-{}", uuid::Uuid::new_v4().simple()),
-        "object": "list",
-        "created": SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
-        "model": model,
-        "data": data,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-    })))
+    let data = scores.iter().enumerate().map(|(index, score)| ScoreOf { index, object: "score", score: score.value });
+    Ok(HttpResponse::Ok().json(Scores {
+        id: format!("score-{}", uuid::Uuid::new_v4().simple()),
+        object: "list",
+        created: unix_now(),
+        model,
+        data: data.collect(),
+        usage: TokensUsed::new(prompt, completion),
+    }))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn read(body: Value) -> Result<Vec<Vec<Message>>> {

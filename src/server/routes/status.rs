@@ -1,9 +1,11 @@
 //! Health, readiness, version, metrics, the API's own description.
 
-use actix_web::{HttpResponse, web};
+use actix_web::HttpResponse;
 use prometheus::{Encoder, TextEncoder};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
+use super::Routes;
 use crate::error::Error;
 use crate::server::reply::Reply;
 use crate::telemetry::metrics;
@@ -11,20 +13,33 @@ use crate::telemetry::metrics;
 /// The API's description, checked against the code by a test.
 const OPENAPI: &str = include_str!("../../../openapi.yaml");
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
+pub(super) fn configure(routes: &mut Routes<'_>) {
     // The port only answers once every role is loaded, so health and readiness are the same.
-    app.route("/health", web::get().to(HttpResponse::Ok));
-    app.route("/ready", web::get().to(HttpResponse::Ok));
-    app.route("/ping", web::get().to(HttpResponse::Ok));
-    app.route(
-        "/version",
-        web::get().to(|| async { HttpResponse::Ok().json(json!({"version": env!("CARGO_PKG_VERSION")})) }),
-    );
-    app.route("/metrics", web::get().to(exposition));
-    app.route(
-        "/openapi.yaml",
-        web::get().to(|| async { HttpResponse::Ok().content_type("application/yaml").body(OPENAPI) }),
-    );
+    for path in ["/health", "/ready", "/ping"] {
+        routes.get(path, healthy);
+    }
+    routes.get("/version", version);
+    routes.get("/metrics", exposition);
+    routes.get("/openapi.yaml", description);
+}
+
+/// What runs.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Version {
+    /// Version of the server.
+    version: &'static str,
+}
+
+async fn healthy() -> HttpResponse {
+    HttpResponse::Ok().finish()
+}
+
+async fn version() -> HttpResponse {
+    HttpResponse::Ok().json(Version { version: env!("CARGO_PKG_VERSION") })
+}
+
+async fn description() -> HttpResponse {
+    HttpResponse::Ok().content_type("application/yaml").body(OPENAPI)
 }
 
 async fn exposition() -> Reply {

@@ -1,21 +1,20 @@
 //! `POST /tokenize` and `/detokenize`, as vLLM has them.
 
 use actix_web::{HttpResponse, web};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::Routes;
 use super::chat::{ChatMessage, messages};
 use crate::error::Error;
 use crate::server::AppState;
-use crate::server::reply::{Reply, no_method, parse};
+use crate::server::reply::{Reply, parse};
 use crate::text::RenderOptions;
 
-pub(super) fn configure(app: &mut web::ServiceConfig) {
-    app.service(web::resource("/tokenize").route(web::post().to(tokenize)).default_service(web::route().to(no_method)));
-    app.service(
-        web::resource("/detokenize").route(web::post().to(detokenize)).default_service(web::route().to(no_method)),
-    );
+pub(super) fn configure(routes: &mut Routes<'_>) {
+    routes.post("/tokenize", tokenize);
+    routes.post("/detokenize", detokenize);
 }
 
 /// A text or a conversation.
@@ -38,6 +37,27 @@ pub(crate) struct TokenizeRequest {
     pub(crate) return_token_strs: Option<bool>,
 }
 
+/// The tokens of a text.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Tokens {
+    /// How many.
+    count: usize,
+    /// Longest prompt and answer together.
+    max_model_len: usize,
+    /// Their ids.
+    tokens: Vec<u32>,
+    /// Their texts, where asked for.
+    #[schema(required)]
+    token_strs: Option<Vec<String>>,
+}
+
+/// The text of tokens.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Text {
+    /// The text.
+    prompt: String,
+}
+
 async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: TokenizeRequest = parse(&body)?;
     let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
@@ -58,9 +78,8 @@ async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         .return_token_strs
         .unwrap_or(false)
         .then(|| tokens.iter().map(|id| tokenizer.token_text(*id)).collect::<Vec<_>>());
-    let length = target.engine()?.max_model_len();
-    Ok(HttpResponse::Ok()
-        .json(json!({"count": tokens.len(), "max_model_len": length, "tokens": tokens, "token_strs": texts})))
+    let max_model_len = target.engine()?.max_model_len();
+    Ok(HttpResponse::Ok().json(Tokens { count: tokens.len(), max_model_len, tokens, token_strs: texts }))
 }
 
 /// Token ids.
@@ -79,5 +98,5 @@ async fn detokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if let Some(id) = request.tokens.iter().find(|id| **id as usize >= tokenizer.vocab_size()) {
         return Err(Error::invalid("tokens", format!("token id {id} is outside the vocabulary")).into());
     }
-    Ok(HttpResponse::Ok().json(json!({"prompt": tokenizer.decode(&request.tokens, false)?})))
+    Ok(HttpResponse::Ok().json(Text { prompt: tokenizer.decode(&request.tokens, false)? }))
 }

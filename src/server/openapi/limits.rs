@@ -1,0 +1,280 @@
+//! Ranges and forms that the server checks after reading a type, and fields it reads without one.
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::model::SITES;
+
+/// Form of an adapter's name.
+pub(super) fn alias() -> Value {
+    json!({"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"})
+}
+
+/// What is added to the schema of a type's field.
+fn rules() -> Vec<(&'static str, &'static str, Value)> {
+    let text = json!({"minLength": 1, "pattern": r"\S"});
+    let above_zero = json!({"exclusiveMinimum": 0});
+    let from_zero = json!({"minimum": 0});
+    let at_least_one = json!({"minimum": 1});
+    let messages = json!({"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}});
+    let token_ids = json!({"items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
+    let mut rules = vec![
+        ("ChatMessage", "role", json!({"enum": ["system", "developer", "user", "assistant", "tool"]})),
+        ("ChatRequest", "messages", messages),
+        ("Part", "type", json!({"enum": ["text", "refusal"]})),
+        ("Part", "text", json!({"type": "string"})),
+        ("ChatRequest", "max_completion_tokens", at_least_one.clone()),
+        ("ChatRequest", "max_tokens", at_least_one.clone()),
+        ("DetokenizeRequest", "tokens", token_ids.clone()),
+        (
+            "ScoreRequest",
+            "behavior",
+            json!({"type": null, "oneOf": [{"type": "null"}, {"$ref": "#/components/schemas/BehaviorRef"}]}),
+        ),
+        ("ScoreRequest", "responses", json!({"minItems": 1, "maxItems": 1024})),
+        ("LoadRequest", "lora_name", alias()),
+        ("LoadRequest", "lora_path", text.clone()),
+        ("LoadRequest", "is_3d_lora_weight", json!({"enum": [false]})),
+        ("LoadRequest", "model", json!({"enum": ["student", null]})),
+        ("UnloadRequest", "lora_name", text.clone()),
+        ("JobRequest", "student", json!({"enum": ["student"]})),
+        ("JobRequest", "prompts_file", text.clone()),
+        ("JobRequest", "seed", json!({"format": null, "minimum": 0, "maximum": u64::MAX})),
+        ("SynthesisOptions", "rounds", json!({"minimum": 1, "maximum": 4})),
+        ("SynthesisOptions", "samples_per_prompt", json!({"minimum": 1, "maximum": 64})),
+        ("SynthesisOptions", "max_tokens", json!({"minimum": 1, "maximum": 131_072})),
+        ("SynthesisOptions", "temperature", json!({"minimum": 0, "maximum": 2})),
+        ("SynthesisOptions", "top_p", json!({"exclusiveMinimum": 0, "maximum": 1})),
+        ("ScoringOptions", "reward", json!({"enum": ["reward"]})),
+        ("PublishRequire", "win_rate", json!({"minimum": 0, "maximum": 1})),
+        ("PublishOptions", "alias", alias()),
+        ("LossOptions", "beta", above_zero.clone()),
+        ("LossOptions", "score_weight", from_zero.clone()),
+        (
+            "LossOptions",
+            "score_scale",
+            json!({"type": null, "oneOf": [{"type": "string", "enum": ["auto"]}, {"type": "number", "exclusiveMinimum": 0}]}),
+        ),
+        ("LossOptions", "score_clip", above_zero.clone()),
+        ("LossOptions", "label_smoothing", json!({"minimum": 0, "exclusiveMaximum": 0.5})),
+        ("LossOptions", "temperature", above_zero.clone()),
+        ("LoraOptions", "r", json!({"minimum": 1, "maximum": 256})),
+        ("LoraOptions", "alpha", above_zero.clone()),
+        ("LoraOptions", "dropout", json!({"minimum": 0, "exclusiveMaximum": 1})),
+        (
+            "LoraOptions",
+            "target_modules",
+            json!({"minItems": 1, "uniqueItems": true, "items": {"type": "string", "enum": SITES}}),
+        ),
+        ("TrainingOptions", "epochs", json!({"exclusiveMinimum": 0, "maximum": 10_000})),
+        ("TrainingOptions", "max_steps", at_least_one.clone()),
+        ("TrainingOptions", "batch_size", json!({"minimum": 1, "maximum": 4096})),
+        ("TrainingOptions", "gradient_accumulation_steps", json!({"minimum": 1, "maximum": 4096})),
+        ("TrainingOptions", "learning_rate", above_zero),
+        ("TrainingOptions", "warmup_ratio", json!({"minimum": 0, "exclusiveMaximum": 1})),
+        ("TrainingOptions", "weight_decay", from_zero.clone()),
+        ("TrainingOptions", "max_grad_norm", from_zero),
+        ("TrainingOptions", "max_length", json!({"minimum": 2})),
+        ("TrainingOptions", "checkpoint_steps", at_least_one.clone()),
+        ("TrainingOptions", "eval_fraction", json!({"minimum": 0, "maximum": 0.5})),
+        ("TrainingOptions", "activation_memory", json!({"pattern": r"^\s*[0-9.]+\s*([kKMGT]?B|[KMGT]iB)?\s*$"})),
+        ("Rubric", "prompt", json!({"pattern": r"\{prompt\}[\s\S]*\{response\}|\{response\}[\s\S]*\{prompt\}"})),
+        ("Rubric", "max_tokens", at_least_one),
+    ];
+    for field in ["name", "principle", "critique", "revision", "context"] {
+        rules.push(("Behavior", field, text.clone()));
+    }
+    for field in ["chosen", "rejected"] {
+        rules.push(("PairInput", field, text.clone()));
+    }
+    for name in ["ChatRequest", "CompletionRequest"] {
+        let stop = json!({"type": "string", "minLength": 1});
+        let stops = json!({"type": "array", "maxItems": 16, "items": stop});
+        rules.push((name, "stop", json!({"oneOf": [{"type": "null"}, stop, stops]})));
+        rules.push((name, "seed", json!({"minimum": i64::MIN, "maximum": i64::MAX})));
+        rules.push((
+            name,
+            "logit_bias",
+            json!({"propertyNames": {"type": "string", "pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+        ));
+        rules.push((name, "stop_token_ids", token_ids.clone()));
+    }
+    rules
+}
+
+/// Adds the rules to the schemas, and the schemas that no type stands for.
+pub(super) fn apply(schemas: &mut Map<String, Value>) -> Result<()> {
+    for (name, field, rule) in rules() {
+        let place = schemas.get_mut(name).and_then(|schema| schema["properties"].get_mut(field));
+        let place = place.and_then(Value::as_object_mut);
+        let place = place.ok_or_else(|| Error::internal(format!("no field {name}.{field} to describe")))?;
+        for (key, value) in rule.as_object().into_iter().flatten() {
+            match value {
+                // A rule that says `null` takes the key away.
+                Value::Null => place.remove(key),
+                value => place.insert(key.clone(), value.clone()),
+            };
+        }
+    }
+    if let Some(part) = schemas.get_mut("Part") {
+        part["required"] = json!(["type", "text"]);
+    }
+    let turn = json!({
+        "type": "object",
+        "description": "A turn of a prompt.",
+        "required": ["role", "content"],
+        "additionalProperties": false,
+        "properties": {
+            "role": {"type": "string", "enum": ["system", "user", "assistant"]},
+            "content": {"type": "string"},
+            "name": {"type": ["string", "null"]},
+        },
+    });
+    schemas.insert("Turn".into(), turn);
+    let prompt = json!({
+        "description": "A text, or turns that end in the user's.",
+        "oneOf": [
+            {"type": "string", "minLength": 1, "pattern": r"\S"},
+            {
+                "type": "object",
+                "required": ["messages"],
+                "additionalProperties": false,
+                "properties": {"messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Turn"}}},
+            },
+        ],
+    });
+    schemas.insert("PromptInput".into(), prompt);
+    let synthesis = json!({
+        "type": "object",
+        "description": "Prompts for self-critique; `prompts` × `synthesis.samples_per_prompt` is at most 256.",
+        "required": ["prompts"],
+        "additionalProperties": false,
+        "properties": {
+            "behavior": schemas["JobRequest"]["properties"]["behavior"],
+            "prompts": {"type": "array", "minItems": 1, "maxItems": 256, "items": {"$ref": "#/components/schemas/PromptInput"}},
+            "synthesis": {"$ref": "#/components/schemas/SynthesisOptions"},
+            "seed": schemas["JobRequest"]["properties"]["seed"],
+        },
+    });
+    schemas.insert("SynthesisRequest".into(), synthesis);
+    Ok(())
+}
+
+/// Fields of OpenAI's and vLLM's bodies that would change the answer and are not there yet: only what asks for nothing is taken.
+pub(super) fn refused_fields() -> Map<String, Value> {
+    let nothing = |name: &str| (name.to_owned(), json!({"type": "null", "description": "Refused: not there yet."}));
+    let mut fields: Map<String, Value> =
+        ["structured_outputs", "functions", "function_call", "audio", "allowed_token_ids", "truncate_prompt_tokens"]
+            .map(nothing)
+            .into_iter()
+            .collect();
+    let of_type = |kinds: Value| json!({"type": "object", "required": ["type"], "properties": {"type": {"type": "string", "enum": kinds}}});
+    let mut add = |name: &str, text: &str, schema: Value| {
+        let mut schema = schema;
+        schema["description"] = json!(text);
+        fields.insert(name.to_owned(), schema);
+    };
+    add(
+        "response_format",
+        "Only text.",
+        json!({"oneOf": [{"type": "null"}, {"type": "string", "enum": ["text"]}, of_type(json!(["text"]))]}),
+    );
+    add(
+        "tool_choice",
+        "Tools go to the template; a choice is not enforced.",
+        json!({"oneOf": [{"type": "null"}, {"type": "string", "enum": ["none", "auto"]}, of_type(json!(["none", "auto"]))]}),
+    );
+    add("modalities", "Only text.", json!({"type": ["array", "null"], "items": {"type": "string", "enum": ["text"]}}));
+    add("suffix", "Only the empty one.", json!({"type": ["string", "null"], "maxLength": 0}));
+    add("best_of", "Only the value of `n`.", json!({"type": ["integer", "null"], "minimum": 1, "maximum": 128}));
+    add(
+        "bad_words",
+        "Only the empty list.",
+        json!({"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 0}),
+    );
+    fields
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use actix_web::web::Bytes;
+
+    use super::*;
+    use crate::rdpo::JobRequest;
+    use crate::roles::GenerationDefaults;
+    use crate::server::openapi::document;
+    use crate::server::reply::parse;
+    use crate::server::sampling::Sampling;
+
+    /// Values at the ends of a schema's range, and values just outside.
+    fn ends(schema: &Value) -> (Vec<Value>, Vec<Value>) {
+        let whole = schema["type"] == "integer" || schema["type"][0] == "integer";
+        let step = |value: f64, by: f64| if whole { json!((value + by) as i64) } else { json!(value + by) };
+        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+        let small = if whole { 1.0 } else { 1e-3 };
+        for (key, sign) in [("minimum", -small), ("maximum", small)] {
+            // Ends of a machine's own numbers are the type's business.
+            if let Some(end) = schema[key].as_f64().filter(|end| end.abs() < 1e9) {
+                inside.push(schema[key].clone());
+                outside.push(step(end, sign));
+            }
+        }
+        for key in ["exclusiveMinimum", "exclusiveMaximum"] {
+            outside.extend(schema.get(key).cloned());
+        }
+        (inside, outside)
+    }
+
+    #[test]
+    fn ranges_of_a_job_are_the_enforced_ones() {
+        let document = serde_json::to_value(document().unwrap()).unwrap();
+        let schemas = &document["components"]["schemas"];
+        let mut checked = 0;
+        for (section, name) in [
+            ("synthesis", "SynthesisOptions"),
+            ("loss", "LossOptions"),
+            ("lora", "LoraOptions"),
+            ("training", "TrainingOptions"),
+        ] {
+            for (field, schema) in schemas[name]["properties"].as_object().unwrap() {
+                let (inside, outside) = ends(schema);
+                let read = |value: &Value| JobRequest::parse(&json!({"prompts": ["a"], section: {field: value}}));
+                for value in inside {
+                    read(&value).unwrap_or_else(|error| panic!("{section}.{field} = {value}: {error}"));
+                }
+                for value in outside {
+                    let error = read(&value).expect_err(&format!("{section}.{field} = {value}"));
+                    assert_eq!(error.param, Some(format!("{section}.{field}")), "{value}");
+                    checked += 1;
+                }
+            }
+        }
+        assert!(checked > 25, "{checked}");
+    }
+
+    #[test]
+    fn ranges_of_sampling_are_the_enforced_ones() {
+        let document = serde_json::to_value(document().unwrap()).unwrap();
+        let mut checked = 0;
+        let read = |field: &str, value: &Value| -> Result<()> {
+            let sampling: Sampling = parse(&Bytes::from(json!({field: value}).to_string()))?;
+            sampling.params(&GenerationDefaults::default())?;
+            sampling.n().map(drop)
+        };
+        let own = ["logprobs", "best_of", "min_tokens"];
+        let fields = document["components"]["schemas"]["CompletionRequest"]["properties"].as_object().unwrap();
+        for (field, schema) in fields.iter().filter(|(field, _)| !own.contains(&field.as_str())) {
+            let (inside, outside) = ends(schema);
+            for value in inside {
+                read(field, &value).unwrap_or_else(|error| panic!("{field} = {value}: {error}"));
+            }
+            for value in outside {
+                let error = read(field, &value).expect_err(&format!("{field} = {value}"));
+                assert_eq!(error.param.as_deref(), Some(field.as_str()), "{value}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 12, "{checked}");
+    }
+}
