@@ -9,25 +9,15 @@ use candle_core::{DType, Device};
 use rdpo::engine::{Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, Task};
 use rdpo::error::{Error, Result};
 use rdpo::model::{Decoder, LoadOptions};
-use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
 
 const PROMPT_TOKENS: usize = 32;
 const PREFILL_TOKENS: usize = 512;
 
-fn start(path: &Path) -> Result<Engine> {
+pub(crate) fn start(path: &Path) -> Result<Engine> {
     let checkpoint = Checkpoint::open(path)?;
-    let files = checkpoint.tokenizer()?;
     let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 })?;
-    let tokenizer = Tokenizer::new(TokenizerOptions {
-        tokenizer_json: files.tokenizer_json,
-        chat_template: files.chat_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        pad_token: files.pad_token,
-        add_bos_token: files.add_bos_token,
-        eos_token_ids: files.eos_token_ids,
-    })?;
+    let tokenizer = super::tokenizer(&checkpoint)?;
     let options = EngineOptions {
         name: "bench".into(),
         block_size: 16,
@@ -56,7 +46,7 @@ fn times(mut stream: EventStream) -> Result<Vec<Instant>> {
 }
 
 /// Runs `count` requests at once; `(time to the last first token, time from there to the end, tokens in that time)`.
-fn measure(
+pub(crate) fn measure(
     engine: &Engine,
     count: usize,
     prompt_tokens: usize,

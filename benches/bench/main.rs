@@ -1,15 +1,34 @@
-//! Benchmarks.
+//! Benchmarks: criterion groups without a sub-command, else one of the whole-run measurements.
 
 mod engine;
 mod quality;
+mod steps;
 mod train;
 
-fn main() -> rdpo::error::Result<()> {
+use rdpo::error::Result;
+use rdpo::text::{Tokenizer, TokenizerOptions};
+use rdpo::weights::Checkpoint;
+
+fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     match arguments.split_first() {
         Some((first, rest)) if first == "engine-run" => engine::run(rest),
         Some((first, rest)) if first == "quality" => quality::run(rest),
         Some((first, rest)) if first == "train-run" => train::run(rest),
-        _ => Ok(()),
+        _ => steps::run(),
     }
+}
+
+/// The tokenizer of a checkpoint.
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let files = checkpoint.tokenizer()?;
+    Tokenizer::new(TokenizerOptions {
+        tokenizer_json: files.tokenizer_json,
+        chat_template: files.chat_template,
+        bos_token: files.bos_token,
+        eos_token: files.eos_token,
+        pad_token: files.pad_token,
+        add_bos_token: files.add_bos_token,
+        eos_token_ids: files.eos_token_ids,
+    })
 }

@@ -10,7 +10,6 @@ use candle_core::{DType, Device};
 use rdpo::error::{Error, Result};
 use rdpo::model::{Attend, Decoder, LoadOptions, LoraRows};
 use rdpo::ops::{CausalMask, Segment};
-use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
 
 const TOKENS: usize = 2048;
@@ -31,16 +30,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let argument = |index: usize, default: &str| arguments.get(index).cloned().unwrap_or_else(|| default.into());
     let checkpoint = Checkpoint::open(&PathBuf::from(argument(0, "models/smollm2-135m-instruct")))?;
     let text = std::fs::read_to_string(argument(1, "/usr/share/common-licenses/GPL-3"))?;
-    let files = checkpoint.tokenizer()?;
-    let tokenizer = Tokenizer::new(TokenizerOptions {
-        tokenizer_json: files.tokenizer_json,
-        chat_template: files.chat_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        pad_token: files.pad_token,
-        add_bos_token: files.add_bos_token,
-        eos_token_ids: files.eos_token_ids,
-    })?;
+    let tokenizer = super::tokenizer(&checkpoint)?;
     let mut ids = tokenizer.encode(&text, false)?;
     ids.truncate(TOKENS);
     let load = |dtype| Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype });

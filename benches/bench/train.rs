@@ -3,13 +3,13 @@
 //! `cargo bench --bench bench -- train-run [MODEL] [DTYPE] [ACTIVATION_MEMORY] [TEXT]` prints one JSON line. Tokens are counted as TRL counts
 //! them (the prompt once for each answer), and the time includes the reference pass and the checkpoint, as a user waits for both.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
 use rdpo::error::{Error, Result};
 use rdpo::model::{Decoder, LoadOptions};
-use rdpo::text::{Message, RenderOptions, Tokenizer, TokenizerOptions};
+use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{
     Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, TrainingOptions, train,
 };
@@ -42,25 +42,14 @@ impl Hooks for Printer {
 /// Runs the measurement with the arguments after `train-run`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let argument = |index: usize, default: &str| arguments.get(index).cloned().unwrap_or_else(|| default.into());
-    let checkpoint = Checkpoint::open(&PathBuf::from(argument(0, "models/smollm2-135m-instruct")))?;
     let dtype = match argument(1, "f32").as_str() {
         "f32" => DType::F32,
         "bf16" => DType::BF16,
         "f16" => DType::F16,
         other => return Err(Error::invalid("dtype", format!("`{other}` is not f32, bf16 or f16."))),
     };
-    let files = checkpoint.tokenizer()?;
-    let tokenizer = Tokenizer::new(TokenizerOptions {
-        tokenizer_json: files.tokenizer_json,
-        chat_template: files.chat_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        pad_token: files.pad_token,
-        add_bos_token: files.add_bos_token,
-        eos_token_ids: files.eos_token_ids,
-    })?;
-    let pairs = pairs(&tokenizer, &std::fs::read_to_string(argument(3, "/usr/share/common-licenses/GPL-3"))?)?;
-    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?;
+    let text = std::fs::read_to_string(argument(3, "/usr/share/common-licenses/GPL-3"))?;
+    let (model, pairs) = load(Path::new(&argument(0, "models/smollm2-135m-instruct")), dtype, &text)?;
     let loaded = peak_megabytes();
     let folder = tempfile::tempdir()?;
     let job = TrainJob {
@@ -92,6 +81,13 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     });
     println!("{line}");
     Ok(())
+}
+
+/// A checkpoint, and pairs of its tokens.
+pub(crate) fn load(path: &Path, dtype: DType, text: &str) -> Result<(Decoder, Vec<TokenPair>)> {
+    let checkpoint = Checkpoint::open(path)?;
+    let pairs = pairs(&super::tokenizer(&checkpoint)?, text)?;
+    Ok((Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?, pairs))
 }
 
 /// 60 words as the prompt and two times 100 as the answers, each cut from another place.

@@ -18,12 +18,13 @@ use candle_core::DType;
 
 pub use gate::{Gate, GateGuard};
 pub use request::{Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
+pub use sampler::{Draw, sample};
+pub use scheduler::{Limits, Scheduled, Scheduler, Sequence};
 
 use crate::error::{Code, Error, Result};
 use crate::model::{Decoder, KvPool};
 use crate::telemetry::metrics;
 use crate::text::Tokenizer;
-use scheduler::{Limits, Scheduler};
 use step::{Owner, Submission};
 
 /// Limits of one engine.

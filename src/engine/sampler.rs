@@ -10,18 +10,21 @@ use super::request::{SamplingParams, TokenLogprob};
 const NUCLEUS: usize = 256;
 
 /// What a draw depends on besides the logits.
-pub(super) struct Draw<'a> {
-    pub(super) params: &'a SamplingParams,
-    pub(super) prompt: &'a [u32],
+pub struct Draw<'a> {
+    /// How to sample.
+    pub params: &'a SamplingParams,
+    /// Tokens of the prompt.
+    pub prompt: &'a [u32],
     /// Tokens generated so far.
-    pub(super) output: &'a [u32],
-    pub(super) seed: u64,
+    pub output: &'a [u32],
+    /// Seed of the request; each position draws from its own stream.
+    pub seed: u64,
     /// Ids that may not come yet (`min_tokens`).
-    pub(super) banned: &'a [u32],
+    pub banned: &'a [u32],
 }
 
 /// Draws the next token. logits: V values, changed in place.
-pub(super) fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>) {
+pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>) {
     let params = draw.params;
     let raw = params.logprobs.map(|top| (log_sum_exp(logits), top_of(logits, top), logits.to_vec()));
     penalize(logits, draw);

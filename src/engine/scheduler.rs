@@ -7,27 +7,31 @@ use super::blocks::{BlockManager, Chain, root};
 
 /// A sequence as the scheduler sees it.
 #[derive(Debug)]
-pub(super) struct Sequence {
-    pub(super) id: u64,
+pub struct Sequence {
+    /// Id, given by the caller.
+    pub id: u64,
     /// Prompt and what was generated.
-    pub(super) tokens: Vec<u32>,
-    pub(super) prompt_len: usize,
+    pub tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    pub prompt_len: usize,
     /// Tokens whose KV is in the cache.
-    pub(super) computed: usize,
+    pub computed: usize,
     /// Of the prompt, found in the prefix cache when it was first admitted.
-    pub(super) cached: usize,
-    pub(super) blocks: Vec<u32>,
+    pub cached: usize,
+    /// Blocks of the pool it holds, in order.
+    pub blocks: Vec<u32>,
     /// Adapter generation, `None` for the base.
-    pub(super) generation: Option<String>,
+    pub generation: Option<String>,
     /// May begin with cached blocks.
-    pub(super) reuse: bool,
+    pub reuse: bool,
     sealed: usize,
     chain: Chain,
     admitted_before: bool,
 }
 
 impl Sequence {
-    pub(super) fn new(id: u64, prompt: Vec<u32>, generation: Option<String>, reuse: bool) -> Self {
+    /// A sequence that has not begun.
+    pub fn new(id: u64, prompt: Vec<u32>, generation: Option<String>, reuse: bool) -> Self {
         let chain = root(generation.as_deref());
         Sequence {
             id,
@@ -51,21 +55,28 @@ impl Sequence {
 
 /// `len` tokens of sequence `id`, from its `computed` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Scheduled {
-    pub(super) id: u64,
-    pub(super) len: usize,
+pub struct Scheduled {
+    /// Sequence.
+    pub id: u64,
+    /// Tokens.
+    pub len: usize,
 }
 
 /// Limits of a step.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    pub(super) max_batch_tokens: usize,
-    pub(super) max_sequences: usize,
-    pub(super) block_size: usize,
-    pub(super) prefix_caching: bool,
+pub struct Limits {
+    /// Most tokens in a step.
+    pub max_batch_tokens: usize,
+    /// Most sequences at once.
+    pub max_sequences: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Share blocks of equal prefixes.
+    pub prefix_caching: bool,
 }
 
-pub(super) struct Scheduler {
+/// Queues of sequences and the blocks they hold.
+pub struct Scheduler {
     limits: Limits,
     pub(super) blocks: BlockManager,
     waiting: VecDeque<Sequence>,
@@ -75,12 +86,14 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    pub(super) fn new(limits: Limits, num_blocks: usize) -> Self {
+    /// With nothing queued and all blocks free.
+    pub fn new(limits: Limits, num_blocks: usize) -> Self {
         let blocks = BlockManager::new(num_blocks, limits.block_size);
         Scheduler { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0 }
     }
 
-    pub(super) fn add(&mut self, sequence: Sequence) {
+    /// Queues a sequence.
+    pub fn add(&mut self, sequence: Sequence) {
         self.waiting.push_back(sequence);
     }
 
@@ -96,14 +109,15 @@ impl Scheduler {
         self.running.iter().find(|sequence| sequence.id == id)
     }
 
-    pub(super) fn push_token(&mut self, id: u64, token: u32) {
+    /// Appends what was sampled for a running sequence.
+    pub fn push_token(&mut self, id: u64, token: u32) {
         if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
             sequence.tokens.push(token);
         }
     }
 
     /// Takes a sequence out, wherever it is, and gives its blocks back.
-    pub(super) fn remove(&mut self, id: u64) {
+    pub fn remove(&mut self, id: u64) {
         self.waiting.retain(|sequence| sequence.id != id);
         if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
             let sequence = self.running.remove(at);
@@ -112,7 +126,7 @@ impl Scheduler {
     }
 
     /// The next step; rows of one adapter stand together.
-    pub(super) fn schedule(&mut self) -> Vec<Scheduled> {
+    pub fn schedule(&mut self) -> Vec<Scheduled> {
         let mut budget = self.limits.max_batch_tokens;
         let mut step: Vec<Scheduled> = Vec::new();
         // Sequences that decode come before those still reading their prompt, the oldest first.
@@ -154,7 +168,7 @@ impl Scheduler {
     }
 
     /// Marks what a step computed and makes its full blocks findable.
-    pub(super) fn complete(&mut self, step: &[Scheduled]) {
+    pub fn complete(&mut self, step: &[Scheduled]) {
         let size = self.limits.block_size;
         for scheduled in step {
             let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == scheduled.id) else { continue };

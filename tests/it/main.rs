@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod binary;
 mod engine;
 mod hot_swap;
 mod jobs;
