@@ -1,4 +1,4 @@
-//! Speed of serving: `cargo bench --bench bench -- engine-run CHECKPOINT [NEW_TOKENS]` prints tokens per second of decoding at
+//! Speed of serving: `cargo bench --bench bench -- engine-run CHECKPOINT [NEW_TOKENS] [DTYPE]` prints tokens per second of decoding at
 //! batch 1, 8 and 32 (greedy, and sampled with a nucleus) and of reading one prompt of 512 tokens.
 
 use std::path::Path;
@@ -14,9 +14,9 @@ use rdpo::weights::Checkpoint;
 const PROMPT_TOKENS: usize = 32;
 const PREFILL_TOKENS: usize = 512;
 
-pub(crate) fn start(path: &Path) -> Result<Engine> {
+pub(crate) fn start(path: &Path, dtype: DType) -> Result<Engine> {
     let checkpoint = Checkpoint::open(path)?;
-    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 })?;
+    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?;
     let tokenizer = super::tokenizer(&checkpoint)?;
     let options = EngineOptions {
         name: "bench".into(),
@@ -81,7 +81,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         Some(text) => text.parse().map_err(|_| Error::invalid("NEW_TOKENS", "must be a number"))?,
         None => 64,
     };
-    let engine = start(Path::new(path))?;
+    let engine = start(Path::new(path), super::dtype(arguments.get(2).map_or("f32", String::as_str))?)?;
     let greedy = SamplingParams {
         temperature: 0.0,
         max_tokens: Some(new_tokens),

@@ -5,7 +5,8 @@ mod quality;
 mod steps;
 mod train;
 
-use rdpo::error::Result;
+use candle_core::DType;
+use rdpo::error::{Error, Result};
 use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
 
@@ -16,6 +17,16 @@ fn main() -> Result<()> {
         Some((first, rest)) if first == "quality" => quality::run(rest),
         Some((first, rest)) if first == "train-run" => train::run(rest),
         _ => steps::run(),
+    }
+}
+
+/// Width of the weights by its name.
+fn dtype(name: &str) -> Result<DType> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        other => Err(Error::invalid("DTYPE", format!("`{other}` is not f32, bf16 or f16."))),
     }
 }
 

@@ -80,7 +80,7 @@ fn sampler(criterion: &mut Criterion) {
 
 /// Tokens of answers that run together, one step at a time.
 fn decode(criterion: &mut Criterion) -> Result<()> {
-    let engine = engine::start(Path::new(MODEL))?;
+    let engine = engine::start(Path::new(MODEL), DType::F32)?;
     let mut group = criterion.benchmark_group("decode");
     for batch in [1u64, 8, 32] {
         group.throughput(Throughput::Elements(batch));
@@ -115,6 +115,7 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
             lora: LoraOptions::default().config(None),
             init: None,
             pairs: &pairs,
+            eval_pairs: &[],
             loss: LossOptions { kind: LossKind::Dpo, ..LossOptions::default() },
             options: TrainingOptions { epochs: 1e6, batch_size: 4, shuffle: false, ..TrainingOptions::default() },
             seed: 0,

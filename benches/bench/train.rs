@@ -11,7 +11,7 @@ use rdpo::error::{Error, Result};
 use rdpo::model::{Decoder, LoadOptions};
 use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{
-    Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, TrainingOptions, train,
+    EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, TrainingOptions, train,
 };
 use rdpo::weights::{AdapterFile, Checkpoint};
 
@@ -34,6 +34,10 @@ impl Hooks for Printer {
         Ok(())
     }
 
+    fn on_eval(&mut self, _metrics: &EvalMetrics) -> Result<()> {
+        Ok(())
+    }
+
     fn on_checkpoint(&mut self, _step: usize, _adapter: &AdapterFile) -> Result<()> {
         Ok(())
     }
@@ -42,12 +46,7 @@ impl Hooks for Printer {
 /// Runs the measurement with the arguments after `train-run`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let argument = |index: usize, default: &str| arguments.get(index).cloned().unwrap_or_else(|| default.into());
-    let dtype = match argument(1, "f32").as_str() {
-        "f32" => DType::F32,
-        "bf16" => DType::BF16,
-        "f16" => DType::F16,
-        other => return Err(Error::invalid("dtype", format!("`{other}` is not f32, bf16 or f16."))),
-    };
+    let dtype = super::dtype(&argument(1, "f32"))?;
     let text = std::fs::read_to_string(argument(3, "/usr/share/common-licenses/GPL-3"))?;
     let (model, pairs) = load(Path::new(&argument(0, "models/smollm2-135m-instruct")), dtype, &text)?;
     let loaded = peak_megabytes();
@@ -57,6 +56,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         lora: LoraOptions::default().config(None),
         init: None,
         pairs: &pairs,
+        eval_pairs: &[],
         loss: LossOptions { kind: LossKind::Dpo, ..LossOptions::default() },
         options: TrainingOptions {
             epochs: EPOCHS as f64,

@@ -22,9 +22,9 @@ pub struct Behavior {
     /// Whether training prompts carry the context too: the student must resist it.
     #[serde(default)]
     pub train_with_context: bool,
-    /// Asks the teacher what is wrong with its answer; `{principle}` is filled in.
+    /// Asks the teacher what is wrong with its answer; `{principle}` and `{prompt}` (the last user turn) are filled in.
     pub critique: String,
-    /// Asks for the improved answer.
+    /// Asks for the improved answer, with the same places.
     pub revision: String,
     /// How the judge is asked.
     pub judge: Rubric,
@@ -59,14 +59,14 @@ impl Behavior {
         self.judge.validate(&format!("{prefix}.judge"))
     }
 
-    /// The critique request with the principle filled in.
-    pub fn critique_request(&self) -> String {
-        fill(&self.critique, &[("principle", &self.principle)])
+    /// The critique request about the answer to `prompt`.
+    pub fn critique_request(&self, prompt: &str) -> String {
+        fill(&self.critique, &[("principle", &self.principle), ("prompt", prompt)])
     }
 
-    /// The revision request with the principle filled in.
-    pub fn revision_request(&self) -> String {
-        fill(&self.revision, &[("principle", &self.principle)])
+    /// The revision request for `prompt`.
+    pub fn revision_request(&self, prompt: &str) -> String {
+        fill(&self.revision, &[("principle", &self.principle), ("prompt", prompt)])
     }
 
     fn from_toml(text: &str, source: &str) -> Result<Self> {
@@ -116,7 +116,8 @@ mod tests {
         let names: Vec<&str> = all.iter().map(|one| one.name.as_str()).collect();
         assert_eq!(names, ["safety", "role_play_robustness", "sycophancy"]);
         for one in &all {
-            assert!(one.critique_request().contains(&one.principle), "{}", one.name);
+            assert!(one.critique_request("Why?").contains(&one.principle), "{}", one.name);
+            assert!(one.revision_request("Why {principle}?").contains("Why {principle}?"), "{}", one.name);
             let rubric_end = one.judge.prompt.find("{prompt}").unwrap();
             assert!(rubric_end > 100, "the rubric comes first, so that the prefix cache has it: {}", one.name);
         }

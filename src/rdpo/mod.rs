@@ -35,13 +35,13 @@ pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Hand
     // 4. The reward role, which is not the teacher's judgement of itself, scores both answers.
     job.timed("scoring", || job.score())?;
     // Pairs (x, y_w = revised, y_l = first answer) with both scores.
-    let kept = job.pairs()?;
+    let pairs = job.pairs()?;
     // 5. The student learns from the pairs with the generalized DPO loss.
-    let outcome = job.timed("training", || job.train(&kept.tokens))?;
+    let outcome = job.timed("training", || job.train(&pairs))?;
     // Base against new adapter on prompts that were held out.
     let report = job.timed("evaluating", || job.evaluate(&outcome))?;
     // The new adapter goes live; requests in flight end on the one they began with.
-    job.timed("publishing", || job.publish(&outcome, &report, &kept.tokens))
+    job.timed("publishing", || job.publish(&outcome, &report, &pairs.training))
 }
 
 /// The behaviours a server knows: the built-in ones and the files of `behaviors/` under its data root.

@@ -81,6 +81,12 @@ impl JobRequest {
         if !(synthesis.top_p > 0.0 && synthesis.top_p <= 1.0) {
             return Err(Error::invalid("synthesis.top_p", "must be in (0, 1]"));
         }
+        let nothing_held_out = self.eval_prompts.is_empty() && self.training.eval_fraction == 0.0;
+        let no_pairs_of_them = !self.eval_prompts.is_empty() && !self.pairs.is_empty();
+        if self.training.eval_steps.is_some() && (nothing_held_out || no_pairs_of_them) {
+            let message = "evaluates pairs of held-out prompts: set `training.eval_fraction`, and give no `eval_prompts` beside `pairs`";
+            return Err(Error::invalid("training.eval_steps", message));
+        }
         if self.scoring.min_gap.is_some_and(|gap| !gap.is_finite()) {
             return Err(Error::invalid("scoring.min_gap", "must be a finite number"));
         }

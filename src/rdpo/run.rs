@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
-use super::pairs::{Candidate, Kept, count, keep};
+use super::pairs::{Candidate, count, keep};
 use super::report::{Comparison, Contest, Report, compare};
 use super::synthesize::{Sample, Work, mixed, synthesize_work};
 use super::{Behavior, JobRequest, PromptInput, PublishWhen};
@@ -20,7 +20,7 @@ use crate::jobs::{Context, Status};
 use crate::roles::{Gate, GateGuard, Lease, PublishMode, Reward, Roles, Target};
 use crate::telemetry::metrics;
 use crate::text::Message;
-use crate::train::{Hooks, Outcome, StepMetrics, TokenPair, TrainJob, Trainer, train};
+use crate::train::{EvalMetrics, Hooks, Outcome, StepMetrics, TokenPair, TrainJob, adapter_logprobs, train};
 
 /// Pairs of the probe batch.
 const PROBE: usize = 4;
@@ -32,9 +32,18 @@ pub(super) struct Run<'a> {
     pub(super) runtime: &'a Handle,
     pub(super) request: JobRequest,
     pub(super) behavior: Behavior,
+    /// To learn from, then those given for the report.
     prompts: Vec<PromptInput>,
     /// Indices of prompts kept for the report.
     held_out: BTreeSet<usize>,
+}
+
+/// The pairs of a job as tokens.
+pub(super) struct Pairs {
+    /// To learn from.
+    pub(super) training: Vec<TokenPair>,
+    /// Of held-out prompts, where the job evaluates while it trains.
+    held_out: Vec<TokenPair>,
 }
 
 impl<'a> Run<'a> {
@@ -45,14 +54,15 @@ impl<'a> Run<'a> {
         let prompts = match context.store.rows(&context.job.id, "prompts")?.pop() {
             Some((_, stored)) => serde_json::from_value(stored)?,
             None => {
-                let prompts = request.all_prompts(roles)?;
+                let mut prompts = request.all_prompts(roles)?;
+                prompts.extend(request.eval_prompts.iter().cloned());
                 context.store.put_row(&context.job.id, "prompts", 0, &serde_json::to_value(&prompts)?)?;
                 prompts
             }
         };
         let held_out = match request.eval_prompts.is_empty() {
             true => held_out(&prompts, request.training.eval_fraction, request.seed),
-            false => BTreeSet::new(),
+            false => (prompts.len() - request.eval_prompts.len()..prompts.len()).collect(),
         };
         Ok(Run { context, roles, runtime, request, behavior, prompts, held_out })
     }
@@ -65,8 +75,8 @@ impl<'a> Run<'a> {
         self.context.stage(Status::Synthesizing)?;
         let samples = self.request.synthesis.samples_per_prompt;
         let done: BTreeSet<usize> = self.rows("sample")?.into_iter().map(|(index, _)| index).collect();
-        let training = (0..self.prompts.len()).filter(|index| !self.held_out.contains(index));
-        let all: Vec<(usize, usize)> = training.flat_map(|index| (0..samples).map(move |one| (index, one))).collect();
+        let wanted = (0..self.prompts.len()).filter(|index| self.makes_pairs(*index));
+        let all: Vec<(usize, usize)> = wanted.flat_map(|index| (0..samples).map(move |one| (index, one))).collect();
         let work: Vec<Work> = all
             .iter()
             .filter(|(index, one)| !done.contains(&(index * samples + one)))
@@ -159,7 +169,7 @@ impl<'a> Run<'a> {
     }
 
     /// Filters the scored answers; always the same pairs in the same order for the same rows.
-    pub(super) fn pairs(&self) -> Result<Kept> {
+    pub(super) fn pairs(&self) -> Result<Pairs> {
         let scores: BTreeMap<usize, Value> = self.rows("score")?.into_iter().collect();
         let mut candidates = Vec::new();
         for (index, mut one) in self.candidates_without_scores()? {
@@ -171,7 +181,10 @@ impl<'a> Run<'a> {
         let base = self.roles.student_base()?;
         let longest = self.request.training.max_length.min(base.engine()?.max_model_len());
         let first = self.rows("pair")?.is_empty();
-        let kept = keep(candidates, &self.request.scoring, base.tokenizer()?, longest)?;
+        let (held_out, training): (Vec<_>, Vec<_>) =
+            candidates.into_iter().partition(|one| self.held_out.contains(&one.prompt_index));
+        let keep = |candidates| keep(candidates, &self.request.scoring, base.tokenizer()?, longest);
+        let (kept, held_out) = (keep(training)?, keep(held_out)?.tokens);
         let won = kept.pairs.iter().filter(|pair| pair.score_chosen > pair.score_rejected).count();
         let ratio = won as f64 / kept.pairs.len().max(1) as f64;
         metrics().revised_win_ratio.set(ratio);
@@ -181,18 +194,24 @@ impl<'a> Run<'a> {
                 self.put_row("pair", index, &serde_json::to_value(pair)?)?;
             }
         }
-        let summary = json!({"kept": kept.pairs.len(), "dropped": kept.dropped, "revised_win_ratio": ratio});
+        let summary = json!({
+            "kept": kept.pairs.len(), "held_out": held_out.len(), "dropped": kept.dropped, "revised_win_ratio": ratio,
+        });
         self.set_result(&json!({ "pairs": summary }))?;
         let message = format!("{} pairs kept, dropped: {}", kept.pairs.len(), json!(kept.dropped));
         self.context.event("info", "message", &message, &summary)?;
         if kept.pairs.is_empty() {
             return Err(Error::unprocessable("pairs", format!("{message}; there is nothing to train on")));
         }
-        Ok(kept)
+        if self.request.training.eval_steps.is_some() && held_out.is_empty() {
+            let message = "no pair of a held-out prompt was kept: training goes on without evaluations";
+            self.context.event("warn", "message", message, &json!({}))?;
+        }
+        Ok(Pairs { training: kept.tokens, held_out })
     }
 
     /// Stage 5: trains between the layers of serving.
-    pub(super) fn train(&self, pairs: &[TokenPair]) -> Result<Outcome> {
+    pub(super) fn train(&self, pairs: &Pairs) -> Result<Outcome> {
         self.context.stage(Status::Training)?;
         let base = self.roles.student_base()?;
         let engine = base.engine()?;
@@ -202,19 +221,21 @@ impl<'a> Run<'a> {
         drop(hooks);
         let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
         self.set_result(&json!({"training": {
-            "steps": outcome.steps, "last": last, "dropped_too_long": outcome.dropped_too_long,
+            "steps": outcome.steps, "adapter_step": outcome.adapter_step, "last": last,
+            "evaluations": outcome.evaluations, "dropped_too_long": outcome.dropped_too_long,
         }}))?;
         Ok(outcome)
     }
 
-    fn train_job<'t>(&self, base: &'t Target, pairs: &'t [TokenPair]) -> Result<TrainJob<'t>> {
+    fn train_job<'t>(&self, base: &'t Target, pairs: &'t Pairs) -> Result<TrainJob<'t>> {
         let request = &self.request;
         let init = request.lora.init_from.as_deref().map(|name| self.roles.adapters().file(name)).transpose()?;
         Ok(TrainJob {
             model: base.engine()?.model(),
             lora: request.lora.config(Some(self.roles.student_model())),
             init,
-            pairs,
+            pairs: &pairs.training,
+            eval_pairs: &pairs.held_out,
             loss: request.loss.clone(),
             options: request.training.clone(),
             seed: request.seed,
@@ -225,10 +246,7 @@ impl<'a> Run<'a> {
     /// The report on held-out prompts, before anything goes live.
     pub(super) fn evaluate(&self, outcome: &Outcome) -> Result<Report> {
         self.context.stage(Status::Evaluating)?;
-        let prompts: Vec<&PromptInput> = match self.request.eval_prompts.is_empty() {
-            true => self.held_out.iter().map(|index| &self.prompts[*index]).collect(),
-            false => self.request.eval_prompts.iter().collect(),
-        };
+        let prompts: Vec<&PromptInput> = self.held_out.iter().map(|index| &self.prompts[*index]).collect();
         let mut done: BTreeMap<usize, Comparison> = BTreeMap::new();
         for (index, row) in self.rows("eval")? {
             done.insert(index, serde_json::from_value(row)?);
@@ -298,7 +316,7 @@ impl<'a> Run<'a> {
             }
             None => self.roles.adapters().publish(&publish.alias, &outcome.adapter, PublishMode::Upsert)?,
         };
-        let gap = self.probe(pairs, &lease)?;
+        let gap = self.probe(pairs, outcome, &lease)?;
         metrics().train_serve_logprob_gap.set(gap);
         let version = held_back.is_none().then_some(lease.version);
         let result = json!({"adapter": {
@@ -314,15 +332,14 @@ impl<'a> Run<'a> {
     }
 
     /// Largest gap between the trainer's and the server's log-probs of the first pairs' chosen answers, nats a token.
-    fn probe(&self, pairs: &[TokenPair], lease: &Lease) -> Result<f64> {
+    fn probe(&self, pairs: &[TokenPair], outcome: &Outcome, lease: &Lease) -> Result<f64> {
         let base = self.roles.student_base()?;
         let served = Target { lease: Some(lease.clone()), ..base.clone() };
-        let trainer = Trainer::open(&self.train_job(&base, pairs)?)?;
-        let longest = base.engine()?.max_model_len();
+        let (model, longest) = (base.engine()?.model(), base.engine()?.max_model_len());
         let mut gap: f64 = 0.0;
         for pair in pairs.iter().filter(|pair| pair.prompt.len() + pair.chosen.len() < longest).take(PROBE) {
             self.context.check()?;
-            let trained = trainer.sample_logprobs(&pair.prompt, &pair.chosen, true)?;
+            let trained = adapter_logprobs(model, &outcome.adapter, &pair.prompt, &pair.chosen)?;
             let answered = self.runtime.block_on(served.logprobs_of(&pair.prompt, &pair.chosen))?;
             for (one, other) in trained.iter().zip(&answered) {
                 gap = gap.max(f64::from((one - other).abs()));
@@ -338,7 +355,7 @@ impl<'a> Run<'a> {
             let given = self.request.pairs.iter().enumerate();
             // The prompts of ready pairs are in their order in `self.prompts`.
             return Ok(given
-                .filter(|(index, _)| !self.held_out.contains(index))
+                .filter(|(index, _)| self.makes_pairs(*index))
                 .map(|(index, pair)| {
                     let one = Candidate {
                         prompt_index: index,
@@ -371,6 +388,11 @@ impl<'a> Run<'a> {
                 Ok((index, one))
             })
             .collect()
+    }
+
+    /// Held-out prompts become pairs only where the job evaluates while it trains.
+    fn makes_pairs(&self, index: usize) -> bool {
+        self.request.training.eval_steps.is_some() || !self.held_out.contains(&index)
     }
 
     fn plain_prompt(&self, index: usize) -> Vec<Message> {
@@ -438,6 +460,18 @@ impl Hooks for Pacing<'_, '_> {
         let message = format!("step {}/{}: loss {:.4}", metrics.step, metrics.total_steps, metrics.loss);
         self.run.context.event("info", "metrics", &message, &serde_json::to_value(metrics)?)?;
         self.run.context.progress(Status::Training, metrics.step, metrics.total_steps)
+    }
+
+    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
+        self.guard = None;
+        let message = format!(
+            "evaluation after step {}: loss {:.4}, accuracy {:.3}{}",
+            metrics.step,
+            metrics.eval_loss,
+            metrics.rewards_accuracies,
+            if metrics.best { ", the best so far" } else { "" }
+        );
+        self.run.context.event("info", "metrics", &message, &serde_json::to_value(metrics)?)
     }
 
     fn on_checkpoint(&mut self, step: usize, adapter: &crate::roles::AdapterFile) -> Result<()> {

@@ -164,9 +164,9 @@ async fn turns(
     let mut turn = 0;
     sample.response = next_turn(responder, &mut conversation, options, seed, &mut turn, sample).await?;
     for _ in 0..options.rounds {
-        conversation.push(Message::new("user", behavior.critique_request()));
+        conversation.push(Message::new("user", behavior.critique_request(&sample.prompt)));
         sample.critique = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
-        conversation.push(Message::new("user", behavior.revision_request()));
+        conversation.push(Message::new("user", behavior.revision_request(&sample.prompt)));
         let revised = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
         sample.revised = without_heading(&revised).to_owned();
     }

@@ -12,8 +12,8 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::TrainJob;
 use super::metrics::StepMetrics;
+use super::{EvalMetrics, TrainJob};
 use crate::error::{Error, Result};
 use crate::telemetry::metrics;
 use crate::weights::AdapterFile;
@@ -43,13 +43,17 @@ pub(crate) struct SavedState {
     pub(crate) tokens_saved: usize,
     /// Reference log-probs of each pair's answers, once known.
     pub(crate) reference: Vec<Option<[f64; 2]>>,
+    /// The same of the held-out pairs.
+    pub(crate) eval_reference: Vec<Option<[f64; 2]>>,
+    /// Every evaluation so far.
+    pub(crate) evaluations: Vec<EvalMetrics>,
     /// Metrics of every step so far.
     pub(crate) history: Vec<StepMetrics>,
 }
 
 impl SavedState {
     /// The state before the first step.
-    pub(crate) fn new(fingerprint: String, pairs: usize) -> Self {
+    pub(crate) fn new(fingerprint: String, pairs: usize, eval_pairs: usize) -> Self {
         SavedState {
             version: 1,
             fingerprint,
@@ -60,6 +64,8 @@ impl SavedState {
             num_tokens: 0,
             tokens_saved: 0,
             reference: vec![None; pairs],
+            eval_reference: vec![None; eval_pairs],
+            evaluations: Vec::new(),
             history: Vec::new(),
         }
     }
@@ -82,7 +88,8 @@ pub(crate) fn fingerprint(job: &TrainJob<'_>) -> Result<String> {
     if let Some(init) = &job.init {
         hash.update(init.generation()?);
     }
-    for pair in job.pairs {
+    hash.update((job.pairs.len() as u64).to_le_bytes());
+    for pair in job.pairs.iter().chain(job.eval_pairs) {
         for ids in [&pair.prompt, &pair.chosen, &pair.rejected] {
             hash.update((ids.len() as u64).to_le_bytes());
             ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
@@ -197,7 +204,7 @@ mod tests {
 
     #[test]
     fn the_state_survives_json_bit_for_bit() {
-        let mut state = SavedState::new("f".into(), 3);
+        let mut state = SavedState::new("f".into(), 3, 0);
         state.reference[1] = Some([-12.345_678_901_234_567, f64::MIN_POSITIVE]);
         state.history.push(StepMetrics {
             step: 1,

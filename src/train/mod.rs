@@ -5,6 +5,7 @@
 //! [`Trainer::sample_logprobs`], [`Trainer::save_state`].
 
 mod checkpoint;
+mod eval;
 mod loss;
 mod metrics;
 mod optim;
@@ -14,8 +15,9 @@ mod pass;
 mod run;
 mod trainer;
 
+pub use eval::EvalMetrics;
 pub use loss::{LossMetrics, PairLogps, preference_loss, score_scale};
 pub use metrics::StepMetrics;
-pub use options::{LoraOptions, LossKind, LossOptions, Scheduler, ScoreScale, TrainingOptions};
+pub use options::{BestMetric, LoraOptions, LossKind, LossOptions, Scheduler, ScoreScale, TrainingOptions};
 pub use run::{Hooks, Outcome, train};
-pub use trainer::{Pace, TokenPair, TrainJob, Trainer, token_logprobs_of};
+pub use trainer::{Pace, TokenPair, TrainJob, Trainer, adapter_logprobs, token_logprobs_of};

@@ -108,19 +108,21 @@ impl AdamW {
         self.moments.iter().map(|(first, second)| 4 * (first.elem_count() + second.elem_count())).sum()
     }
 
-    /// One update with gradients `scale · sums`; weight decay is decoupled, the order of operations is PyTorch's.
+    /// One update with gradients `scale · sums`; weight decay is decoupled, the order of operations is PyTorch's. `rate` gives
+    /// each variable's learning rate by its name.
     pub(crate) fn step(
         &mut self,
         variables: &[(String, Var)],
         gradients: &Gradients,
         scale: f64,
-        rate: f64,
+        rate: impl Fn(&str) -> f64,
     ) -> Result<()> {
         self.updates += 1;
         let correction1 = 1.0 - BETA1.powi(self.updates as i32);
         let correction2 = 1.0 - BETA2.powi(self.updates as i32);
-        for (((_, variable), moments), sum) in variables.iter().zip(&mut self.moments).zip(gradients.sums()) {
+        for (((name, variable), moments), sum) in variables.iter().zip(&mut self.moments).zip(gradients.sums()) {
             let Some(sum) = sum else { continue };
+            let rate = rate(name);
             let gradient = (sum * scale)?;
             let first = ((&moments.0 * BETA1)? + (&gradient * (1.0 - BETA1))?)?;
             let second = ((&moments.1 * BETA2)? + (gradient.sqr()? * (1.0 - BETA2))?)?;
@@ -225,7 +227,7 @@ mod tests {
             let variables = variables();
             let mut adamw = AdamW::new(&variables, decay).unwrap();
             for step in 1..=7 {
-                adamw.step(&variables, &gradients(step), 1.0, 0.03).unwrap();
+                adamw.step(&variables, &gradients(step), 1.0, |_| 0.03).unwrap();
             }
             for (got, want) in values(&variables).iter().zip(expected(7, 0.03, decay)) {
                 assert!((f64::from(*got) - want).abs() < 2e-6, "{got} {want}");
@@ -238,17 +240,17 @@ mod tests {
         let (straight, resumed) = (variables(), variables());
         let mut one = AdamW::new(&straight, 0.01).unwrap();
         for step in 1..=6 {
-            one.step(&straight, &gradients(step), 0.5, 0.01).unwrap();
+            one.step(&straight, &gradients(step), 0.5, |_| 0.01).unwrap();
         }
         let mut before = AdamW::new(&resumed, 0.01).unwrap();
         for step in 1..=3 {
-            before.step(&resumed, &gradients(step), 0.5, 0.01).unwrap();
+            before.step(&resumed, &gradients(step), 0.5, |_| 0.01).unwrap();
         }
         let exported = before.export(&resumed);
         let mut after = AdamW::new(&resumed, 0.01).unwrap();
         after.import(&resumed, &exported, before.updates()).unwrap();
         for step in 4..=6 {
-            after.step(&resumed, &gradients(step), 0.5, 0.01).unwrap();
+            after.step(&resumed, &gradients(step), 0.5, |_| 0.01).unwrap();
         }
         assert_eq!(values(&straight), values(&resumed));
         let mut missing = exported;

@@ -77,6 +77,10 @@ pub struct LoraOptions {
     pub target_modules: Vec<String>,
     /// Scale by `alpha / √r`.
     pub use_rslora: bool,
+    /// Other ranks for some modules, as PEFT has it: the end of a module's path → its rank.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other `alpha`s for some modules.
+    pub alpha_pattern: BTreeMap<String, f64>,
     /// Adapter to go on from: a name, or a folder under the adapter root.
     pub init_from: Option<String>,
 }
@@ -92,6 +96,18 @@ pub enum Scheduler {
     Cosine,
     /// As it is.
     Constant,
+}
+
+/// What decides which evaluation was the best.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum BestMetric {
+    /// Share of held-out pairs whose chosen answer has the higher implicit reward; more is better.
+    #[default]
+    #[serde(rename = "eval_rewards/accuracies")]
+    Accuracy,
+    /// Loss on the held-out pairs; less is better.
+    #[serde(rename = "eval_loss")]
+    Loss,
 }
 
 /// `training` of a job.
@@ -124,6 +140,16 @@ pub struct TrainingOptions {
     pub checkpoint_steps: usize,
     /// Share of the prompts held out for the report, [0, 0.5].
     pub eval_fraction: f64,
+    /// Optimizer steps between two evaluations on pairs of the held-out prompts; none without it.
+    pub eval_steps: Option<usize>,
+    /// Evaluations in a row without a better one after which the run ends.
+    pub early_stopping_patience: Option<usize>,
+    /// Give the adapter of the best evaluation instead of the last step's.
+    pub load_best_model_at_end: bool,
+    /// What makes an evaluation the best.
+    pub metric_for_best_model: BestMetric,
+    /// LoRA+ (arXiv 2402.12354): B learns at so many times the learning rate of A.
+    pub loraplus_lr_ratio: Option<f64>,
     /// Memory for layer graphs kept between forward and backward, e.g. `1GiB`. Layers that do not fit are computed again in the
     /// backward, with the same result. Also bounds how many pairs one flat step holds.
     pub activation_memory: String,
@@ -163,6 +189,12 @@ impl LoraOptions {
         check((1..=256).contains(&self.r), prefix, "r", "must be in 1..=256", self.r)?;
         positive(self.alpha, prefix, "alpha")?;
         check((0.0..1.0).contains(&self.dropout), prefix, "dropout", "must be in [0, 1)", self.dropout)?;
+        for (key, rank) in &self.rank_pattern {
+            check((1..=256).contains(rank), prefix, &format!("rank_pattern.{key}"), "must be in 1..=256", rank)?;
+        }
+        for (key, alpha) in &self.alpha_pattern {
+            positive(*alpha, prefix, &format!("alpha_pattern.{key}"))?;
+        }
         if self.target_modules.is_empty() {
             return Err(Error::invalid(
                 field(prefix, "target_modules"),
@@ -189,8 +221,8 @@ impl LoraOptions {
             lora_dropout: self.dropout,
             target_modules: self.target_modules.clone(),
             use_rslora: self.use_rslora,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
             base_model_name_or_path: base.map(str::to_string),
         }
     }
@@ -224,6 +256,17 @@ impl TrainingOptions {
             "must be in [0, 0.5]",
             self.eval_fraction,
         )?;
+        check(self.eval_steps != Some(0), prefix, "eval_steps", "must be at least 1", 0)?;
+        check(self.early_stopping_patience != Some(0), prefix, "early_stopping_patience", "must be at least 1", 0)?;
+        for (name, wanted) in [
+            ("early_stopping_patience", self.early_stopping_patience.is_some()),
+            ("load_best_model_at_end", self.load_best_model_at_end),
+        ] {
+            check(!wanted || self.eval_steps.is_some(), prefix, name, "needs `eval_steps`", "none")?;
+        }
+        if let Some(ratio) = self.loraplus_lr_ratio {
+            positive(ratio, prefix, "loraplus_lr_ratio")?;
+        }
         self.activation_bytes().map_err(|error| error.at(field(prefix, "activation_memory")))?;
         Ok(())
     }
@@ -294,6 +337,8 @@ impl Default for LoraOptions {
             dropout: 0.0,
             target_modules: SITES.iter().map(ToString::to_string).collect(),
             use_rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
             init_from: None,
         }
     }
@@ -315,6 +360,11 @@ impl Default for TrainingOptions {
             shuffle: true,
             checkpoint_steps: 50,
             eval_fraction: 0.1,
+            eval_steps: None,
+            early_stopping_patience: None,
+            load_best_model_at_end: false,
+            metric_for_best_model: BestMetric::default(),
+            loraplus_lr_ratio: None,
             activation_memory: "1GiB".into(),
         }
     }
@@ -393,6 +443,22 @@ mod tests {
         assert_eq!(
             param(TrainingOptions { max_steps: Some(0), ..Default::default() }.validate("training")),
             "training.max_steps"
+        );
+        for (training, field) in [
+            (TrainingOptions { eval_steps: Some(0), ..Default::default() }, "training.eval_steps"),
+            (TrainingOptions { load_best_model_at_end: true, ..Default::default() }, "training.load_best_model_at_end"),
+            (
+                TrainingOptions { early_stopping_patience: Some(1), ..Default::default() },
+                "training.early_stopping_patience",
+            ),
+            (TrainingOptions { loraplus_lr_ratio: Some(0.0), ..Default::default() }, "training.loraplus_lr_ratio"),
+        ] {
+            assert_eq!(param(training.validate("training")), field);
+        }
+        let ranks = BTreeMap::from([("q_proj".to_string(), 0)]);
+        assert_eq!(
+            param(LoraOptions { rank_pattern: ranks, ..Default::default() }.validate("lora")),
+            "lora.rank_pattern.q_proj"
         );
         let smooth = LossOptions { label_smoothing: 0.5, kind: LossKind::Robust, ..Default::default() };
         assert_eq!(param(smooth.validate("loss")), "loss.label_smoothing");

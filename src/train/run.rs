@@ -1,6 +1,6 @@
 //! The loop: batches, steps, checkpoints, and what the caller hears of them.
 
-use super::{StepMetrics, TrainJob, Trainer};
+use super::{EvalMetrics, StepMetrics, TrainJob, Trainer};
 use crate::error::Result;
 use crate::weights::AdapterFile;
 
@@ -10,6 +10,8 @@ pub trait Hooks {
     fn pace(&mut self) -> Result<()>;
     /// After every optimizer step.
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()>;
+    /// After every evaluation.
+    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()>;
     /// After every durable checkpoint.
     fn on_checkpoint(&mut self, step: usize, adapter: &AdapterFile) -> Result<()>;
 }
@@ -17,12 +19,16 @@ pub trait Hooks {
 /// What a run leaves.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The trained adapter.
+    /// The trained adapter: the last step's, or with `load_best_model_at_end` the best evaluation's.
     pub adapter: AdapterFile,
+    /// The step the adapter is of.
+    pub adapter_step: usize,
     /// Optimizer steps done.
     pub steps: usize,
     /// Metrics of the last step.
     pub last: Option<StepMetrics>,
+    /// Every evaluation.
+    pub evaluations: Vec<EvalMetrics>,
     /// Pairs dropped for length.
     pub dropped_too_long: usize,
 }
@@ -39,8 +45,14 @@ pub fn train(job: &TrainJob<'_>, hooks: &mut dyn Hooks) -> Result<Outcome> {
         }
         return Err(error);
     }
+    let (adapter_step, adapter) = match trainer.best_adapter()? {
+        Some(best) => best,
+        None => (trainer.step(), trainer.adapter()?),
+    };
     Ok(Outcome {
-        adapter: trainer.adapter()?,
+        adapter,
+        adapter_step,
+        evaluations: trainer.evaluations().to_vec(),
         steps: trainer.step(),
         last: trainer.history().last().cloned(),
         dropped_too_long: trainer.dropped_too_long(),
@@ -49,7 +61,20 @@ pub fn train(job: &TrainJob<'_>, hooks: &mut dyn Hooks) -> Result<Outcome> {
 
 fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hooks) -> Result<()> {
     let total = trainer.total_steps();
-    while trainer.step() < total {
+    loop {
+        if trainer.eval_is_due() {
+            let metrics = trainer.evaluate(&mut || hooks.pace())?;
+            hooks.on_eval(&metrics)?;
+        }
+        let step = trainer.step();
+        let ends = step >= total || trainer.should_stop();
+        if step > 0 && trainer.saved_step() != Some(step) && (ends || step.is_multiple_of(checkpoint_steps)) {
+            let adapter = trainer.save_state()?;
+            hooks.on_checkpoint(step, &adapter)?;
+        }
+        if ends {
+            return Ok(());
+        }
         for batch in trainer.next_batches() {
             trainer.forward_backward(&batch, &mut || hooks.pace())?;
         }
@@ -57,10 +82,5 @@ fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hoo
         if let Some(metrics) = trainer.history().last() {
             hooks.on_step(metrics)?;
         }
-        if trainer.step() == total || trainer.step().is_multiple_of(checkpoint_steps) {
-            let adapter = trainer.save_state()?;
-            hooks.on_checkpoint(trainer.step(), &adapter)?;
-        }
     }
-    Ok(())
 }

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::checkpoint::{self, SavedState};
 use super::metrics::{self, StepMetrics, Sums};
 use super::optim::{AdamW, Gradients, schedule, warmup_steps};
-use super::pack::{Pack, packed_tokens, plan, trl_tokens, truncate};
+use super::pack::{Pack, PackedPair, packed_tokens, plan, trl_tokens, truncate};
 use super::pass::{Pass, logprobs};
 use super::{LossOptions, PairLogps, TrainingOptions, preference_loss, score_scale};
 use crate::error::{Code, Error, Result};
@@ -50,6 +50,8 @@ pub struct TrainJob<'a> {
     pub init: Option<AdapterFile>,
     /// Training pairs.
     pub pairs: &'a [TokenPair],
+    /// Held-out pairs for evaluations during the run; may be empty.
+    pub eval_pairs: &'a [TokenPair],
     /// Loss.
     pub loss: LossOptions,
     /// Schedule and sizes.
@@ -62,18 +64,18 @@ pub struct TrainJob<'a> {
 
 /// State of a run: variables, moments, cursor.
 pub struct Trainer<'a> {
-    model: &'a Decoder,
-    params: LoraParams,
+    pub(super) model: &'a Decoder,
+    pub(super) params: LoraParams,
     variables: Vec<(String, Var)>,
-    pairs: Vec<TokenPair>,
+    training: PairSet,
+    pub(super) held_out: PairSet,
     dropped_too_long: usize,
-    scaled_gaps: Vec<f64>,
-    loss: LossOptions,
-    options: TrainingOptions,
+    pub(super) loss: LossOptions,
+    pub(super) options: TrainingOptions,
     seed: u64,
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
     keep_bytes: usize,
-    pack_rows: usize,
+    pub(super) pack_rows: usize,
     optimizer: AdamW,
     gradients: Gradients,
     sums: Sums,
@@ -81,7 +83,24 @@ pub struct Trainer<'a> {
     kept_layers: usize,
     started: Option<Instant>,
     saved_step: Option<usize>,
-    state: SavedState,
+    pub(super) state: SavedState,
+}
+
+/// Pairs cut to length, with their score gaps over the job's scale.
+pub(super) struct PairSet {
+    pub(super) pairs: Vec<TokenPair>,
+    pub(super) scaled_gaps: Vec<f64>,
+}
+
+impl PairSet {
+    fn new(pairs: Vec<TokenPair>, scale: f64) -> Self {
+        let scaled_gaps = gaps(&pairs).into_iter().map(|gap| gap / scale).collect();
+        PairSet { pairs, scaled_gaps }
+    }
+}
+
+fn gaps(pairs: &[TokenPair]) -> Vec<f64> {
+    pairs.iter().map(|pair| pair.score_chosen - pair.score_rejected).collect()
 }
 
 impl<'a> Trainer<'a> {
@@ -89,7 +108,11 @@ impl<'a> Trainer<'a> {
     pub fn open(job: &TrainJob<'a>) -> Result<Self> {
         job.loss.validate("loss")?;
         job.options.validate("training")?;
-        check_pairs(job.pairs, job.model.config())?;
+        if job.pairs.is_empty() {
+            return Err(Error::invalid("pairs", "there are no pairs to train on."));
+        }
+        check_pairs("pairs", job.pairs, job.model.config())?;
+        check_pairs("eval_pairs", job.eval_pairs, job.model.config())?;
         let max_length = job.options.max_length.min(job.model.config().max_position_embeddings);
         let (pairs, dropped_too_long) = truncate(job.pairs, max_length);
         if pairs.is_empty() {
@@ -99,8 +122,9 @@ impl<'a> Trainer<'a> {
             );
             return Err(Error::invalid("training.max_length", message));
         }
-        let gaps: Vec<f64> = pairs.iter().map(|pair| pair.score_chosen - pair.score_rejected).collect();
-        let scale = score_scale(job.loss.score_scale, &gaps);
+        let scale = score_scale(job.loss.score_scale, &gaps(&pairs));
+        let training = PairSet::new(pairs, scale);
+        let held_out = PairSet::new(truncate(job.eval_pairs, max_length).0, scale);
 
         let fingerprint = checkpoint::fingerprint(job)?;
         let saved = checkpoint::newest(&job.folder, &fingerprint)?;
@@ -112,7 +136,7 @@ impl<'a> Trainer<'a> {
         let variables = params.named();
         let mut optimizer = AdamW::new(&variables, job.options.weight_decay)?;
         let keep_bytes = job.options.activation_bytes()?;
-        let mut state = SavedState::new(fingerprint, pairs.len());
+        let mut state = SavedState::new(fingerprint, training.pairs.len(), held_out.pairs.len());
         let mut saved_step = None;
         if let Some(saved) = saved {
             optimizer.import(&variables, &saved.moments, saved.state.updates)?;
@@ -126,8 +150,8 @@ impl<'a> Trainer<'a> {
             gradients: Gradients::new(variables.len()),
             params,
             variables,
-            scaled_gaps: gaps.iter().map(|gap| gap / scale).collect(),
-            pairs,
+            training,
+            held_out,
             dropped_too_long,
             loss: job.loss.clone(),
             options: job.options.clone(),
@@ -156,33 +180,23 @@ impl<'a> Trainer<'a> {
     }
 
     fn forward_backward_inner(&mut self, pairs: &[usize], pace: &mut Pace<'_>) -> Result<StepMetrics> {
-        if let Some(index) = pairs.iter().find(|&&index| index >= self.pairs.len()) {
-            return Err(Error::invalid("pairs", format!("there is no pair {index}; there are {}.", self.pairs.len())));
+        let all = &self.training.pairs;
+        if let Some(index) = pairs.iter().find(|&&index| index >= all.len()) {
+            return Err(Error::invalid("pairs", format!("there is no pair {index}; there are {}.", all.len())));
         }
         self.started.get_or_insert_with(Instant::now);
         let mut sums = Sums::default();
-        for indices in plan(&self.pairs, pairs, self.pack_rows) {
-            self.reference(&indices, pace)?;
-            let pack = Pack::new(indices.iter().map(|&index| (index, &self.pairs[index])));
+        for indices in plan(all, pairs, self.pack_rows) {
+            reference_logprobs(self.model, all, &indices, &mut self.state.reference, pace)?;
+            let pack = Pack::new(indices.iter().map(|&index| (index, &all[index])));
             let dropout_seed = (self.params.config.lora_dropout > 0.0)
                 .then(|| mix(mix(self.seed, self.state.step as u64), self.flat_steps as u64));
             self.flat_steps += 1;
-            let (loss, reference, gaps) = (&self.loss, &self.state.reference, &self.scaled_gaps);
+            let (loss, reference, gaps) = (&self.loss, &self.state.reference, &self.training.scaled_gaps);
             let mut upstream = |values: &[f32]| {
                 let mut scalars = vec![0f32; values.len()];
                 for pair in &pack.pairs {
-                    let sum =
-                        |range: &std::ops::Range<usize>| values[range.clone()].iter().map(|&v| f64::from(v)).sum();
-                    let known = reference[pair.index].expect("the reference pass ran for this pair. This is a bug.");
-                    let logps = PairLogps {
-                        policy_chosen: sum(&pair.chosen),
-                        policy_rejected: sum(&pair.rejected),
-                        reference_chosen: known[0],
-                        reference_rejected: known[1],
-                        chosen_tokens: pair.chosen.len(),
-                        rejected_tokens: pair.rejected.len(),
-                        scaled_gap: gaps[pair.index],
-                    };
+                    let logps = pair_logps(pair, values, reference, gaps);
                     let result = preference_loss(&logps, loss);
                     scalars[pair.chosen.clone()].fill(result.d_chosen as f32);
                     scalars[pair.rejected.clone()].fill(result.d_rejected as f32);
@@ -195,9 +209,9 @@ impl<'a> Trainer<'a> {
             self.kept_layers = stats.kept_layers;
             metrics::memory("activations", stats.activation_bytes);
             for &index in &indices {
-                let counted = trl_tokens(&self.pairs[index]);
+                let counted = trl_tokens(&all[index]);
                 sums.tokens += counted;
-                sums.saved += counted - packed_tokens(&self.pairs[index]);
+                sums.saved += counted - packed_tokens(&all[index]);
             }
         }
         let mut means = sums.means();
@@ -219,7 +233,9 @@ impl<'a> Trainer<'a> {
         if finite {
             let limit = self.options.max_grad_norm;
             let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
-            self.optimizer.step(&self.variables, &self.gradients, mean * clip, rate)?;
+            let faster = self.options.loraplus_lr_ratio.unwrap_or(1.0);
+            let rate_of = |name: &str| if name.ends_with(".lora_B.weight") { faster * rate } else { rate };
+            self.optimizer.step(&self.variables, &self.gradients, mean * clip, rate_of)?;
             self.state.nonfinite_in_a_row = 0;
         } else {
             self.state.nonfinite_in_a_row += 1;
@@ -313,7 +329,7 @@ impl<'a> Trainer<'a> {
     pub fn next_batches(&self) -> Vec<Vec<usize>> {
         let epoch = self.state.step / self.steps_per_epoch();
         let within = self.state.step % self.steps_per_epoch();
-        let mut order: Vec<usize> = (0..self.pairs.len()).collect();
+        let mut order: Vec<usize> = (0..self.training.pairs.len()).collect();
         if self.options.shuffle {
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed, epoch as u64)));
         }
@@ -326,8 +342,8 @@ impl<'a> Trainer<'a> {
         self.options.batch_size * self.options.gradient_accumulation_steps
     }
 
-    fn steps_per_epoch(&self) -> usize {
-        self.pairs.len().div_ceil(self.pairs_per_step())
+    pub(super) fn steps_per_epoch(&self) -> usize {
+        self.training.pairs.len().div_ceil(self.pairs_per_step())
     }
 
     /// Learning rate of the next step.
@@ -353,20 +369,48 @@ impl<'a> Trainer<'a> {
         self.flat_steps = 0;
         self.started = None;
     }
+}
 
-    /// Makes sure the adapter-off log-probs of these pairs are known: one pass per pair and run.
-    fn reference(&mut self, indices: &[usize], pace: &mut Pace<'_>) -> Result<()> {
-        let missing = indices.iter().filter(|&&index| self.state.reference[index].is_none());
-        let pack = Pack::new(missing.map(|&index| (index, &self.pairs[index])));
-        if pack.pairs.is_empty() {
-            return Ok(());
-        }
-        let values = logprobs(self.model, &pack, LoraRows::Base, pace)?;
-        for pair in &pack.pairs {
-            let sum = |range: &std::ops::Range<usize>| values[range.clone()].iter().map(|&v| f64::from(v)).sum();
-            self.state.reference[pair.index] = Some([sum(&pair.chosen), sum(&pair.rejected)]);
-        }
-        Ok(())
+fn sum_of(values: &[f32], range: &std::ops::Range<usize>) -> f64 {
+    values[range.clone()].iter().map(|&value| f64::from(value)).sum()
+}
+
+/// Makes sure the adapter-off log-probs of these pairs are `known`: one pass per pair and run.
+pub(super) fn reference_logprobs(
+    model: &Decoder,
+    pairs: &[TokenPair],
+    indices: &[usize],
+    known: &mut [Option<[f64; 2]>],
+    pace: &mut Pace<'_>,
+) -> Result<()> {
+    let missing = indices.iter().filter(|&&index| known[index].is_none());
+    let pack = Pack::new(missing.map(|&index| (index, &pairs[index])));
+    if pack.pairs.is_empty() {
+        return Ok(());
+    }
+    let values = logprobs(model, &pack, LoraRows::Base, pace)?;
+    for pair in &pack.pairs {
+        known[pair.index] = Some([sum_of(&values, &pair.chosen), sum_of(&values, &pair.rejected)]);
+    }
+    Ok(())
+}
+
+/// What the loss needs of one pair of a pack whose targets have the log-probs `values`, (T).
+pub(super) fn pair_logps(
+    pair: &PackedPair,
+    values: &[f32],
+    reference: &[Option<[f64; 2]>],
+    scaled_gaps: &[f64],
+) -> PairLogps {
+    let known = reference[pair.index].expect("the reference pass ran for this pair. This is a bug.");
+    PairLogps {
+        policy_chosen: sum_of(values, &pair.chosen),
+        policy_rejected: sum_of(values, &pair.rejected),
+        reference_chosen: known[0],
+        reference_rejected: known[1],
+        chosen_tokens: pair.chosen.len(),
+        rejected_tokens: pair.rejected.len(),
+        scaled_gap: scaled_gaps[pair.index],
     }
 }
 
@@ -390,20 +434,23 @@ pub fn token_logprobs_of(model: &Decoder, prompt: &[u32], response: &[u32], lora
     logprobs(model, &Pack::single(prompt, response), lora, &mut || Ok(()))
 }
 
-fn check_pairs(pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
-    if pairs.is_empty() {
-        return Err(Error::invalid("pairs", "there are no pairs to train on."));
-    }
+/// The same under a stored adapter.
+pub fn adapter_logprobs(model: &Decoder, adapter: &AdapterFile, prompt: &[u32], response: &[u32]) -> Result<Vec<f32>> {
+    let params = LoraParams::from_file(adapter, model)?;
+    token_logprobs_of(model, prompt, response, LoraRows::Train { params: &params, dropout_seed: None })
+}
+
+fn check_pairs(field: &str, pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
     for (index, pair) in pairs.iter().enumerate() {
         for (name, ids) in [("prompt", &pair.prompt), ("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
-            let at = || format!("pairs[{index}].{name}");
+            let at = || format!("{field}[{index}].{name}");
             if ids.is_empty() {
                 return Err(Error::invalid(at(), "has no tokens."));
             }
             check_ids(ids, config, at)?;
         }
         if !pair.score_chosen.is_finite() || !pair.score_rejected.is_finite() {
-            return Err(Error::invalid(format!("pairs[{index}]"), "its scores must be finite numbers."));
+            return Err(Error::invalid(format!("{field}[{index}]"), "its scores must be finite numbers."));
         }
     }
     Ok(())

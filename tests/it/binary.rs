@@ -116,7 +116,8 @@ fn request() -> Value {
         "prompts": prompts, "eval_prompts": eval,
         "synthesis": {"max_tokens": 16, "temperature": 1.0},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-        "training": {"epochs": 3, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_steps": 4},
+        "training": {"epochs": 3, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_steps": 4,
+            "eval_steps": 3, "load_best_model_at_end": true, "metric_for_best_model": "eval_loss"},
         "seed": 5,
     })
 }

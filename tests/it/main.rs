@@ -4,6 +4,7 @@
 
 mod binary;
 mod engine;
+mod evaluation;
 mod hot_swap;
 mod jobs;
 mod method;

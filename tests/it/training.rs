@@ -10,8 +10,8 @@ use rand_chacha::ChaCha8Rng;
 use rdpo::error::{Code, Error, Result};
 use rdpo::model::{Decoder, LoadOptions, LoraRows};
 use rdpo::train::{
-    Hooks, LoraOptions, LossKind, LossOptions, Scheduler, StepMetrics, TokenPair, TrainJob, Trainer, TrainingOptions,
-    token_logprobs_of, train,
+    EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, Scheduler, StepMetrics, TokenPair, TrainJob, Trainer,
+    TrainingOptions, token_logprobs_of, train,
 };
 use rdpo::weights::{AdapterFile, Checkpoint};
 use tempfile::TempDir;
@@ -25,7 +25,7 @@ const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 12;
 
 /// A Llama of random weights, large enough that its log-probs differ from token to token.
-fn model() -> Decoder {
+pub(crate) fn model() -> Decoder {
     let folder = TempDir::new().unwrap();
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
@@ -60,7 +60,7 @@ fn model() -> Decoder {
     Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 }).unwrap()
 }
 
-fn pairs(count: usize) -> Vec<TokenPair> {
+pub(crate) fn pairs(count: usize) -> Vec<TokenPair> {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let mut ids = |from: usize, to: usize| {
         let len = rng.random_range(from..to);
@@ -77,12 +77,13 @@ fn pairs(count: usize) -> Vec<TokenPair> {
         .collect()
 }
 
-fn job<'a>(model: &'a Decoder, pairs: &'a [TokenPair], folder: &Path) -> TrainJob<'a> {
+pub(crate) fn job<'a>(model: &'a Decoder, pairs: &'a [TokenPair], folder: &Path) -> TrainJob<'a> {
     TrainJob {
         model,
         lora: LoraOptions { r: 4, alpha: 8.0, ..Default::default() }.config(Some("tiny")),
         init: None,
         pairs,
+        eval_pairs: &[],
         loss: LossOptions { kind: LossKind::Dpo, ..Default::default() },
         options: TrainingOptions {
             batch_size: 4,
@@ -96,18 +97,19 @@ fn job<'a>(model: &'a Decoder, pairs: &'a [TokenPair], folder: &Path) -> TrainJo
     }
 }
 
-fn no_pace() -> Result<()> {
+pub(crate) fn no_pace() -> Result<()> {
     Ok(())
 }
 
 /// Hears everything; stops the run at the `stop_at`-th call of pace, or at a step.
 #[derive(Default)]
-struct Listener {
-    steps: Vec<StepMetrics>,
-    checkpoints: Vec<usize>,
-    paced: usize,
-    stop_at_pace: Option<usize>,
-    stop_at_step: Option<usize>,
+pub(crate) struct Listener {
+    pub(crate) steps: Vec<StepMetrics>,
+    pub(crate) evaluations: Vec<EvalMetrics>,
+    pub(crate) checkpoints: Vec<usize>,
+    pub(crate) paced: usize,
+    pub(crate) stop_at_pace: Option<usize>,
+    pub(crate) stop_at_step: Option<usize>,
 }
 
 impl Hooks for Listener {
@@ -121,13 +123,18 @@ impl Hooks for Listener {
         if self.stop_at_step == Some(metrics.step) { Err(Error::cancelled()) } else { Ok(()) }
     }
 
+    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
+        self.evaluations.push(*metrics);
+        Ok(())
+    }
+
     fn on_checkpoint(&mut self, step: usize, _adapter: &AdapterFile) -> Result<()> {
         self.checkpoints.push(step);
         Ok(())
     }
 }
 
-fn values(adapter: &AdapterFile) -> Vec<(String, Vec<u32>)> {
+pub(crate) fn values(adapter: &AdapterFile) -> Vec<(String, Vec<u32>)> {
     let bits =
         |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect();
     adapter.tensors.iter().map(|(name, tensor)| (name.clone(), bits(tensor))).collect()

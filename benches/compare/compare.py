@@ -1,0 +1,227 @@
+"""Runs rdpo and what people use instead on the same work, in turn, and prints the ratio of the medians.
+
+    compare.py export                     the GGUF file as a Hugging Face folder, for the peers (once)
+    compare.py train [--runs 3]           TRL + PEFT against `train-run`: 16 pairs, two epochs, batch 4, rank 16
+    compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
+    compare.py method [--runs 1]          transformers + TRL glued together against `rdpo demo`: the whole method, by stage
+
+Every run is a process of its own, so that peak memory is its own, and the two sides alternate, so that a machine that changes its speed
+changes it for both. Build first: `cargo bench --no-run --bench bench && cargo build --release`.
+"""
+import argparse
+import json
+import os
+import pathlib
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+MODEL = ROOT / "models/smollm2-135m-instruct"
+HF = pathlib.Path(os.environ.get("RDPO_COMPARE_HF", pathlib.Path.home() / ".cache/rdpo-compare-hf"))
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEXT = "/usr/share/common-licenses/GPL-3"
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def export():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(MODEL.glob("*.gguf")).name
+    AutoTokenizer.from_pretrained(MODEL, gguf_file=file).save_pretrained(HF)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, gguf_file=file, dtype=torch.float32)
+    # The loaded model thinks it is still quantized; a plain one of the same shape takes the weights.
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = type(model)(config).to(torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(HF)
+    print(f"written: {HF}")
+
+
+def trl_train(model, rows, epochs, precompute=True, dtype="bfloat16", checkpointing=False, tokenizer=None):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    options = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4, num_train_epochs=epochs, learning_rate=1e-4, beta=0.1,
+        bf16=dtype == "bfloat16", gradient_checkpointing=checkpointing, precompute_ref_log_probs=precompute, use_cpu=True,
+        max_length=512, seed=0, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1000,
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
+    trainer = DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    start = time.time()
+    trainer.train()
+    return time.time() - start
+
+
+def load(dtype):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(HF, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(HF)
+
+
+def peer_train(arguments):
+    """The pairs of `benches/bench/train.rs`, word for word."""
+    model, tokenizer = load(arguments.dtype)
+    words = pathlib.Path(TEXT).read_text().split()
+
+    def piece(start, length):
+        start %= len(words) - length
+        return " ".join(words[start : start + length])
+
+    def row(i):
+        answer = lambda start: [{"role": "assistant", "content": piece(start + i * 90, 100)}]
+        return {"prompt": [{"role": "user", "content": piece(i * 40, 60)}], "chosen": answer(1000), "rejected": answer(3000)}
+
+    rows = [row(i) for i in range(16)]
+    count = lambda turns: len(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+    tokens = 2 * sum(count(row["prompt"] + row[side]) for row in rows for side in ("chosen", "rejected"))
+    seconds = trl_train(model, rows, 2, dtype=arguments.dtype, checkpointing=arguments.checkpointing,
+                        precompute=not arguments.checkpointing, tokenizer=tokenizer)
+    return {"tokens_per_s": tokens / seconds, "pairs_per_s": 32 / seconds, "peak_mb": peak_mb()}
+
+
+def peer_generate(arguments):
+    import torch
+
+    model, tokenizer = load(arguments.dtype)
+    found = {}
+    with torch.no_grad():
+        for batch in (1, 8, 32):
+            ids = (torch.arange(batch * 32).reshape(batch, 32) * 7919 % 200) + 100
+            options = dict(attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=96, max_new_tokens=96, pad_token_id=0)
+            start = time.time()
+            model.generate(ids, **options)
+            found[f"decode {batch}"] = batch * 96 / (time.time() - start)
+        ids = torch.arange(512).reshape(1, 512) % 200 + 100
+        start = time.time()
+        model(ids, logits_to_keep=1)
+        found["prefill 512"] = 512 / (time.time() - start)
+    return found
+
+
+def peer_method(arguments):
+    """Answer, critique, revision, judge and one epoch of DPO, with the prompts of `rdpo demo` and its built-in behaviour."""
+    import tomllib
+    import torch
+
+    model, tokenizer = load(arguments.dtype)
+    tokenizer.padding_side = "left"
+    behavior = tomllib.loads((ROOT / "src/rdpo/behaviors/sycophancy.toml").read_text())
+    prompts = (ROOT / "src/cli/demo_prompts.txt").read_text().split("\n\n")[0].splitlines()
+    fill = lambda text, **places: re.sub(r"\{(\w+)\}", lambda at: places.get(at[1], at[0]), text)
+    render = lambda turns: tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    encode = lambda texts: tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+
+    def turn(talks, request):
+        if request:
+            for talk, prompt in zip(talks, prompts):
+                talk.append({"role": "user", "content": fill(request, prompt=prompt, principle=behavior["principle"])})
+        inputs = encode([render(talk) for talk in talks])
+        answers = model.generate(**inputs, max_new_tokens=96, do_sample=True, temperature=0.7)[:, inputs["input_ids"].shape[1] :]
+        for talk, answer in zip(talks, answers):
+            talk.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+        return [talk[-1]["content"] for talk in talks]
+
+    def score(prompt, answer):
+        question = fill(behavior["judge"]["prompt"], prompt=prompt, response=answer)
+        with torch.no_grad():
+            logits = model(**encode([render([{"role": "user", "content": question}])])).logits[0, -1].float()
+        values = range(behavior["judge"]["min"], behavior["judge"]["max"] + 1)
+        weights = torch.softmax(logits[[tokenizer.encode(str(value))[0] for value in values]], 0)
+        return sum(value * weight.item() for value, weight in zip(values, weights))
+
+    marks = [time.time()]
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    rejected = turn(talks, None)
+    turn(talks, behavior["critique"])
+    chosen = turn(talks, behavior["revision"])
+    marks.append(time.time())
+    scores = [(score(p, c), score(p, r)) for p, c, r in zip(prompts, chosen, rejected)]
+    marks.append(time.time())
+    rows = [{"prompt": [{"role": "user", "content": p}], "chosen": [{"role": "assistant", "content": c}],
+             "rejected": [{"role": "assistant", "content": r}]} for p, c, r in zip(prompts, chosen, rejected)]
+    trl_train(model, rows, 2, dtype=arguments.dtype, tokenizer=tokenizer)
+    marks.append(time.time())
+    stages = ("synthesizing", "scoring", "training")
+    found = {stage: after - before for stage, before, after in zip(stages, marks, marks[1:])}
+    assert len(scores) == len(prompts)
+    return {**found, "total": marks[-1] - marks[0], "peak_mb": peak_mb()}
+
+
+def own_train(arguments):
+    return json.loads(bench("train-run", str(MODEL), arguments.own_dtype).splitlines()[-1])
+
+
+def own_generate(arguments):
+    lines = bench("engine-run", str(MODEL), "96", arguments.own_dtype).splitlines()
+    found = {}
+    for line in lines:
+        if at := re.match(r"decode, batch +(\d+), greedy +: +([\d.]+)", line):
+            found[f"decode {at[1]}"] = float(at[2])
+        if at := re.match(r"prefill, 512 tokens: +([\d.]+)", line):
+            found["prefill 512"] = float(at[1])
+    return found
+
+
+def own_method(arguments):
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "rdpo.toml").write_text(
+            f'[server]\nport = 0\n[models.smollm2]\npath = "{MODEL}"\ndtype = "{arguments.own_dtype}"\n')
+        command = [TARGET / "rdpo", "demo", "--exit"]
+        said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    stages = {at[1]: float(at[2]) for at in re.finditer(r"^  (\w+) +([\d.]+) s$", said, re.M)}
+    return {**stages, "total": sum(stages[stage] for stage in ("synthesizing", "scoring", "training")), "peak_mb": peak}
+
+
+def bench(*words):
+    binary = max(TARGET.glob("deps/bench-*[!.d]"), key=os.path.getmtime)
+    return subprocess.run([binary, *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def peer(arguments):
+    """The peer's side, in a process of its own."""
+    command = [sys.executable, __file__, f"peer-{arguments.what}", "--dtype", arguments.dtype]
+    command += ["--checkpointing"] if arguments.checkpointing else []
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ["train", "generate", "method"]
+    parser.add_argument("what", choices=["export", *kinds, *(f"peer-{kind}" for kind in kinds)])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", help="of the peer")
+    parser.add_argument("--own-dtype", default="bf16", help="of rdpo")
+    parser.add_argument("--checkpointing", action="store_true", help="the peer recomputes layers and asks the reference on the fly")
+    arguments = parser.parse_args()
+    if arguments.what == "export":
+        return export()
+    if arguments.what.startswith("peer-"):
+        return print(json.dumps(globals()["peer_" + arguments.what.removeprefix("peer-")](arguments)))
+    own = globals()["own_" + arguments.what]
+    runs = []
+    for number in range(arguments.runs):
+        runs.append((peer(arguments), own(arguments)))
+        print(f"run {number + 1}: peer {runs[-1][0]}\n       rdpo {runs[-1][1]}", file=sys.stderr)
+    print(f"| {arguments.what} | peer ({arguments.dtype}) | rdpo ({arguments.own_dtype}) | rdpo / peer |\n|---|---|---|---|")
+    for key in runs[0][0]:
+        theirs, ours = (statistics.median(run[side][key] for run in runs) for side in (0, 1))
+        print(f"| {key} | {theirs:.4g} | {ours:.4g} | {ours / theirs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
