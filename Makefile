@@ -39,12 +39,17 @@ openapi: ## write openapi.yaml from the code
 sdk: build ## the OpenAI SDK, schemathesis and promtool against a live server
 	tests/sdk/run.sh
 
-parity: ## derive the fixtures again with PyTorch + PEFT and compare (large downloads)
+parity: model ## derive the fixtures again with PyTorch + PEFT and compare (large downloads)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r tests/fixtures/requirements.txt
 	$(VENV)/bin/python tests/fixtures/make_fixtures.py
 	$(VENV)/bin/python tests/fixtures/make_curves.py
+	$(VENV)/bin/python tests/fixtures/make_gguf_types.py
 	git diff --stat --exit-code tests/fixtures
+	$(CARGO) bench --no-run --bench bench
+	$(VENV)/bin/pip install --quiet -r benches/compare/requirements.txt
+	$(VENV)/bin/python benches/compare/compare.py export
+	$(VENV)/bin/python benches/compare/compare.py interop
 
 bench: ## criterion benches
 	$(CARGO) bench --bench bench

@@ -109,7 +109,7 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut group = criterion.benchmark_group("train");
     for dtype in [DType::F32, DType::BF16] {
-        let (model, pairs) = train::load(Path::new(MODEL), dtype, LICENCE)?;
+        let (model, pairs) = train::load(Path::new(MODEL), dtype, LICENCE, train::Shape::default())?;
         let mut trainer = Trainer::open(&TrainJob {
             model: &model,
             lora: LoraOptions::default().config(None),

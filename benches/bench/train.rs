@@ -1,8 +1,14 @@
 //! Training tokens per second and peak memory of a whole run: 16 pairs cut from a text, two epochs, batch 4, rank 16.
 //!
-//! `cargo bench --bench bench -- train-run [MODEL] [DTYPE] [ACTIVATION_MEMORY] [TEXT]` prints one JSON line. Tokens are counted as TRL counts
-//! them (the prompt once for each answer), and the time includes the reference pass and the checkpoint, as a user waits for both.
+//! `cargo bench --bench bench -- train-run [name=value …]` prints one JSON line. Names, with what they are without:
+//! `model=models/smollm2-135m-instruct dtype=f32 memory=1GiB` (activations) `text=/usr/share/common-licenses/GPL-3 pairs=16`
+//! `prompt=60 answer=100` (words) `epochs=2 lr=1e-4 max_length=512 shuffle=true`, and for a comparison of curves `out=FOLDER`, which gets the
+//! pairs as JSON lines, the adapter before and after as PEFT has it, and every step's metrics.
+//!
+//! Tokens are counted as TRL counts them (the prompt once for each answer), and the time includes the reference pass and the
+//! checkpoint, as a user waits for both.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,15 +17,29 @@ use rdpo::error::{Error, Result};
 use rdpo::model::{Decoder, LoadOptions};
 use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{
-    EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, TrainingOptions, train,
+    EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, Trainer, TrainingOptions,
+    adapter_logprobs, train,
 };
 use rdpo::weights::{AdapterFile, Checkpoint};
+use serde_json::json;
 
-const PAIRS: usize = 16;
-const EPOCHS: usize = 2;
+/// Shape of the pairs: how many, and words of prompt and answers.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) pairs: usize,
+    pub(crate) prompt: usize,
+    pub(crate) answer: usize,
+}
 
-/// Prints every step to stderr.
-struct Printer;
+impl Default for Shape {
+    fn default() -> Self {
+        Shape { pairs: 16, prompt: 60, answer: 100 }
+    }
+}
+
+/// Keeps every step, and prints it to stderr.
+#[derive(Default)]
+struct Printer(Vec<StepMetrics>);
 
 impl Hooks for Printer {
     fn pace(&mut self) -> Result<()> {
@@ -31,6 +51,7 @@ impl Hooks for Printer {
             "step {}/{}: loss {:.4}, margin {:.4}, {:.2} s",
             metrics.step, metrics.total_steps, metrics.loss, metrics.rewards_margins, metrics.seconds
         );
+        self.0.push(metrics.clone());
         Ok(())
     }
 
@@ -43,14 +64,58 @@ impl Hooks for Printer {
     }
 }
 
+/// The `name=value` arguments over their defaults.
+struct Arguments(BTreeMap<&'static str, String>);
+
+impl Arguments {
+    fn read(given: &[String]) -> Result<Self> {
+        let memory = TrainingOptions::default().activation_memory;
+        let mut values: BTreeMap<&'static str, String> = [
+            ("model", "models/smollm2-135m-instruct"),
+            ("dtype", "f32"),
+            ("memory", memory.as_str()),
+            ("text", "/usr/share/common-licenses/GPL-3"),
+            ("pairs", "16"),
+            ("prompt", "60"),
+            ("answer", "100"),
+            ("epochs", "2"),
+            ("lr", "1e-4"),
+            ("max_length", "512"),
+            ("shuffle", "true"),
+            ("out", ""),
+        ]
+        .map(|(name, value)| (name, value.to_owned()))
+        .into();
+        for argument in given {
+            let slot = argument.split_once('=').and_then(|(name, value)| Some((values.get_mut(name)?, value)));
+            let Some((slot, value)) = slot else {
+                return Err(Error::invalid(argument, format!("`{argument}` is no name=value that is known here")));
+            };
+            value.clone_into(slot);
+        }
+        Ok(Arguments(values))
+    }
+
+    fn parse<T: std::str::FromStr>(&self, name: &str) -> Result<T> {
+        self.0[name].parse().map_err(|_| Error::invalid(name, format!("`{}` is not a value for it", self.0[name])))
+    }
+}
+
 /// Runs the measurement with the arguments after `train-run`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
-    let argument = |index: usize, default: &str| arguments.get(index).cloned().unwrap_or_else(|| default.into());
-    let dtype = super::dtype(&argument(1, "f32"))?;
-    let text = std::fs::read_to_string(argument(3, "/usr/share/common-licenses/GPL-3"))?;
-    let (model, pairs) = load(Path::new(&argument(0, "models/smollm2-135m-instruct")), dtype, &text)?;
+    let arguments = Arguments::read(arguments)?;
+    let text = |name: &str| arguments.0[name].as_str();
+    let dtype = super::dtype(text("dtype"))?;
+    let words = std::fs::read_to_string(text("text"))?;
+    let shape = Shape {
+        pairs: arguments.parse("pairs")?,
+        prompt: arguments.parse("prompt")?,
+        answer: arguments.parse("answer")?,
+    };
+    let (model, pairs) = load(Path::new(text("model")), dtype, &words, shape)?;
     let loaded = peak_megabytes();
     let folder = tempfile::tempdir()?;
+    let epochs: f64 = arguments.parse("epochs")?;
     let job = TrainJob {
         model: &model,
         lora: LoraOptions::default().config(None),
@@ -59,57 +124,83 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         eval_pairs: &[],
         loss: LossOptions { kind: LossKind::Dpo, ..LossOptions::default() },
         options: TrainingOptions {
-            epochs: EPOCHS as f64,
+            epochs,
             batch_size: 4,
-            learning_rate: 1e-4,
+            learning_rate: arguments.parse("lr")?,
             warmup_ratio: 0.0,
-            max_length: 512,
-            activation_memory: argument(2, &TrainingOptions::default().activation_memory),
+            max_length: arguments.parse("max_length")?,
+            shuffle: arguments.parse("shuffle")?,
+            activation_memory: text("memory").to_owned(),
             ..TrainingOptions::default()
         },
         seed: 0,
         folder: folder.path().to_path_buf(),
     };
+    let out = Some(Path::new(text("out"))).filter(|out| !out.as_os_str().is_empty());
+    if let Some(out) = out {
+        std::fs::create_dir_all(out)?;
+        Trainer::open(&job)?.adapter()?.write(&out.join("init"))?;
+        let lines = texts(&words, shape).map(|[prompt, chosen, rejected]| {
+            json!({"prompt": prompt, "chosen": chosen, "rejected": rejected}).to_string() + "\n"
+        });
+        std::fs::write(out.join("pairs.jsonl"), lines.collect::<String>())?;
+    }
+    let mut printer = Printer::default();
     let start = Instant::now();
-    let outcome = train(&job, &mut Printer)?;
+    let outcome = train(&job, &mut printer)?;
     let seconds = start.elapsed().as_secs_f64();
     let last = outcome.last.ok_or_else(|| Error::internal("the run made no step."))?;
-    let line = serde_json::json!({
-        "dtype": argument(1, "f32"), "seconds": seconds, "tokens": last.num_tokens, "tokens_saved": last.tokens_saved,
-        "tokens_per_s": last.num_tokens as f64 / seconds, "pairs_per_s": (PAIRS * EPOCHS) as f64 / seconds,
-        "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
+    if let Some(out) = out {
+        outcome.adapter.write(&out.join("final"))?;
+        let of = |pair: &TokenPair, answer: &[u32]| adapter_logprobs(&model, &outcome.adapter, &pair.prompt, answer);
+        let logprobs = pairs
+            .iter()
+            .map(|pair| Ok([of(pair, &pair.chosen)?, of(pair, &pair.rejected)?]))
+            .collect::<Result<Vec<_>>>()?;
+        std::fs::write(out.join("run.json"), json!({"steps": printer.0, "logprobs": logprobs}).to_string())?;
+    }
+    let line = json!({
+        "dtype": text("dtype"), "pairs": pairs.len(), "seconds": seconds, "tokens": last.num_tokens,
+        "tokens_saved": last.tokens_saved, "tokens_per_s": last.num_tokens as f64 / seconds,
+        "pairs_per_s": pairs.len() as f64 * epochs / seconds, "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
     });
     println!("{line}");
     Ok(())
 }
 
 /// A checkpoint, and pairs of its tokens.
-pub(crate) fn load(path: &Path, dtype: DType, text: &str) -> Result<(Decoder, Vec<TokenPair>)> {
+pub(crate) fn load(path: &Path, dtype: DType, text: &str, shape: Shape) -> Result<(Decoder, Vec<TokenPair>)> {
     let checkpoint = Checkpoint::open(path)?;
-    let pairs = pairs(&super::tokenizer(&checkpoint)?, text)?;
+    let tokenizer = super::tokenizer(&checkpoint)?;
+    let pairs = texts(text, shape).map(|texts| pair(&tokenizer, texts)).collect::<Result<_>>()?;
     Ok((Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?, pairs))
 }
 
-/// 60 words as the prompt and two times 100 as the answers, each cut from another place.
-fn pairs(tokenizer: &Tokenizer, text: &str) -> Result<Vec<TokenPair>> {
+/// Prompt and two answers of each pair, each cut from another place.
+fn texts(text: &str, shape: Shape) -> impl Iterator<Item = [String; 3]> {
     let words: Vec<&str> = text.split_whitespace().collect();
-    let piece = |start: usize, len: usize| {
-        let start = start % (words.len() - len);
-        words[start..start + len].join(" ")
+    let piece = move |start: usize, len: usize| -> String {
+        (start..start + len).map(|at| words[at % words.len()]).collect::<Vec<_>>().join(" ")
     };
+    (0..shape.pairs).map(move |index| {
+        [
+            piece(index * 40, shape.prompt),
+            piece(1000 + index * 90, shape.answer),
+            piece(3000 + index * 90, shape.answer),
+        ]
+    })
+}
+
+fn pair(tokenizer: &Tokenizer, [prompt, chosen, rejected]: [String; 3]) -> Result<TokenPair> {
+    let user = Message::new("user", prompt);
+    let prompt = tokenizer.encode_chat(std::slice::from_ref(&user), &RenderOptions::default())?;
     let closed = RenderOptions { add_generation_prompt: false, ..RenderOptions::default() };
-    (0..PAIRS)
-        .map(|index| {
-            let user = Message::new("user", piece(index * 40, 60));
-            let prompt = tokenizer.encode_chat(std::slice::from_ref(&user), &RenderOptions::default())?;
-            let answer = |text: String| -> Result<Vec<u32>> {
-                let whole = tokenizer.encode_chat(&[user.clone(), Message::new("assistant", text)], &closed)?;
-                Ok(whole[prompt.len()..].to_vec())
-            };
-            let (chosen, rejected) = (answer(piece(1000 + index * 90, 100))?, answer(piece(3000 + index * 90, 100))?);
-            Ok(TokenPair { prompt, chosen, rejected, score_chosen: 1.0, score_rejected: 0.0 })
-        })
-        .collect()
+    let answer = |text: String| -> Result<Vec<u32>> {
+        let whole = tokenizer.encode_chat(&[user.clone(), Message::new("assistant", text)], &closed)?;
+        Ok(whole[prompt.len()..].to_vec())
+    };
+    let (chosen, rejected) = (answer(chosen)?, answer(rejected)?);
+    Ok(TokenPair { prompt, chosen, rejected, score_chosen: 1.0, score_rejected: 0.0 })
 }
 
 /// Peak resident memory of the process, MB.

@@ -3,6 +3,9 @@
     compare.py export                     the GGUF file as a Hugging Face folder, for the peers (once)
     compare.py train [--runs 3]           TRL + PEFT against `train-run`: 16 pairs, two epochs, batch 4, rank 16
     compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
+    compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
+    compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
+    compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
     compare.py method [--runs 1]          transformers + TRL glued together against `rdpo demo`: the whole method, by stage
 
 Every run is a process of its own, so that peak memory is its own, and the two sides alternate, so that a machine that changes its speed
@@ -77,8 +80,7 @@ def peer_train(arguments):
     words = pathlib.Path(TEXT).read_text().split()
 
     def piece(start, length):
-        start %= len(words) - length
-        return " ".join(words[start : start + length])
+        return " ".join(words[at % len(words)] for at in range(start, start + length))
 
     def row(i):
         answer = lambda start: [{"role": "assistant", "content": piece(start + i * 90, 100)}]
@@ -160,8 +162,103 @@ def peer_method(arguments):
     return {**found, "total": marks[-1] - marks[0], "peak_mb": peak_mb()}
 
 
+def curve(arguments):
+    """50 steps of TRL and of rdpo from one adapter, in one order; prints how far losses and final token log-probs are apart."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch.utils.data import SequentialSampler
+    from trl import DPOConfig, DPOTrainer
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    with tempfile.TemporaryDirectory() as folder:
+        dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
+        bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=12.5", "shuffle=false", f"out={folder}")
+        folder = pathlib.Path(folder)
+        run, rows = read_run(folder)
+        base, tokenizer = load(arguments.dtype)
+        model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
+        options = DPOConfig(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
+            bf16=arguments.dtype == "bfloat16", gradient_checkpointing=False, precompute_ref_log_probs=True, max_length=512, report_to=[],
+            save_strategy="no", disable_tqdm=True, logging_steps=1,
+        )
+        trainer = InOrder(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.train()
+        theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        mean, worst = gaps(model, tokenizer, rows, run["logprobs"])
+    losses = [step["loss"] for step in run["steps"]]
+    print(json.dumps({
+        "steps": len(losses), "largest loss gap": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
+        "last loss": [losses[-1], theirs[-1]], "mean log-prob gap a token": mean, "largest": worst,
+    }))
+
+
+def interop(arguments):
+    """An adapter that rdpo wrote, loaded by PEFT: the same log-probs."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench("train-run", f"model={MODEL}", "dtype=f32", "pairs=4", "epochs=4", "lr=1e-3", f"out={folder}")
+        run, rows = read_run(pathlib.Path(folder))
+        base, tokenizer = load("float32")
+        mean, worst = gaps(PeftModel.from_pretrained(base, pathlib.Path(folder) / "final"), tokenizer, rows, run["logprobs"])
+    print(f"log-probs of an adapter written by rdpo, under PEFT: mean gap {mean:.2e} nats a token, largest {worst:.2e}")
+    if worst > 1e-3:
+        sys.exit("the gap is too large")
+
+
+def read_run(folder):
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    turn = lambda role, text: [{"role": role, "content": text}]
+    rows = [{"prompt": turn("user", row["prompt"]), "chosen": turn("assistant", row["chosen"]),
+             "rejected": turn("assistant", row["rejected"])} for row in rows]
+    return json.loads((folder / "run.json").read_text()), rows
+
+
+def gaps(model, tokenizer, rows, logprobs):
+    """Mean and largest distance between the model's token log-probs of both answers and `logprobs`."""
+    import torch
+
+    worst, total, count = 0.0, 0.0, 0
+    encode = lambda turns, **options: tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)["input_ids"]
+    model.eval()
+    for row, ours in zip(rows, logprobs, strict=True):
+        prompt = encode(row["prompt"], add_generation_prompt=True)
+        for side, values in zip(("chosen", "rejected"), ours):
+            ids = encode(row["prompt"] + row[side])
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].float()
+            found = torch.log_softmax(logits, -1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]]
+            gap = (found - torch.tensor(values)).abs()
+            worst, total, count = max(worst, gap.max().item()), total + gap.sum().item(), count + len(values)
+    return total / count, worst
+
+
+def scale(arguments):
+    """Tokens a second and peak memory as sequences grow longer and pairs more."""
+    rows = []
+    # Words: a token is about 0.7 of one in this text; a third of a sequence is the prompt.
+    for length in (256, 512, 1024, 2048, 4096):
+        words = dict(prompt=length * 7 // 30, answer=length * 7 // 15, max_length=8192, pairs=max(4, 4096 // length), epochs=1)
+        rows.append({"length": length, **own_run(arguments, **words)})
+    for pairs in (16, 32, 64, 128, 256):
+        rows.append({"length": 225, **own_run(arguments, pairs=pairs, epochs=1)})
+    (ROOT / "docs/scale.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(row)
+
+
+def own_run(arguments, **values):
+    words = [f"{name}={value}" for name, value in values.items()]
+    said = bench("train-run", f"model={MODEL}", f"dtype={arguments.own_dtype}", *words).splitlines()[-1]
+    return {key: json.loads(said)[key] for key in ("pairs", "tokens", "tokens_per_s", "peak_mb")}
+
+
 def own_train(arguments):
-    return json.loads(bench("train-run", str(MODEL), arguments.own_dtype).splitlines()[-1])
+    return json.loads(bench("train-run", f"model={MODEL}", f"dtype={arguments.own_dtype}").splitlines()[-1])
 
 
 def own_generate(arguments):
@@ -202,7 +299,7 @@ def peer(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["train", "generate", "method"]
-    parser.add_argument("what", choices=["export", *kinds, *(f"peer-{kind}" for kind in kinds)])
+    parser.add_argument("what", choices=["export", "curve", "interop", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the peer")
     parser.add_argument("--own-dtype", default="bf16", help="of rdpo")
@@ -210,6 +307,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.what == "export":
         return export()
+    if arguments.what in ("curve", "interop", "scale"):
+        return globals()[arguments.what](arguments)
     if arguments.what.startswith("peer-"):
         return print(json.dumps(globals()["peer_" + arguments.what.removeprefix("peer-")](arguments)))
     own = globals()["own_" + arguments.what]

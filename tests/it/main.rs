@@ -5,6 +5,7 @@
 mod binary;
 mod engine;
 mod evaluation;
+mod gguf;
 mod hot_swap;
 mod jobs;
 mod method;
