@@ -15,8 +15,13 @@ const PROMPT_TOKENS: usize = 32;
 const PREFILL_TOKENS: usize = 512;
 
 pub(crate) fn start(path: &Path, dtype: DType) -> Result<Engine> {
+    Ok(start_with(path, dtype, Arc::new(Gate::new(0.5)))?.0)
+}
+
+/// An engine behind a gate, and its model.
+pub(crate) fn start_with(path: &Path, dtype: DType, gate: Arc<Gate>) -> Result<(Engine, Arc<Decoder>)> {
     let checkpoint = Checkpoint::open(path)?;
-    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?;
+    let model = Arc::new(Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?);
     let tokenizer = super::tokenizer(&checkpoint)?;
     let options = EngineOptions {
         name: "bench".into(),
@@ -28,7 +33,7 @@ pub(crate) fn start(path: &Path, dtype: DType) -> Result<Engine> {
         max_model_len: None,
         prefix_caching: false,
     };
-    Engine::start(Arc::new(model), Arc::new(tokenizer), Arc::new(Gate::new(0.5)), options)
+    Ok((Engine::start(model.clone(), Arc::new(tokenizer), gate, options)?, model))
 }
 
 /// Arrival times of the tokens of one answer.
@@ -45,15 +50,9 @@ fn times(mut stream: EventStream) -> Result<Vec<Instant>> {
     }
 }
 
-/// Runs `count` requests at once; `(time to the last first token, time from there to the end, tokens in that time)`.
-pub(crate) fn measure(
-    engine: &Engine,
-    count: usize,
-    prompt_tokens: usize,
-    params: &SamplingParams,
-) -> Result<(Duration, Duration, usize)> {
-    let begin = Instant::now();
-    let answers = (0..count)
+/// Arrival times of the tokens of `count` answers that run at once.
+fn answers(engine: &Engine, count: usize, prompt_tokens: usize, params: &SamplingParams) -> Result<Vec<Vec<Instant>>> {
+    let running = (0..count)
         .map(|index| {
             let prompt = (0..prompt_tokens).map(|at| 100 + (index * 7919 + at * 104_729) as u32 % 200).collect();
             let params = SamplingParams { seed: Some(index as u64), ..params.clone() };
@@ -62,10 +61,24 @@ pub(crate) fn measure(
             Ok(std::thread::spawn(move || times(stream)))
         })
         .collect::<Result<Vec<_>>>()?;
-    let answers = answers
-        .into_iter()
-        .map(|thread| thread.join().map_err(|_| Error::internal("a reader panicked"))?)
-        .collect::<Result<Vec<_>>>()?;
+    running.into_iter().map(|thread| thread.join().map_err(|_| Error::internal("a reader panicked"))?).collect()
+}
+
+/// Seconds between the tokens of each of `count` answers that run at once.
+pub(crate) fn gaps(engine: &Engine, count: usize, prompt_tokens: usize, params: &SamplingParams) -> Result<Vec<f64>> {
+    let answers = answers(engine, count, prompt_tokens, params)?;
+    Ok(answers.iter().flat_map(|times| times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64())).collect())
+}
+
+/// Runs `count` requests at once; `(time to the last first token, time from there to the end, tokens in that time)`.
+pub(crate) fn measure(
+    engine: &Engine,
+    count: usize,
+    prompt_tokens: usize,
+    params: &SamplingParams,
+) -> Result<(Duration, Duration, usize)> {
+    let begin = Instant::now();
+    let answers = answers(engine, count, prompt_tokens, params)?;
     let first = answers.iter().filter_map(|times| times.first()).max().copied().unwrap_or(begin);
     let last = answers.iter().filter_map(|times| times.last()).max().copied().unwrap_or(begin);
     let tokens = answers.iter().flatten().filter(|at| **at > first).count();
