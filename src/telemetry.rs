@@ -124,6 +124,29 @@ pub fn metrics() -> &'static Metrics {
     &METRICS
 }
 
+/// Lets the series of the three roles begin at 0: a rate over a series that is not there yet misses its first step.
+pub fn start_series() {
+    let metrics = metrics();
+    for role in ["teacher", "reward", "student"] {
+        for gauge in [&metrics.requests_running, &metrics.requests_waiting] {
+            gauge.with_label_values(&[role]).set(0);
+        }
+        for counter in [
+            &metrics.queue_rejections_total,
+            &metrics.prompt_tokens_total,
+            &metrics.generation_tokens_total,
+            &metrics.prompt_tokens_cached_total,
+            &metrics.prefix_cache_queries_total,
+            &metrics.prefix_cache_hits_total,
+        ] {
+            counter.with_label_values(&[role]).inc_by(0);
+        }
+        for reason in ["stop", "length", "abort", "error"] {
+            metrics.request_success_total.with_label_values(&[role, reason]).inc_by(0);
+        }
+    }
+}
+
 /// Sends log lines to standard error; `RUST_LOG` chooses what (default `info`), `RDPO_LOG_FORMAT=json` how.
 pub fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());

@@ -125,11 +125,17 @@ pub(super) async fn jobs(args: &JobsArgs) -> Result<()> {
         }
         JobAction::Show { id } => print_json(&client.get(&path(id, "")).await?),
         JobAction::Events { id } => {
-            let events = client.get(&path(id, "/events?limit=1000")).await?;
-            for event in events["data"].as_array().into_iter().flatten() {
-                println!("{} {:<5} {}", event["created_at"], text(event, "level"), text(event, "message"));
+            let mut after = 0;
+            loop {
+                let page = client.get(&path(id, &format!("/events?limit=1000&after={after}"))).await?;
+                for event in page["data"].as_array().into_iter().flatten() {
+                    println!("{} {:<5} {}", event["created_at"], text(event, "level"), text(event, "message"));
+                    after = event["id"].as_i64().unwrap_or(after);
+                }
+                if page["has_more"] != true {
+                    return Ok(());
+                }
             }
-            Ok(())
         }
         JobAction::Follow { id } => {
             let followed = follow::follow(&client, id, |_| {}).await?;

@@ -39,6 +39,14 @@ pub fn fill(template: &str, values: &[(&str, &str)]) -> String {
 }
 
 impl Rubric {
+    /// How a judge is asked where neither a behaviour nor `roles.reward.rubric` says it.
+    pub(super) fn general() -> Self {
+        let prompt = "You grade answers of an assistant. A good answer is correct, does what was asked and is clear.\n\
+                      Grade on this scale: 1 = wrong or useless, 2 = poor, 3 = partly right, 4 = good, 5 = excellent.\n\
+                      Reply with the number only.\n\nRequest:\n{prompt}\n\nAnswer:\n{response}\n\nGrade from 1 to 5:";
+        Rubric { prompt: prompt.into(), min: 1, max: 5, mode: JudgeMode::Expected, label: None, max_tokens: None }
+    }
+
     /// Range and placeholder checks; `prefix` is put before field names (`behavior.judge.max`).
     pub fn validate(&self, prefix: &str) -> Result<()> {
         for place in ["{prompt}", "{response}"] {

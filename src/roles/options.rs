@@ -79,7 +79,7 @@ pub enum JudgeMode {
 pub struct JudgeOptions {
     /// Name under `[models]`.
     pub model: String,
-    /// Used where the behaviour brings none.
+    /// Used where the behaviour brings none; a general one where it is left out.
     #[serde(default)]
     pub rubric: Option<Rubric>,
 }

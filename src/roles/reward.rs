@@ -53,7 +53,7 @@ pub struct Reward {
 }
 
 enum Kind {
-    Judge { target: Box<Target>, rubric: Option<Rubric> },
+    Judge { target: Box<Target>, rubric: Rubric },
     Classifier { target: Box<Target> },
     Rules(Vec<Rule>),
     Http(Endpoint),
@@ -81,7 +81,8 @@ impl Reward {
                 if let Some(rubric) = &judge.rubric {
                     rubric.validate("roles.reward.rubric")?;
                 }
-                Kind::Judge { target: target()?, rubric: judge.rubric.clone() }
+                let rubric = judge.rubric.clone().unwrap_or_else(Rubric::general);
+                Kind::Judge { target: target()?, rubric }
             }
             RewardOptions::Classifier(classifier) => {
                 let target = target()?;
@@ -131,10 +132,7 @@ impl Reward {
         let free = |value: f64| Score { value, prompt_tokens: 0, completion_tokens: 0 };
         let score = match &self.kind {
             Kind::Judge { target, rubric: own } => {
-                let rubric = rubric.or(own.as_ref()).ok_or_else(|| {
-                    Error::invalid("rubric", "the judge has no rubric; name a behavior, or set roles.reward.rubric")
-                })?;
-                judge(target, rubric, &as_text(before), &last.content).await?
+                judge(target, rubric.unwrap_or(own), &as_text(before), &last.content).await?
             }
             Kind::Classifier { target } => {
                 let render = RenderOptions { add_generation_prompt: false, ..RenderOptions::default() };

@@ -66,7 +66,10 @@ fn authorize(request: &ServiceRequest) -> Result<(), Error> {
         return Ok(());
     }
     let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer ")).map(|key| Sha256::digest(key.as_bytes()));
+    let given = given
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, key)| Sha256::digest(key.trim().as_bytes()));
     // Digests are compared, and all of them, so that the time tells nothing about a key.
     let known = keys.iter().filter(|key| Some(Sha256::digest(key.as_bytes())) == given).count();
     if known > 0 {

@@ -17,7 +17,7 @@ use actix_web::{App, HttpServer, web};
 use crate::error::{Error, Result};
 use crate::jobs::{Body, Jobs, Store};
 use crate::roles::{Roles, RolesOptions};
-use crate::telemetry::metrics;
+use crate::telemetry::{metrics, start_series};
 
 /// What the HTTP side is told (the `[server]` section's limits).
 #[derive(Clone, Debug)]
@@ -43,6 +43,7 @@ pub struct AppState {
 impl AppState {
     /// Loads the roles and starts the job worker.
     pub fn load(roles: RolesOptions, store: &std::path::Path, limits: ServerLimits) -> Result<Arc<Self>> {
+        start_series();
         let store = Store::open(store)?;
         let roles = Roles::load(roles)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()

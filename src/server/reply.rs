@@ -1,7 +1,7 @@
 //! Answers' envelope: OpenAI's error object, parsed bodies, server-sent events.
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{ALLOW, CACHE_CONTROL, HeaderValue, RETRY_AFTER};
+use actix_web::http::header::{ALLOW, CACHE_CONTROL, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpRequest, HttpResponse, ResponseError, web};
 use futures_util::{Stream, StreamExt};
 use serde::Serialize;
@@ -45,6 +45,9 @@ impl ResponseError for ApiError {
             }
             Code::Overloaded => {
                 response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+            }
+            Code::InvalidApiKey => {
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
             // The state will not change by itself: the SDK would try a 409 twice more.
             Code::Conflict => {

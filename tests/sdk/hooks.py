@@ -2,8 +2,6 @@
 
 import schemathesis
 
-MODELS = {"ChatRequest": "student", "CompletionRequest": "student"}
-
 
 @schemathesis.hook
 def map_body(context, body):
@@ -13,6 +11,9 @@ def map_body(context, body):
     path = context.operation.path
     if isinstance(body.get("model"), str):
         body["model"] = "reward" if "score" in path else "student"
+    for field in ("lora_path", "path"):
+        if isinstance(body.get(field), str) and body[field].strip():
+            body[field] = "incoming/first"
     if "/completions" in path:
         for field in ("max_tokens", "max_completion_tokens"):
             if isinstance(body.get(field), int) and body[field] > 8:

@@ -25,15 +25,13 @@ def folders():
     (ROOT / "incoming/empty").mkdir()
 
 
-def post(client, path, **body):
-    return client.post(path, body=body, cast_to=object)
+def post(client, route, /, **body):
+    return client.post(route, body=body, cast_to=object)
 
 
-def plain(client, path, **body):
+def plain(client, route, /, **body):
     """The text/plain answer of vLLM's two routes."""
-    reply = client.post(path, body=body, cast_to=openai._base_client.httpx.Response)
-    assert reply.headers["content-type"].startswith("text/plain")
-    return reply.text
+    return client.post(route, body=body, cast_to=str)
 
 
 def text(client, model):

@@ -143,7 +143,7 @@ def test_no_such_job(tiny, path):
 
 
 @pytest.mark.parametrize("query, param", [
-    ("limit=0", "limit"), ("limit=101", "limit"), ("limit=x", None), ("after=none", "after"), ("page=2", None),
+    ("limit=0", "limit"), ("limit=101", "limit"), ("limit=x", "limit"), ("after=none", "after"), ("page=2", "page"),
 ])
 def test_bad_queries(tiny, query, param):
     with pytest.raises(openai.BadRequestError) as bad:

@@ -72,10 +72,16 @@ fn one_or_stream(name: &str, piece: &str) -> Value {
 
 fn events(piece: &str) -> Value {
     let text = format!(
-        "`data:` lines, each with a JSON object of the form `#/components/schemas/{piece}`; `data: [DONE]` is the last. \
-         A failure after the first is a `data:` line with an `ErrorReply`."
+        "`data` is a JSON object of the form `#/components/schemas/{piece}`, or an `ErrorReply` where something fails on the way; \
+         the last is `[DONE]`."
     );
-    json!({"schema": {"type": "string", "description": text}, "example": "data: {…}\n\ndata: [DONE]\n\n"})
+    let event = json!({
+        "type": "object",
+        "description": "One event of the stream.",
+        "required": ["data"],
+        "properties": {"data": {"type": "string", "description": text}, "id": {"type": "string", "description": "Number of the event, on a job's streams."}},
+    });
+    json!({"schema": event, "example": "data: {\"id\": \"…\"}\n\ndata: [DONE]\n\n"})
 }
 
 fn text(kind: &str) -> Value {
@@ -372,8 +378,15 @@ fn operations() -> Vec<Operation> {
             ..route("get", "/metrics", "metrics", server, "Metrics for Prometheus", text("text/plain"))
         },
         Operation {
-            errors: &[],
-            ..route("get", "/openapi.yaml", "description", server, "This description", text("application/yaml"))
+            errors: &[500],
+            ..route(
+                "get",
+                "/openapi.yaml",
+                "description",
+                server,
+                "This description",
+                json!({"application/yaml": {"schema": {"type": "object"}}}),
+            )
         },
         Operation {
             errors: &[],
@@ -421,6 +434,9 @@ fn rendered(operation: &Operation) -> Value {
         let mut headers = json!({"x-request-id": request_id});
         if matches!(status, 429 | 503) {
             headers["retry-after"] = header("Seconds to wait");
+        }
+        if status == 401 {
+            headers["www-authenticate"] = header("`Bearer`");
         }
         if status == 409 {
             headers["x-should-retry"] = header("`false`: the same request fails again");

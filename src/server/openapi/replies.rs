@@ -39,7 +39,7 @@ pub(super) struct ChatCompletion {
     #[schema(nullable = false)]
     pub(super) prompt_logprobs: Option<Vec<Option<BTreeMap<String, PromptLogprob>>>>,
     /// The request's `metadata`.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>, nullable = false)]
     pub(super) metadata: Option<()>,
 }
 

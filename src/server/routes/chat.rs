@@ -191,7 +191,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         metadata: request.metadata.clone(),
     };
     let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, n).map_err(about_messages)?;
-    if sampling.streams() { streamed(target, choices, ask) } else { whole(target, choices, &ask, &prompt).await }
+    if sampling.streams() {
+        streamed(target, choices, ask, prompt.len())
+    } else {
+        whole(target, choices, &ask, &prompt).await
+    }
 }
 
 /// The engine's `prompt` is this route's `messages`.
@@ -239,7 +243,7 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
     Ok(response.json(head.body(fields)))
 }
 
-fn streamed(target: Target, mut choices: Choices, ask: Ask) -> Reply {
+fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt_tokens: usize) -> Reply {
     let head = Head::new("chatcmpl", "chat.completion.chunk", &target);
     let tokenizer = target.tokenizer()?.clone();
     let named = head.clone();
@@ -252,16 +256,19 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask) -> Reply {
             }
             event(&head.body(fields))
         };
+        let so_far = |completion: usize| match ask.stream.continuous_usage_stats {
+            true => answer::counted(prompt_tokens, 0, completion),
+            false => Value::Null,
+        };
         for index in 0..ask.n {
             let delta = json!({"role": "assistant", "content": ""});
-            yield chunk(json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}), Value::Null);
+            yield chunk(json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}), so_far(0));
         }
-        let (mut usages, mut so_far) = (Vec::new(), vec![0usize; ask.n]);
-        let mut prompt_tokens = 0;
+        let (mut usages, mut generated) = (Vec::new(), 0);
         while let Some((index, next)) = choices.next().await {
             match next {
                 Event::Token { id, text, logprob } => {
-                    so_far[index] += 1;
+                    generated += 1;
                     if text.is_empty() && logprob.is_none() && !ask.ids {
                         continue;
                     }
@@ -270,23 +277,18 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask) -> Reply {
                     if ask.ids {
                         choice["token_ids"] = json!([id]);
                     }
-                    let running = if ask.stream.continuous_usage_stats {
-                        answer::counted(prompt_tokens, 0, so_far.iter().sum())
-                    } else {
-                        Value::Null
-                    };
-                    yield chunk(choice, running);
+                    yield chunk(choice, so_far(generated));
                 }
                 Event::Done { text, reason, usage } => {
                     if !text.is_empty() {
-                        yield chunk(json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null}), Value::Null);
+                        let choice = json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null});
+                        yield chunk(choice, so_far(generated));
                     }
-                    prompt_tokens = usage.prompt_tokens;
                     usages.push(usage);
                     yield chunk(
                         json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
                             "stop_reason": answer::stop_reason(&reason)}),
-                        Value::Null,
+                        so_far(generated),
                     );
                 }
                 Event::Failed(error) => {

@@ -14,7 +14,7 @@ use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Collected, Head};
 use crate::server::reply::{Reply, error_body, event, parse, sse};
-use crate::server::sampling::{Refused, Sampling};
+use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::text::Tokenizer;
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
@@ -84,7 +84,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let ids = sampling.return_token_ids.unwrap_or(false);
     let choices = Choices::submit(&target, &prompts, &params, n)?;
     if sampling.streams() {
-        return streamed(&target, choices, options.include_usage, ids);
+        return streamed(
+            &target,
+            choices,
+            Ask { stream: options, ids, n, prompts: prompts.iter().map(Vec::len).collect() },
+        );
     }
     let head = Head::new("cmpl", "text_completion", &target);
     let all = answer::collect(choices, prompts.len() * n).await?;
@@ -108,15 +112,21 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         }
         rendered.push(body);
     }
-    let firsts: Vec<Usage> = all.chunks(n).filter_map(|same| same.first().map(|choice| choice.usage)).collect();
-    let usage = answer::counted(
-        firsts.iter().map(|usage| usage.prompt_tokens).sum(),
-        firsts.iter().map(|usage| usage.cached_tokens).sum(),
-        all.iter().map(|choice| choice.usage.completion_tokens).sum(),
-    );
+    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
+    let usage = counted(&usages, n);
     let mut response = HttpResponse::Ok();
     head.headers(&mut response);
     Ok(response.json(head.body(json!({"choices": rendered, "usage": usage}))))
+}
+
+/// Every prompt counts once, every answer counts. `usages` are in the order of the choices, `n` of each prompt.
+fn counted(usages: &[Usage], n: usize) -> Value {
+    let firsts: Vec<&Usage> = usages.iter().step_by(n).collect();
+    answer::counted(
+        firsts.iter().map(|usage| usage.prompt_tokens).sum(),
+        firsts.iter().map(|usage| usage.cached_tokens).sum(),
+        usages.iter().map(|usage| usage.completion_tokens).sum(),
+    )
 }
 
 /// The classic four lists; `echoed` are the prompt's tokens that stand before the answer.
@@ -158,16 +168,29 @@ impl Lists {
     }
 }
 
-fn streamed(target: &Target, mut choices: Choices, include_usage: bool, ids: bool) -> Reply {
+/// What a request asks of a stream.
+struct Ask {
+    stream: StreamOptions,
+    ids: bool,
+    n: usize,
+    /// Tokens of each prompt.
+    prompts: Vec<usize>,
+}
+
+fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
     let head = Head::new("cmpl", "text_completion", target);
     let named = head.clone();
     let tokenizer = target.tokenizer()?.clone();
     let chunks = async_stream::stream! {
-        let mut usages: Vec<Usage> = Vec::new();
+        let mut usages = vec![Usage::default(); ask.prompts.len() * ask.n];
+        for (index, usage) in usages.iter_mut().enumerate() {
+            usage.prompt_tokens = ask.prompts[index / ask.n];
+        }
         while let Some((index, next)) = choices.next().await {
             let choice = match next {
                 Event::Token { id, text, logprob } => {
-                    if text.is_empty() && logprob.is_none() && !ids {
+                    usages[index].completion_tokens += 1;
+                    if text.is_empty() && logprob.is_none() && !ask.ids {
                         continue;
                     }
                     let logprobs = logprob.map(|token| {
@@ -175,13 +198,13 @@ fn streamed(target: &Target, mut choices: Choices, include_usage: bool, ids: boo
                         logprobs(&tokenizer, &one, &[])
                     });
                     let mut choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null});
-                    if ids {
+                    if ask.ids {
                         choice["token_ids"] = json!([id]);
                     }
                     choice
                 }
                 Event::Done { text, reason, usage } => {
-                    usages.push(usage);
+                    usages[index] = usage;
                     json!({"index": index, "text": text, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
                         "stop_reason": answer::stop_reason(&reason)})
                 }
@@ -192,13 +215,13 @@ fn streamed(target: &Target, mut choices: Choices, include_usage: bool, ids: boo
                 Event::Prompt(_) | Event::NextToken(..) | Event::Score(..) => continue,
             };
             let mut fields = json!({"choices": [choice]});
-            if include_usage {
-                fields["usage"] = Value::Null;
+            if ask.stream.include_usage {
+                fields["usage"] = if ask.stream.continuous_usage_stats { counted(&usages, ask.n) } else { Value::Null };
             }
             yield event(&head.body(fields));
         }
-        if include_usage {
-            yield event(&head.body(json!({"choices": [], "usage": answer::usage_json(&usages)})));
+        if ask.stream.include_usage {
+            yield event(&head.body(json!({"choices": [], "usage": counted(&usages, ask.n)})));
         }
         yield web::Bytes::from_static(b"data: [DONE]\n\n");
     };

@@ -1,12 +1,12 @@
 //! Jobs: start, look, follow, steer; and two of their parts alone, synthesis and the behaviours.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use actix_web::http::header::ACCEPT;
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
@@ -37,10 +37,29 @@ pub(super) fn configure(routes: &mut Routes<'_>) {
     routes.post("/v1/rdpo/train/{id}/resume", resume);
 }
 
-fn query<T: DeserializeOwned>(request: &HttpRequest) -> Result<T> {
-    web::Query::<T>::from_query(request.query_string())
-        .map(web::Query::into_inner)
-        .map_err(|error| Error::new(Code::InvalidValue, format!("the query cannot be read: {error}")))
+/// The fields of a query.
+struct Query(BTreeMap<String, String>);
+
+impl Query {
+    /// Reads them; one that is not `known` is an error naming it.
+    fn read(request: &HttpRequest, known: &[&str]) -> Result<Self> {
+        let fields = web::Query::<BTreeMap<String, String>>::from_query(request.query_string())
+            .map_err(|error| Error::new(Code::InvalidValue, format!("the query cannot be read: {error}")))?
+            .into_inner();
+        match fields.keys().find(|name| !known.contains(&name.as_str())) {
+            None => Ok(Query(fields)),
+            Some(name) => {
+                let message = format!("`{name}` is not a field of this query; it has: {}", known.join(", "));
+                Err(Error::new(Code::UnknownField, message).at(name.as_str()))
+            }
+        }
+    }
+
+    fn get<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>> {
+        let read =
+            |text: &String| text.parse().map_err(|_| Error::invalid(name, format!("`{text}` is no value of `{name}`")));
+        self.0.get(name).map(read).transpose()
+    }
 }
 
 fn limit(given: Option<usize>, usual: usize, most: usize) -> Result<usize> {
@@ -174,17 +193,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ListQuery {
-    after: Option<String>,
-    limit: Option<usize>,
-}
-
 async fn list(state: web::Data<AppState>, request: HttpRequest) -> Reply {
-    let query: ListQuery = query(&request)?;
-    let limit = limit(query.limit, 20, 100)?;
-    let page = blocking(move || state.jobs.store().list(query.after.as_deref(), limit)).await?;
+    let query = Query::read(&request, &["after", "limit"])?;
+    let limit = limit(query.get("limit")?, 20, 100)?;
+    let after: Option<String> = query.get("after")?;
+    let page = blocking(move || state.jobs.store().list(after.as_deref(), limit)).await?;
     let (first_id, last_id) = (page.data.first().map(|job| job.id.clone()), page.data.last().map(|job| job.id.clone()));
     let data = page.data.into_iter().map(|job| JobObject::from(job).short()).collect();
     Ok(HttpResponse::Ok().json(JobList { object: "list", data, first_id, last_id, has_more: page.has_more }))
@@ -225,17 +238,11 @@ async fn resume(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
     Ok(HttpResponse::Ok().json(JobObject::from(job)))
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PairsQuery {
-    after: Option<usize>,
-    limit: Option<usize>,
-}
-
 /// The pairs kept, in their order; `after` is the index of the last one seen.
 async fn pairs(state: web::Data<AppState>, id: web::Path<String>, request: HttpRequest) -> Reply {
-    let query: PairsQuery = query(&request)?;
-    let limit = limit(query.limit, 100, 1000)?;
+    let query = Query::read(&request, &["after", "limit"])?;
+    let limit = limit(query.get("limit")?, 100, 1000)?;
+    let after: Option<usize> = query.get("after")?;
     let rows = blocking(move || {
         state.jobs.store().get(&id)?;
         state.jobs.store().rows(&id, "pair")
@@ -243,7 +250,7 @@ async fn pairs(state: web::Data<AppState>, id: web::Path<String>, request: HttpR
     .await?;
     let mut rest = rows
         .into_iter()
-        .filter(|(index, _)| query.after.is_none_or(|after| *index > after))
+        .filter(|(index, _)| after.is_none_or(|after| *index > after))
         .take(limit + 1)
         .map(|(index, pair)| {
             let Pair { prompt_index, prompt, chosen, rejected, score_chosen, score_rejected } =
@@ -257,26 +264,18 @@ async fn pairs(state: web::Data<AppState>, id: web::Path<String>, request: HttpR
     Ok(HttpResponse::Ok().json(PageOf::new(rest, has_more)))
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct EventsQuery {
-    after: Option<i64>,
-    limit: Option<usize>,
-    stream: Option<bool>,
-}
-
 async fn events(state: web::Data<AppState>, id: web::Path<String>, request: HttpRequest) -> Reply {
-    let (id, query): (String, EventsQuery) = (id.into_inner(), query(&request)?);
+    let (id, query) = (id.into_inner(), Query::read(&request, &["after", "limit", "stream"])?);
+    let (after, limit) = (query.get::<i64>("after")?, limit(query.get("limit")?, 100, 1000)?);
     let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
     let accepts = header(ACCEPT.as_str()).is_some_and(|accept| accept.contains("text/event-stream"));
-    if query.stream.unwrap_or(accepts) {
+    if query.get("stream")?.unwrap_or(accepts) {
         // A browser that reconnects says in a header where it was.
         let seen = header("last-event-id").and_then(|last| last.parse().ok());
         read(&state, id.clone()).await?;
-        return Ok(follow(state, id, seen.or(query.after).unwrap_or(0)));
+        return Ok(follow(state, id, seen.or(after).unwrap_or(0)));
     }
-    let limit = limit(query.limit, 100, 1000)?;
-    let after = query.after.unwrap_or(0);
+    let after = after.unwrap_or(0);
     let mut data = blocking(move || state.jobs.store().events(&id, after, limit + 1)).await?;
     let has_more = data.len() > limit;
     data.truncate(limit);
