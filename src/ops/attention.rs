@@ -4,11 +4,10 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{Heads, Keys, attend_row, attend_row_backward, vectorized};
+use crate::kernels::cpu::{Heads, Rows, attention, attention_backward};
 
 /// One run of tokens: each sees all of `prefix` (an earlier run of the same step) and, causally, its own run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,23 +100,48 @@ struct Causal {
     window: Option<usize>,
 }
 
-impl Causal {
-    /// Every row with the keys it sees.
-    fn rows(&self) -> Vec<(Range<usize>, Range<usize>)> {
-        let of = |segment: &'_ Segment| {
-            let segment = segment.clone();
-            (segment.start..segment.start + segment.len).map(move |row| self.mask.visible(&segment, row, self.window))
-        };
-        self.mask.segments.iter().flat_map(of).collect()
+/// A segment's keys in order, and what each of its rows sees of them.
+struct Run {
+    start: usize,
+    slots: Vec<usize>,
+    seen: Vec<Range<usize>>,
+}
+
+impl Run {
+    fn rows(&self) -> Rows<'_> {
+        Rows { start: self.start, slots: &self.slots, seen: self.seen.clone() }
     }
 }
 
-fn keys((prefix, own): &(Range<usize>, Range<usize>)) -> impl Keys + use<> {
-    let (shared, prefix_start, own_start) = (prefix.len(), prefix.start, own.start);
-    (
-        shared + own.len(),
-        move |index: usize| if index < shared { prefix_start + index } else { own_start + index - shared },
-    )
+impl Causal {
+    fn runs(&self) -> Vec<Run> {
+        let of = |segment: &Segment| {
+            let seen = |row: usize| {
+                let (prefix, own) = self.mask.visible(segment, row, self.window);
+                let end = segment.prefix.len() + row + 1 - segment.start;
+                end - prefix.len() - own.len()..end
+            };
+            Run {
+                start: segment.start,
+                slots: segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect(),
+                seen: (segment.start..segment.start + segment.len).map(seen).collect(),
+            }
+        };
+        self.mask.segments.iter().map(of).collect()
+    }
+
+    /// Ranges of segments such that no segment's prefix lies in another range.
+    fn parts(&self) -> Vec<Range<usize>> {
+        let (mut parts, mut end, mut reach) = (Vec::new(), self.mask.segments.len(), usize::MAX);
+        for (index, segment) in self.mask.segments.iter().enumerate().rev() {
+            reach = reach.min(if segment.prefix.is_empty() { segment.start } else { segment.prefix.start });
+            if reach == segment.start {
+                parts.push(index..end);
+                (end, reach) = (index, usize::MAX);
+            }
+        }
+        parts
+    }
 }
 
 impl CustomOp3 for Causal {
@@ -135,13 +159,9 @@ impl CustomOp3 for Causal {
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (q, k, v) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
-        let (rows, Heads { query: h, dim: d, .. }) = (self.rows(), self.heads);
-        let mut out = vec![0f32; q.len()];
-        out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
-            let q = &q[index * d..(index + 1) * d];
-            vectorized(|| attend_row(self.heads, index % h, q, (k, v), &keys(&rows[index / h]), weights, out));
-        });
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        let runs = self.runs();
+        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+        Ok((CpuStorage::F32(attention(self.heads, &rows, q, k, v)), l1.shape().clone()))
     }
 
     fn bwd(
@@ -149,47 +169,17 @@ impl CustomOp3 for Causal {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _out: &Tensor,
+        out: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dout = dout.contiguous()?;
-        let (rows, Heads { query: h, key: kv, dim: d, .. }) = (self.rows(), self.heads);
-        let (n, group) = (rows.len(), h / kv);
-        // One task a kv head: it alone adds to that head's dK and dV, in row order.
-        let parts: Vec<[Vec<f32>; 3]> = cpu::with_floats([q, k, v, &dout], |[q, k, v, dout]| {
-            let part = |kv_head: usize| {
-                let (mut dq, mut dk, mut dv) = (vec![0f32; n * group * d], vec![0f32; n * d], vec![0f32; n * d]);
-                let mut weights = Vec::new();
-                for (row, seen) in rows.iter().enumerate() {
-                    for member in 0..group {
-                        let head = kv_head * group + member;
-                        let at = (row * h + head) * d;
-                        let dq = &mut dq[(row * group + member) * d..][..d];
-                        let gradients = (dq, dk.as_mut_slice(), dv.as_mut_slice());
-                        let (q, dout) = (&q[at..at + d], &dout[at..at + d]);
-                        let (heads, weights) = (self.heads, &mut weights);
-                        vectorized(|| {
-                            attend_row_backward(heads, head, q, (k, v), &keys(seen), weights, dout, gradients)
-                        });
-                    }
-                }
-                [dq, dk, dv]
-            };
-            Ok((0..kv).into_par_iter().map(part).collect())
+        let runs = self.runs();
+        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+        let parts = self.parts();
+        let parts: Vec<&[Rows<'_>]> = parts.iter().map(|part| &rows[part.clone()]).collect();
+        let [dq, dk, dv] = cpu::with_floats([q, k, v, out, &dout], |[q, k, v, out, dout]| {
+            Ok(attention_backward(self.heads, &parts, (q, k, v), (out, dout)))
         })?;
-        let join = |which: usize, width: usize| {
-            let mut all = vec![0f32; n * kv * width];
-            for (kv_head, part) in parts.iter().enumerate() {
-                for (row, values) in part[which].chunks(width).enumerate() {
-                    all[(row * kv + kv_head) * width..][..width].copy_from_slice(values);
-                }
-            }
-            all
-        };
-        Ok((
-            Some(cpu::tensor(join(0, group * d), q.shape())?),
-            Some(cpu::tensor(join(1, d), k.shape())?),
-            Some(cpu::tensor(join(2, d), v.shape())?),
-        ))
+        Ok((Some(cpu::tensor(dq, q.shape())?), Some(cpu::tensor(dk, k.shape())?), Some(cpu::tensor(dv, v.shape())?)))
     }
 }

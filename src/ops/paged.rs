@@ -1,11 +1,10 @@
 //! Attention over the paged key/value cache. Forward only: a tensor that records a graph is an error.
 
 use candle_core::{CpuStorage, D, DType, InplaceOp2, Layout, Tensor};
-use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{Heads, attend_row, vectorized};
+use crate::kernels::cpu::{Heads, Rows, attention};
 
 /// One layer's cache. k, v: (blocks, block_size, K, D).
 #[derive(Clone, Debug)]
@@ -117,31 +116,23 @@ pub fn paged_attention(
         sequence.blocks.iter().flat_map(|block| (0..size).map(move |at| *block as usize * size + at)).collect()
     };
     let slots: Vec<Vec<usize>> = batch.sequences.iter().map(slots_of).collect();
-    // (slots of its sequence, tokens it sees) of every row.
-    let rows: Vec<(&[usize], usize)> = batch
+    let rows: Vec<Rows<'_>> = batch
         .sequences
         .iter()
         .zip(&slots)
-        .flat_map(|(sequence, slots)| {
-            (1..=sequence.len).map(move |at| (slots.as_slice(), sequence.context - sequence.len + at))
+        .map(|(sequence, slots)| {
+            let before = sequence.context - sequence.len;
+            let seen = |end: usize| window.map_or(0, |window| end.saturating_sub(window))..end;
+            let seen = (1..=sequence.len).map(|at| seen(before + at)).collect();
+            Rows { start: sequence.start, slots: &slots[..sequence.context], seen }
         })
         .collect();
-    if rows.len() != n {
-        return Err(Error::internal(format!("a paged batch of {} rows was given {n} queries", rows.len())));
+    if rows.iter().map(|rows| rows.seen.len()).sum::<usize>() != n {
+        return Err(Error::internal(format!("a paged batch does not cover the {n} queries it was given")));
     }
     let heads = Heads { query: h, key: kv, dim: d, scale };
-    let mut out = vec![0f32; n * h * d];
     let q = q.contiguous()?;
-    cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| {
-        out.par_chunks_mut(d).enumerate().for_each_init(Vec::new, |weights, (index, out)| {
-            let (slots, seen) = rows[index / h];
-            let first = window.map_or(0, |window| seen.saturating_sub(window));
-            let slot = |at: usize| slots[first + at];
-            let q = &q[index * d..(index + 1) * d];
-            vectorized(|| attend_row(heads, index % h, q, (k, v), &(seen - first, slot), weights, out));
-        });
-        Ok(())
-    })?;
+    let out = cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| Ok(attention(heads, &rows, q, k, v)))?;
     Ok(cpu::tensor(out, (n, h, d))?)
 }
 

@@ -1,9 +1,10 @@
 //! CPU kernels, chosen at run time by what the processor has (AVX-512, AVX2 with FMA, or portable code).
 
 mod attention;
+mod level;
 mod matmul;
 mod rowwise;
 
-pub use attention::{Heads, Keys, attend_row, attend_row_backward};
-pub use matmul::{Packed, Width};
+pub use attention::{Heads, Rows, attention, attention_backward};
+pub use matmul::{Left, Packed, Width, multiply};
 pub use rowwise::{exp, gelu_tanh, rms_norm_backward_row, rms_norm_row, rope_row, silu, vectorized};

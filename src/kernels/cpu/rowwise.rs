@@ -1,11 +1,23 @@
 //! Loops over one row: norm, rotation, activations, and the way loops are compiled for the processor at hand.
 
-/// Runs a closure of plain loops compiled for AVX2 where the processor has it. Multiply and add stay apart, so the numbers are
-/// the same either way.
+/// Runs a closure of plain loops compiled for AVX-512 or AVX2 where the processor has it. Multiply and add stay apart, so the
+/// numbers are the same either way.
 #[inline]
 pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
+        #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512bw")]
+        unsafe fn widest<R>(body: impl FnOnce() -> R) -> R {
+            body()
+        }
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+        {
+            // SAFETY: the processor has what the function is compiled for.
+            return unsafe { widest(body) };
+        }
         #[target_feature(enable = "avx2")]
         unsafe fn wide<R>(body: impl FnOnce() -> R) -> R {
             body()
@@ -90,6 +102,32 @@ pub fn rope_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32])
         out[at] = a * cos[at] - b * sin;
         out[at + half] = b * cos[at] + a * sin;
     }
+}
+
+/// `exp(scale·(x − max x))` in place; gives their sum, in sixteen interleaved sums added in a fixed order. scale > 0.
+#[inline(always)]
+pub(super) fn softmax_row(x: &mut [f32], scale: f32) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for chunk in chunks {
+        for lane in 0..16 {
+            largest[lane] = if chunk[lane] > largest[lane] { chunk[lane] } else { largest[lane] };
+        }
+    }
+    let max = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0f32; 16];
+    let (chunks, rest) = x.as_chunks_mut::<16>();
+    for chunk in chunks {
+        for lane in 0..16 {
+            chunk[lane] = exp((chunk[lane] - max) * scale);
+            sums[lane] += chunk[lane];
+        }
+    }
+    for (value, sum) in rest.iter_mut().zip(&mut sums) {
+        *value = exp((*value - max) * scale);
+        *sum += *value;
+    }
+    sums.iter().sum()
 }
 
 /// Σ a·b in sixteen interleaved sums, added in a fixed order.

@@ -1,0 +1,110 @@
+//! Attention of blocks of rows over any keys, forward and backward, as small products by the microkernel of [`super::matmul`].
+//!
+//! A score is one chain over D, an output one chain over the row's keys in order, a gradient of a key one chain over the rows in
+//! order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
+
+mod backward;
+mod scores;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::level::{Level, filled, level};
+pub use backward::attention_backward;
+use scores::Scratch;
+
+/// Rows of a block at most.
+const ROWS: usize = 32;
+/// Scores of a block at most, unless one row has more.
+const SCORES: usize = 1 << 16;
+
+/// Shape of the heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// H.
+    pub query: usize,
+    /// K.
+    pub key: usize,
+    /// D.
+    pub dim: usize,
+    /// Softmax scale, above zero.
+    pub scale: f32,
+}
+
+impl Heads {
+    /// H/K: query heads that share a key head.
+    fn group(&self) -> usize {
+        self.query / self.key
+    }
+}
+
+/// Consecutive rows of a step whose keys are one list, and what each sees of it.
+#[derive(Clone, Debug)]
+pub struct Rows<'a> {
+    /// Row of the first.
+    pub start: usize,
+    /// The slot, of (K, D) in the key and value arrays, of every key in the list.
+    pub slots: &'a [usize],
+    /// What each row sees: a range of the list. Neither end ever moves back from one row to the next.
+    pub seen: Vec<Range<usize>>,
+}
+
+/// A part of [`Rows`] small enough for its scores to stay in cache, cut to the keys that it sees.
+struct Block<'a> {
+    start: usize,
+    slots: &'a [usize],
+    seen: Vec<Range<usize>>,
+}
+
+fn blocks<'a>(heads: Heads, rows: &Rows<'a>) -> Vec<Block<'a>> {
+    let mut blocks = Vec::new();
+    let mut at = 0;
+    while at < rows.seen.len() {
+        let first = rows.seen[at].start;
+        let mut len = 1;
+        while len < ROWS && at + len < rows.seen.len() {
+            let keys = (rows.seen[at + len].end - first).next_multiple_of(32);
+            if (len + 1) * heads.group() * keys > SCORES {
+                break;
+            }
+            len += 1;
+        }
+        let some = &rows.seen[at..at + len];
+        blocks.push(Block {
+            start: rows.start + at,
+            slots: &rows.slots[first..some[len - 1].end],
+            seen: some.iter().map(|seen| seen.start - first..seen.end - first).collect(),
+        });
+        at += len;
+    }
+    blocks
+}
+
+/// Softmax attention. q: (N, H, D); k, v: slots of (K, D); `rows` cover all N in order → (N, H, D).
+pub fn attention(heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+    attention_at(level(), heads, rows, q, k, v)
+}
+
+fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+    let blocks: Vec<Block<'_>> = rows.iter().flat_map(|rows| blocks(heads, rows)).collect();
+    let covered: usize = blocks.iter().map(|block| block.seen.len()).sum();
+    let starts = blocks.iter().scan(0, |at, block| Some((*at == block.start, *at += block.seen.len()).0));
+    assert!(starts.fold(true, |all, starts| all && starts), "rows out of order");
+    assert_eq!(covered * heads.query * heads.dim, q.len(), "rows that no block has");
+    let slots = k.len().min(v.len()) / (heads.key * heads.dim);
+    assert!(rows.iter().flat_map(|rows| rows.slots).all(|slot| *slot < slots), "a slot past the keys");
+    // SAFETY: every row of every head is in one task, which writes it whole.
+    unsafe {
+        filled(q.len(), |out| {
+            (0..blocks.len() * heads.key).into_par_iter().for_each_init(
+                || Scratch::new(level, heads),
+                |scratch, task| {
+                    scratch.attend(&blocks[task / heads.key], task % heads.key, (q, k, v), out);
+                },
+            );
+        })
+    }
+}

@@ -1,0 +1,201 @@
+//! One block of rows under one key head: its scores, its softmax, its output.
+//!
+//! The rows of a block are taken as its M = rows · H/K rows, members of a row's group one after the other.
+
+use super::{Block, Heads};
+use crate::kernels::cpu::level::{Level, Out};
+use crate::kernels::cpu::matmul::{PANEL, Tile};
+use crate::kernels::cpu::rowwise::{softmax_row, vectorized};
+
+/// Buffers of a task.
+pub(super) struct Scratch {
+    pub(super) products: Products,
+    /// (M, wide).
+    pub(super) q: Vec<f32>,
+    /// (M, pitch): scores, then `exp(score − max)`; zero where a row does not see a key.
+    pub(super) weights: Vec<f32>,
+    /// One over the sum of a row's weights, (M).
+    pub(super) scales: Vec<f32>,
+    /// (M, wide).
+    out: Vec<f32>,
+}
+
+/// Products of a block's rows with keys and values, and the buffers those take.
+pub(super) struct Products {
+    pub(super) level: Level,
+    pub(super) heads: Heads,
+    /// D, or the next multiple of 16: vectors are read whole.
+    pub(super) wide: usize,
+    /// 32 keys turned: (D, 32).
+    turned: Vec<f32>,
+    /// Keys or values whose D is no multiple of 16, one after the other: (keys, wide).
+    padded: Vec<f32>,
+}
+
+/// Length of a row of weights: its keys, rounded up to 32.
+pub(super) fn pitch(block: &Block<'_>) -> usize {
+    block.slots.len().next_multiple_of(PANEL)
+}
+
+/// Runs of consecutive slots: (first index, first slot, length).
+pub(super) fn runs(slots: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = at;
+        let slot = *slots.get(first)?;
+        at += 1;
+        while slots.get(at).is_some_and(|next| *next == slot + at - first) {
+            at += 1;
+        }
+        Some((first, slot, at - first))
+    })
+}
+
+impl Scratch {
+    pub(super) fn new(level: Level, heads: Heads) -> Self {
+        let (turned, wide) = (vec![0f32; heads.dim * PANEL], heads.dim.next_multiple_of(16));
+        let products = Products { level, heads, wide, turned, padded: Vec::new() };
+        Scratch { products, q: Vec::new(), weights: Vec::new(), scales: Vec::new(), out: Vec::new() }
+    }
+
+    /// Weights of the block and their scales.
+    pub(super) fn weigh(&mut self, block: &Block<'_>, kv: usize, q: &[f32], k: &[f32]) {
+        let Heads { scale, .. } = self.products.heads;
+        let (group, pitch) = (self.products.heads.group(), pitch(block));
+        self.products.gather(block, kv, q, &mut self.q);
+        self.products.against(block, kv, &self.q, k, &mut self.weights);
+        self.scales.clear();
+        for (row, weights) in self.weights.chunks_exact_mut(pitch).enumerate() {
+            let seen = &block.seen[row / group];
+            weights[..seen.start].fill(0.0);
+            weights[seen.end..].fill(0.0);
+            self.scales.push(1.0 / vectorized(|| softmax_row(&mut weights[seen.start..seen.end], scale)));
+        }
+    }
+
+    /// Writes the block's rows of `out`: (N, H, D).
+    pub(super) fn attend(&mut self, block: &Block<'_>, kv: usize, (q, k, v): (&[f32], &[f32], &[f32]), out: Out) {
+        self.weigh(block, kv, q, k);
+        self.products.over(block, kv, &self.weights, v, &mut self.out);
+        let wide = self.products.wide;
+        for (row, scale) in self.out.chunks_exact_mut(wide).zip(&self.scales) {
+            row.iter_mut().for_each(|value| *value *= scale);
+        }
+        self.products.scatter(block, kv, &self.out, out);
+    }
+}
+
+impl Products {
+    /// Where row `m` of a block lies in an (N, H, D).
+    fn place(&self, block: &Block<'_>, kv: usize, m: usize) -> usize {
+        let group = self.heads.group();
+        ((block.start + m / group) * self.heads.query + kv * group + m % group) * self.heads.dim
+    }
+
+    /// The block's rows of x: (N, H, D) as (M, wide).
+    pub(super) fn gather(&self, block: &Block<'_>, kv: usize, x: &[f32], to: &mut Vec<f32>) {
+        to.clear();
+        to.resize(block.seen.len() * self.heads.group() * self.wide, 0.0);
+        for (m, to) in to.chunks_exact_mut(self.wide).enumerate() {
+            to[..self.heads.dim].copy_from_slice(&x[self.place(block, kv, m)..][..self.heads.dim]);
+        }
+    }
+
+    /// The reverse of [`Self::gather`].
+    pub(super) fn scatter(&self, block: &Block<'_>, kv: usize, from: &[f32], to: Out) {
+        for (m, from) in from.chunks_exact(self.wide).enumerate() {
+            let to = to.at(self.place(block, kv, m));
+            // SAFETY: the row's place is inside the (N, H, D), as it was for `gather`, and this task's alone.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, self.heads.dim) };
+        }
+    }
+
+    /// Products of rows with the block's keys. rows: (M, wide), keys: slots of (K, D) → (M, pitch).
+    pub(super) fn against(&mut self, block: &Block<'_>, kv: usize, rows: &[f32], keys: &[f32], out: &mut Vec<f32>) {
+        let (pitch, dim) = (pitch(block), self.heads.dim);
+        let m = rows.len() / self.wide;
+        out.resize(m * pitch, 0.0);
+        for (at, slots) in block.slots.chunks(PANEL).enumerate() {
+            self.turn(slots, kv, keys);
+            let tile = Tile {
+                x: rows.as_ptr(),
+                stride: self.wide,
+                turned: false,
+                panel: self.turned.as_ptr(),
+                pitch: PANEL,
+                k: dim,
+                columns: slots.len(),
+                add: false,
+            };
+            // SAFETY: rows are `wide` ≥ D apart, the panel is (D, 32), and 32 columns from at·32 are inside a row of the output.
+            unsafe { tile.run(self.level, m, out.as_mut_ptr().add(at * PANEL), pitch) };
+        }
+    }
+
+    /// At most 32 keys of one key head as a panel (D, 32); columns past them hold anything.
+    fn turn(&mut self, slots: &[usize], kv: usize, keys: &[f32]) {
+        let dim = self.heads.dim;
+        let key = |index: usize| &keys[(slots[index.min(slots.len() - 1)] * self.heads.key + kv) * dim..][..dim];
+        #[cfg(target_arch = "x86_64")]
+        if self.level == Level::Avx512 && dim.is_multiple_of(16) {
+            use crate::kernels::cpu::matmul::turn16;
+            use std::arch::x86_64::_mm512_loadu_ps;
+            for first in (0..slots.len()).step_by(16) {
+                let keys: [*const f32; 16] = std::array::from_fn(|index| key(first + index).as_ptr());
+                for at in (0..dim).step_by(16) {
+                    // SAFETY: at + 16 ≤ D, so it is inside each key and inside the panel; AVX-512F is there.
+                    unsafe {
+                        let to = self.turned.as_mut_ptr().add(at * PANEL + first);
+                        turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL);
+                    }
+                }
+            }
+            return;
+        }
+        for index in 0..slots.len() {
+            for (at, value) in key(index).iter().enumerate() {
+                self.turned[at * PANEL + index] = *value;
+            }
+        }
+    }
+
+    /// `weights·values`. weights: (M, pitch), values: slots of (K, D) → (M, wide).
+    pub(super) fn over(&mut self, block: &Block<'_>, kv: usize, weights: &[f32], values: &[f32], out: &mut Vec<f32>) {
+        let (pitch, wide) = (pitch(block), self.wide);
+        let Heads { key: heads, dim, .. } = self.heads;
+        let m = weights.len() / pitch;
+        out.clear();
+        out.resize(m * wide, 0.0);
+        let pad = wide != dim;
+        if pad {
+            self.padded.clear();
+            self.padded.resize(block.slots.len() * wide, 0.0);
+            for (to, slot) in self.padded.chunks_exact_mut(wide).zip(block.slots) {
+                to[..dim].copy_from_slice(&values[(slot * heads + kv) * dim..][..dim]);
+            }
+        }
+        for (index, slot, len) in runs(block.slots) {
+            let (from, row) = if pad {
+                (&self.padded[index * wide..], wide)
+            } else {
+                (&values[(slot * heads + kv) * dim..], heads * dim)
+            };
+            assert!(from.len() >= (len - 1) * row + wide);
+            for column in (0..wide).step_by(PANEL) {
+                let tile = Tile {
+                    x: weights.as_ptr().wrapping_add(index),
+                    stride: pitch,
+                    turned: false,
+                    panel: from.as_ptr().wrapping_add(column),
+                    pitch: row,
+                    k: len,
+                    columns: PANEL.min(wide - column),
+                    add: true,
+                };
+                // SAFETY: `len` keys from `index` are inside a row of weights; by the assertion the panel's rows are inside the
+                // values, in multiples of 16 columns; the columns are inside the output.
+                unsafe { tile.run(self.level, m, out.as_mut_ptr().add(column), wide) };
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The bf16 microkernel: pairs of bf16 numbers multiplied and summed in f32 by `vdpbf16ps`, 32 products an instruction.
+//!
+//! Activations are rounded to bf16 (nearest even) before the product, so the result differs from the widening tile's by about
+//! 2⁻⁹ of each product. The instruction reads subnormal numbers as zero.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::tile::ROWS;
+
+/// Activations as pairs along K: (M, ⌈K/2⌉), an odd K padded with zero.
+pub(super) struct Pairs {
+    /// Two bf16 numbers each, the first in the low half.
+    numbers: Vec<u32>,
+    /// ⌈K/2⌉.
+    width: usize,
+}
+
+impl Pairs {
+    /// Rounds x: (M, K).
+    /// # Safety
+    /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
+    pub(super) unsafe fn new(x: &[f32], k: usize) -> Self {
+        let width = k.div_ceil(2);
+        let mut numbers = Vec::with_capacity(x.len() / k * width);
+        let rows = x.par_chunks(k).zip(numbers.spare_capacity_mut().par_chunks_mut(width)).with_min_len(16);
+        // SAFETY: the caller's promise; the spare room of a row is ⌈K/2⌉ pairs.
+        rows.for_each(|(x, to)| unsafe { round_row(x, to.as_mut_ptr().cast()) });
+        // SAFETY: every row was written.
+        unsafe { numbers.set_len(x.len() / k * width) };
+        Pairs { numbers, width }
+    }
+
+    /// From pair `pair` of row `row` on.
+    pub(super) fn from(&self, row: usize, pair: usize) -> *const u32 {
+        self.numbers[row * self.width + pair..].as_ptr()
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.width
+    }
+}
+
+/// # Safety
+/// `to` has room for ⌈len/2⌉ pairs; the processor has AVX-512F and AVX-512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn round_row(x: &[f32], to: *mut u32) {
+    let whole = x.len() / 16 * 16;
+    for at in (0..whole).step_by(16) {
+        // SAFETY: at + 16 ≤ len, so eight pairs have room.
+        unsafe {
+            let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x.as_ptr().add(at)));
+            _mm256_storeu_si256(to.add(at / 2).cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
+        }
+    }
+    for (pair, numbers) in x[whole..].chunks(2).enumerate() {
+        let bits = |number: f32| u32::from(bf16::from_f32(number).to_bits());
+        let high = numbers.get(1).map_or(0, |number| bits(*number));
+        // SAFETY: the caller's promise.
+        unsafe { to.add(whole / 2 + pair).write(bits(numbers[0]) | high << 16) };
+    }
+}
+
+/// `out[r][c] (+)= Σ_p x[r][p] · panel[p][c]` over pairs p, each sum one chain in order of p.
+#[derive(Clone, Copy)]
+pub(super) struct PairTile {
+    /// Rows `stride` pairs apart.
+    pub(super) x: *const u32,
+    pub(super) stride: usize,
+    /// (pairs, 32) pairs.
+    pub(super) panel: *const u32,
+    pub(super) pairs: usize,
+    /// Columns to store, 1..=32.
+    pub(super) columns: usize,
+    /// Whether the sums start from what `out` holds.
+    pub(super) add: bool,
+}
+
+impl PairTile {
+    /// # Safety
+    /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; the
+    /// processor has AVX-512F and AVX-512-BF16.
+    pub(super) unsafe fn run(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        let mut row = 0;
+        while row < rows {
+            let tile = PairTile { x: self.x.wrapping_add(row * self.stride), ..*self };
+            let out = out.wrapping_add(row * out_stride);
+            // SAFETY: the caller's promise; each arm takes no more rows than are left.
+            row += unsafe {
+                match rows - row {
+                    1 => tile.some::<1>(out, out_stride),
+                    2 => tile.some::<2>(out, out_stride),
+                    3 => tile.some::<3>(out, out_stride),
+                    4 | 5 => tile.some::<4>(out, out_stride),
+                    6 | 7 => tile.some::<6>(out, out_stride),
+                    8..ROWS => tile.some::<8>(out, out_stride),
+                    _ => tile.some::<ROWS>(out, out_stride),
+                }
+            };
+        }
+    }
+
+    /// M rows; gives M.
+    /// # Safety
+    /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn some<const M: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
+        let mask = |columns: usize| if columns >= 16 { 0xffff_u16 } else { (1 << columns) - 1 };
+        let masks = [mask(self.columns), mask(self.columns.saturating_sub(16))];
+        let mut sums = [[_mm512_setzero_ps(); 2]; M];
+        if self.add {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for v in 0..2 {
+                    let from = out.wrapping_add(r * out_stride + v * 16);
+                    // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
+                    sums[v] = unsafe { _mm512_maskz_loadu_ps(masks[v], from) };
+                }
+            }
+        }
+        for pair in 0..self.pairs {
+            // SAFETY: pair < self.pairs and r < M: what the fields say is there. The vectors are 32 bf16 numbers whatever their type.
+            unsafe {
+                let load = |at: usize| {
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(self.panel.add(pair * 32 + at).cast()))
+                };
+                let weights = [load(0), load(16)];
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm512_set1_epi32(*self.x.add(r * self.stride + pair) as i32);
+                    let value = std::mem::transmute::<__m512i, __m512bh>(value);
+                    sums[0] = _mm512_dpbf16_ps(sums[0], value, weights[0]);
+                    sums[1] = _mm512_dpbf16_ps(sums[1], value, weights[1]);
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for v in 0..2 {
+                let to = out.wrapping_add(r * out_stride + v * 16);
+                // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
+                unsafe { _mm512_mask_storeu_ps(to, masks[v], sums[v]) };
+            }
+        }
+        M
+    }
+}

@@ -1,0 +1,246 @@
+//! The microkernel: `out[r][c] (+)= Σ_k x[r][k] · panel[k][c]`, each sum one chain of fused multiply-adds in order of k.
+//!
+//! The chain of a row is the same in every shape of tile, and starting from what `out` holds goes on with it, so no result depends on
+//! how rows, columns or K were cut up.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+use super::stored::Stored;
+use crate::kernels::cpu::level::Level;
+
+/// Columns of a packed panel: two AVX-512 registers of f32.
+pub(in super::super) const PANEL: usize = 32;
+/// Rows the largest microkernel takes: 12 × 2 accumulators of the 32 registers.
+pub(in super::super) const ROWS: usize = 12;
+
+/// One product of some rows with at most 32 columns.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Tile<W> {
+    /// Element `(r, k)` at `r·stride + k`, or at `k·stride + r` when `turned`.
+    pub(in super::super) x: *const f32,
+    pub(in super::super) stride: usize,
+    pub(in super::super) turned: bool,
+    /// Element `(k, c)` at `(k / STEP)·pitch + c·STEP + k mod STEP`.
+    pub(in super::super) panel: *const W,
+    pub(in super::super) pitch: usize,
+    pub(in super::super) k: usize,
+    /// Columns to store, 1..=32. Vectors are read whole: 16 columns of the panel, and 32 where there are more than 16.
+    pub(in super::super) columns: usize,
+    /// Whether the sums start from what `out` holds.
+    pub(in super::super) add: bool,
+}
+
+impl<W: Stored> Tile<W> {
+    /// # Safety
+    /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; `level` is
+    /// what the processor has.
+    pub(in super::super) unsafe fn run(&self, level: Level, rows: usize, out: *mut f32, out_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => match self.turned {
+                    false => self.avx512_rows::<false>(rows, out, out_stride),
+                    true => self.avx512_rows::<true>(rows, out, out_stride),
+                },
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => match self.turned {
+                    false => self.avx2_rows::<false>(rows, out, out_stride),
+                    true => self.avx2_rows::<true>(rows, out, out_stride),
+                },
+                Level::Portable => self.portable(rows, out, out_stride),
+            }
+        }
+    }
+
+    /// Offset of x's element.
+    #[inline(always)]
+    fn at(&self, turned: bool, row: usize, k: usize) -> usize {
+        if turned { k * self.stride + row } else { row * self.stride + k }
+    }
+
+    /// The tile whose first row is this one's `row`-th.
+    fn from_row(&self, row: usize) -> Self {
+        Tile { x: self.x.wrapping_add(self.at(self.turned, row, 0)), ..*self }
+    }
+
+    /// # Safety
+    /// As [`Self::run`], with AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn avx512_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        let mut row = 0;
+        while row < rows {
+            let (tile, out) = (self.from_row(row), out.wrapping_add(row * out_stride));
+            // SAFETY: the caller's promise; each arm takes no more rows than are left.
+            row += unsafe {
+                match rows - row {
+                    1 => tile.avx512::<1, T>(out, out_stride),
+                    2 => tile.avx512::<2, T>(out, out_stride),
+                    3 => tile.avx512::<3, T>(out, out_stride),
+                    4 | 5 => tile.avx512::<4, T>(out, out_stride),
+                    6 | 7 => tile.avx512::<6, T>(out, out_stride),
+                    8..ROWS => tile.avx512::<8, T>(out, out_stride),
+                    _ => tile.avx512::<ROWS, T>(out, out_stride),
+                }
+            };
+        }
+    }
+
+    /// M rows; gives M.
+    /// # Safety
+    /// As [`Self::run`], with AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn avx512<const M: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.columns > 16 {
+                self.avx512_vectors::<M, 2, T>(out, out_stride);
+            } else {
+                self.avx512_vectors::<M, 1, T>(out, out_stride);
+            }
+        }
+        M
+    }
+
+    /// M rows of V·16 columns.
+    /// # Safety
+    /// As [`Self::run`], with AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512_vectors<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
+        let mut sums = [[_mm512_setzero_ps(); V]; M];
+        let masks: [u16; V] =
+            std::array::from_fn(
+                |v| if self.columns >= (v + 1) * 16 { 0xffff } else { (1 << (self.columns - v * 16)) - 1 },
+            );
+        if self.add {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for v in 0..V {
+                    // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
+                    sums[v] = unsafe { _mm512_maskz_loadu_ps(masks[v], out.add(r * out_stride + v * 16)) };
+                }
+            }
+        }
+        let (x, step) = (self.x, W::STEP);
+        for group in 0..self.k.div_ceil(step) {
+            for part in 0..step.min(self.k - group * step) {
+                let k = group * step + part;
+                // SAFETY: k < self.k and r < M: what the fields say is there.
+                unsafe {
+                    let mut weights = [_mm512_setzero_ps(); V];
+                    for (v, weights) in weights.iter_mut().enumerate() {
+                        *weights = W::load16(self.panel.add(group * self.pitch + v * 16 * step), part);
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = _mm512_set1_ps(*x.add(self.at(T, r, k)));
+                        for v in 0..V {
+                            sums[v] = _mm512_fmadd_ps(value, weights[v], sums[v]);
+                        }
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for v in 0..V {
+                // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
+                unsafe { _mm512_mask_storeu_ps(out.add(r * out_stride + v * 16), masks[v], sums[v]) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::run`], with AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn avx2_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        let mut row = 0;
+        while row < rows {
+            let (tile, to) = (self.from_row(row), out.wrapping_add(row * out_stride));
+            let firsts = (0..self.columns).step_by(16);
+            // SAFETY: the caller's promise; each arm takes no more rows than are left.
+            row += unsafe {
+                match rows - row {
+                    1 => firsts.map(|first| tile.avx2::<1, T>(first, to, out_stride)).max(),
+                    2 => firsts.map(|first| tile.avx2::<2, T>(first, to, out_stride)).max(),
+                    3 => firsts.map(|first| tile.avx2::<3, T>(first, to, out_stride)).max(),
+                    4 | 5 => firsts.map(|first| tile.avx2::<4, T>(first, to, out_stride)).max(),
+                    _ => firsts.map(|first| tile.avx2::<6, T>(first, to, out_stride)).max(),
+                }
+            }
+            .unwrap_or(rows);
+        }
+    }
+
+    /// M rows of the 16 columns from `first`: six rows fill the registers. Gives M.
+    /// # Safety
+    /// As [`Self::run`], with AVX2, FMA and F16C; first is 0 or 16 and under `columns`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2<const M: usize, const T: bool>(&self, first: usize, out: *mut f32, out_stride: usize) -> usize {
+        let columns = (self.columns - first).min(16);
+        let mut sums = [[_mm256_setzero_ps(); 2]; M];
+        let mut row = [0f32; 16];
+        if self.add {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller's promise; the row has room for 16.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(out.add(r * out_stride + first), row.as_mut_ptr(), columns);
+                    *sums = [_mm256_loadu_ps(row.as_ptr()), _mm256_loadu_ps(row.as_ptr().add(8))];
+                }
+            }
+        }
+        let step = W::STEP;
+        for group in 0..self.k.div_ceil(step) {
+            for part in 0..step.min(self.k - group * step) {
+                let k = group * step + part;
+                // SAFETY: k < self.k and r < M: what the fields say is there.
+                unsafe {
+                    let from = self.panel.add(group * self.pitch + first * step);
+                    let weights = [W::load8(from, part), W::load8(from.add(8 * step), part)];
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
+                        sums[0] = _mm256_fmadd_ps(value, weights[0], sums[0]);
+                        sums[1] = _mm256_fmadd_ps(value, weights[1], sums[1]);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: the caller's promise; the row has room for 16.
+            unsafe {
+                _mm256_storeu_ps(row.as_mut_ptr(), sums[0]);
+                _mm256_storeu_ps(row.as_mut_ptr().add(8), sums[1]);
+                std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(r * out_stride + first), columns);
+            }
+        }
+        M
+    }
+
+    /// The same sums without vector instructions of our choosing.
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn portable(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        let step = W::STEP;
+        for r in 0..rows {
+            let mut sums = [0f32; PANEL];
+            // SAFETY: the caller's promise.
+            let row = unsafe { std::slice::from_raw_parts_mut(out.add(r * out_stride), self.columns) };
+            if self.add {
+                sums[..self.columns].copy_from_slice(row);
+            }
+            for k in 0..self.k {
+                // SAFETY: k < self.k and r < rows: what the fields say is there.
+                let (value, panel) = unsafe {
+                    let from = self.panel.add(k / step * self.pitch);
+                    let width = if self.columns > 16 { PANEL } else { 16 };
+                    (*self.x.add(self.at(self.turned, r, k)), std::slice::from_raw_parts(from, width * step))
+                };
+                for (sum, weight) in sums.iter_mut().zip(panel[k % step..].iter().step_by(step)) {
+                    // Not fused: without the instruction that is a call for each number.
+                    *sum += value * weight.widen();
+                }
+            }
+            row.copy_from_slice(&sums[..self.columns]);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Turning panels over N into panels over K, a block of 32 × 32 at a time, for the gradient of the input.
+
+use half::bf16;
+
+use super::stored::Stored;
+use super::tile::PANEL;
+use crate::kernels::cpu::level::Level;
+
+/// Sixteen rows of sixteen numbers, turned: `out[c·out_pitch + r] = row r's c-th number`, where `load(r)` gives row r.
+/// # Safety
+/// `out` has 16 rows of 16, `out_pitch` apart; the processor has AVX-512F.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in super::super) unsafe fn turn16(
+    load: impl Fn(usize) -> std::arch::x86_64::__m512,
+    out: *mut f32,
+    out_pitch: usize,
+) {
+    use std::arch::x86_64::*;
+    let zero = _mm512_setzero_ps();
+    let (mut a, mut b) = ([zero; 16], [zero; 16]);
+    for (r, a) in a.iter_mut().enumerate() {
+        *a = load(r);
+    }
+    // Pairs of rows, then fours, within each 128-bit lane.
+    for r in (0..16).step_by(2) {
+        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for r in (0..16).step_by(4) {
+        let d = |x: __m512| _mm512_castps_pd(x);
+        a[r] = _mm512_castpd_ps(_mm512_unpacklo_pd(d(b[r]), d(b[r + 2])));
+        a[r + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(d(b[r]), d(b[r + 2])));
+        a[r + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(d(b[r + 1]), d(b[r + 3])));
+        a[r + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(d(b[r + 1]), d(b[r + 3])));
+    }
+    // a[4g + i], lane l: rows 4g..4g+4 of column 4l + i. Now the lanes: eights, then all.
+    for i in 0..4 {
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for i in 0..4 {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
+        a[i + 4] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
+    }
+    for (c, a) in a.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_ps(out.add(c * out_pitch), *a) };
+    }
+}
+
+/// Block of 32 columns k from `k` (a multiple of 32; past the weight's K it gives zeros) of one panel, widened and turned into
+/// `to`: (32 rows n, 32 columns k).
+pub(super) fn widened<W: Stored>(level: Level, panel: &[W], k: usize, to: &mut [f32]) {
+    let of_block = &panel[k * PANEL..];
+    let rows = (of_block.len() / PANEL).min(PANEL);
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Avx512 && rows == PANEL {
+        assert!(to.len() >= PANEL * PANEL);
+        for corner in 0..4 {
+            let (n, k) = (corner / 2 * 16, corner % 2 * 16);
+            // SAFETY: the block has 32 rows of k with 32 columns of n, `to` the same the other way round; AVX-512F is there.
+            unsafe {
+                let load = |r: usize| {
+                    let (group, part) = ((k + r) / W::STEP, (k + r) % W::STEP);
+                    W::load16(of_block.as_ptr().add((group * PANEL + n) * W::STEP), part)
+                };
+                turn16(load, to.as_mut_ptr().add(n * PANEL + k), PANEL);
+            }
+        }
+        return;
+    }
+    let _ = level;
+    for n in 0..PANEL {
+        for k in 0..PANEL {
+            let from = (k / W::STEP * PANEL + n) * W::STEP + k % W::STEP;
+            to[n * PANEL + k] = of_block.get(from).map_or(0.0, |number| number.widen());
+        }
+    }
+}
+
+/// As [`widened`], in pairs: from (16 pairs of k, 32 n) to (16 pairs of n, 32 k).
+pub(super) fn paired(panel: &[bf16], k: usize, to: &mut [bf16]) {
+    let of_block = &panel[k * PANEL..];
+    #[cfg(target_arch = "x86_64")]
+    if of_block.len() >= PANEL * PANEL && to.len() >= PANEL * PANEL && super::has_bf16_products() {
+        // SAFETY: both blocks are whole; AVX-512F and AVX-512BW are there.
+        unsafe { turn_pairs(of_block.as_ptr().cast(), to.as_mut_ptr().cast()) };
+        return;
+    }
+    for n in 0..PANEL {
+        for k in 0..PANEL {
+            let from = (k / 2 * PANEL + n) * 2 + k % 2;
+            to[(n / 2 * PANEL + k) * 2 + n % 2] = of_block.get(from).copied().unwrap_or_default();
+        }
+    }
+}
+
+/// A square of two by two numbers is 64 bits, (k, k+1) of n, then of n + 1: turned inside by one shuffle of bytes, and the 16 × 16
+/// squares turned as four times 8 × 8.
+/// # Safety
+/// `from` and `to` have 16 rows of 16 squares; the processor has AVX-512F and AVX-512BW.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn turn_pairs(from: *const u64, to: *mut u64) {
+    use std::arch::x86_64::*;
+    let inner = _mm512_broadcast_i32x4(_mm_set_epi8(15, 14, 11, 10, 13, 12, 9, 8, 7, 6, 3, 2, 5, 4, 1, 0));
+    let zero = _mm512_setzero_si512();
+    for corner in 0..4 {
+        let (row, column) = (corner / 2 * 8, corner % 2 * 8);
+        let (mut a, mut b) = ([zero; 8], [zero; 8]);
+        for (r, a) in a.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *a = unsafe { _mm512_shuffle_epi8(_mm512_loadu_si512(from.add((row + r) * 16 + column).cast()), inner) };
+        }
+        for r in (0..8).step_by(2) {
+            b[r] = _mm512_unpacklo_epi64(a[r], a[r + 1]);
+            b[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 1]);
+        }
+        // b[2g + i], lane l: rows 2g, 2g+1 of column 2l + i.
+        for i in 0..2 {
+            a[i] = _mm512_shuffle_i64x2(b[i], b[i + 2], 0x88);
+            a[i + 2] = _mm512_shuffle_i64x2(b[i], b[i + 2], 0xdd);
+            a[i + 4] = _mm512_shuffle_i64x2(b[i + 4], b[i + 6], 0x88);
+            a[i + 6] = _mm512_shuffle_i64x2(b[i + 4], b[i + 6], 0xdd);
+        }
+        for i in 0..2 {
+            b[i] = _mm512_shuffle_i64x2(a[i], a[i + 4], 0x88);
+            b[i + 4] = _mm512_shuffle_i64x2(a[i], a[i + 4], 0xdd);
+            b[i + 2] = _mm512_shuffle_i64x2(a[i + 2], a[i + 6], 0x88);
+            b[i + 6] = _mm512_shuffle_i64x2(a[i + 2], a[i + 6], 0xdd);
+        }
+        for (c, b) in b.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { _mm512_storeu_si512(to.add((column + c) * 16 + row).cast(), *b) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::cpu::level::level;
+
+    #[test]
+    fn blocks_are_turned_whole_and_at_the_edge() {
+        // 40 rows of k: one whole block, and one of 8.
+        let panel: Vec<bf16> = (0..40 * PANEL).map(|at| bf16::from_bits(0x3f80 + at as u16)).collect();
+        let of = |n: usize, k: usize| if k < 40 { panel[(k / 2 * PANEL + n) * 2 + k % 2] } else { bf16::ZERO };
+        for start in [0, 32] {
+            let mut wide = vec![1f32; PANEL * PANEL];
+            widened(level(), &panel, start, &mut wide);
+            let mut pairs = vec![bf16::ONE; PANEL * PANEL];
+            paired(&panel, start, &mut pairs);
+            for n in 0..PANEL {
+                for k in 0..PANEL {
+                    assert_eq!(wide[n * PANEL + k], of(n, start + k).to_f32());
+                    assert_eq!(pairs[(n / 2 * PANEL + k) * 2 + n % 2], of(n, start + k));
+                }
+            }
+        }
+    }
+}
