@@ -23,6 +23,8 @@ def map_body(context, body):
         if isinstance(body.get("n"), int) and 3 < body["n"] <= 128:
             body["n"] = 3
     if path.startswith("/v1/rdpo"):
+        if isinstance(body.get("prompts"), list) and 3 < len(body["prompts"]) <= 256:
+            body["prompts"] = body["prompts"][:3]
         synthesis = body.setdefault("synthesis", {})
         if isinstance(synthesis, dict):
             synthesis.setdefault("max_tokens", 4)

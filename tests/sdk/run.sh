@@ -89,11 +89,12 @@ else
     echo "promtool check metrics: skipped, promtool (Debian package prometheus) is not installed"
 fi
 
-# One example in the description loads this folder.
+# What hooks.py lets the adapter routes load.
 mkdir -p "$work/fuzz/adapters/incoming"
 cp -r "$tiny/adapter" "$work/fuzz/adapters/incoming/first"
 start fuzz
-# Not asked: that whatever the description allows is done. It cannot say that one of two fields must be there, or which ids a
-# vocabulary has.
+# Not asked: that whatever the description allows is done (it cannot say that one of two fields must be there, or which ids a
+# vocabulary has), and that a job has its report at once.
 SCHEMATHESIS_HOOKS=hooks "$venv/bin/schemathesis" --config-file "$here/schemathesis.toml" run "$root/openapi.yaml" \
-    --url "$url" --header "Authorization: Bearer sesame" --checks all --exclude-checks positive_data_acceptance --warnings off
+    --url "$url" --header "Authorization: Bearer sesame" --checks all \
+    --exclude-checks positive_data_acceptance,ensure_resource_availability --max-response-time 60 --warnings off

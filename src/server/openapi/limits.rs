@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::model::SITES;
+use crate::rdpo::JobRequest;
 
 /// Form of an adapter's name.
 pub(super) fn alias() -> Value {
@@ -12,6 +12,8 @@ pub(super) fn alias() -> Value {
 
 /// What is added to the schema of a type's field.
 fn rules() -> Vec<(&'static str, &'static str, Value)> {
+    // Every linear that can have an adapter has one by default.
+    let sites = JobRequest::default().lora.target_modules;
     let text = json!({"minLength": 1, "pattern": r"\S"});
     let above_zero = json!({"exclusiveMinimum": 0});
     let from_zero = json!({"minimum": 0});
@@ -64,7 +66,7 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         (
             "LoraOptions",
             "target_modules",
-            json!({"minItems": 1, "uniqueItems": true, "items": {"type": "string", "enum": SITES}}),
+            json!({"minItems": 1, "uniqueItems": true, "items": {"type": "string", "enum": sites}}),
         ),
         ("TrainingOptions", "epochs", json!({"exclusiveMinimum": 0, "maximum": 10_000})),
         ("TrainingOptions", "max_steps", at_least_one.clone()),
@@ -201,7 +203,6 @@ mod tests {
     use actix_web::web::Bytes;
 
     use super::*;
-    use crate::rdpo::JobRequest;
     use crate::roles::GenerationDefaults;
     use crate::server::openapi::document;
     use crate::server::reply::parse;
