@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use super::layer::{site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
-use crate::ops::{FrozenLinear, dropout};
+use crate::ops::{FrozenLinear, dropout, low_rank, served_low_rank};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -233,60 +233,41 @@ pub enum LoraRows<'a> {
 impl LoraRows<'_> {
     /// `base(x)` plus the low-rank part of the rows' adapter. x: (N, in) → (N, out).
     pub fn linear(&self, layer: usize, site: usize, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
-        let y = base.forward(x)?;
         match *self {
-            LoraRows::Base => Ok(y),
-            LoraRows::Served(groups) => served(groups, (layer, site), &y, x),
+            LoraRows::Base => base.forward(x),
+            LoraRows::Served(groups) => served(groups, (layer, site), base.forward(x)?, x),
             LoraRows::Train { params, dropout_seed } => {
-                let Some((a, b)) = params.sites.get(&(layer, site)) else { return Ok(y) };
-                let scale = params.scales[&(layer, site)];
-                let x = match dropout_seed {
+                let Some((a, b)) = params.sites.get(&(layer, site)) else { return base.forward(x) };
+                let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
+                match dropout_seed {
                     Some(seed) if params.config.lora_dropout > 0.0 => {
-                        &dropout(x, params.config.lora_dropout, mixed(seed, layer, site))?
+                        let dropped = dropout(x, params.config.lora_dropout, mixed(seed, layer, site))?;
+                        Ok((base.forward(x)? + low_rank(None, &dropped, a, b, scale)?)?)
                     }
-                    _ => x,
-                };
-                // B is scaled rather than the product, as in a published adapter: both then give the same bits.
-                let low = trained_linear(&x.to_dtype(DType::F32)?, a.as_tensor())?; // (N, R)
-                let high = trained_linear(&low, &(b.as_tensor() * scale)?)?; // (N, out)
-                Ok((&y + high.to_dtype(y.dtype())?)?)
+                    _ => low_rank(Some(base), x, a, b, scale),
+                }
             }
         }
     }
 }
 
 /// y: (N, out), x: (N, in) → (N, out).
-fn served(groups: &[RowGroup], place: (usize, usize), y: &Tensor, x: &Tensor) -> Result<Tensor> {
-    let site_of = |group: &RowGroup| group.adapter.as_ref().is_some_and(|adapter| adapter.sites.contains_key(&place));
-    if !groups.iter().any(site_of) {
-        return Ok(y.clone());
-    }
-    let mut parts = Vec::with_capacity(groups.len());
+fn served(groups: &[RowGroup], place: (usize, usize), y: Tensor, x: &Tensor) -> Result<Tensor> {
+    let mut parts = Vec::new();
     let mut covered = 0;
     for group in groups {
         if group.start != covered {
             return Err(Error::internal("Row groups must cover the rows in order. This is a bug."));
         }
         covered += group.len;
-        let base = y.narrow(0, group.start, group.len)?;
-        let site = group.adapter.as_ref().and_then(|adapter| adapter.sites.get(&place));
-        parts.push(match site {
-            Some((a, b)) => (base + b.forward(&a.forward(&x.narrow(0, group.start, group.len)?)?)?)?,
-            None => base,
-        });
+        if let Some((a, b)) = group.adapter.as_ref().and_then(|adapter| adapter.sites.get(&place)) {
+            parts.push((group.start..covered, a, b));
+        }
     }
     if covered != y.dim(0)? {
         return Err(Error::internal("Row groups must cover all rows. This is a bug."));
     }
-    if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
-}
-
-/// `x·Wᵀ` over a trained weight. x: (N, in), w: (out, in), both f32. The value is the frozen kernel's, so that a row has the same
-/// bits here as when served; the gradient of `w` comes through a plain product that adds zero.
-fn trained_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let y = FrozenLinear::new(&w.detach(), None)?.forward(x)?;
-    let product = x.detach().matmul(&w.t()?)?;
-    Ok((y + (&product - product.detach())?)?)
+    if parts.is_empty() { Ok(y) } else { served_low_rank(&y, x, &parts) }
 }
 
 /// A dropout seed of its own for each site (SplitMix64's finalizer).

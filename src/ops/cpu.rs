@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor};
 
+pub(super) use crate::kernels::cpu::keep_candle_on_one_thread;
+
 /// The contiguous f32 numbers of a storage.
 pub(super) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let CpuStorage::F32(all) = storage else {

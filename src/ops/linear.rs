@@ -39,6 +39,7 @@ impl FrozenLinear {
                 bias: bias.map(Tensor::copy).transpose()?,
             });
         }
+        cpu::keep_candle_on_one_thread();
         let flat = weight.flatten_all()?;
         let width = match weight.dtype() {
             DType::BF16 => Width::Bf16(flat.to_vec1()?),
@@ -80,11 +81,43 @@ impl FrozenLinear {
         if x.dims2()?.1 != self.in_features() {
             return Err(Error::internal(format!("a linear of {} inputs was given {:?}", self.in_features(), x.dims())));
         }
-        let y = x.contiguous()?.apply_op1(Product { weight: self.weight.clone() })?;
+        let y = x.contiguous()?.apply_op1(Product { linear: self.clone() })?;
         match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(bias)?),
-            None => Ok(y),
+            Some(bias) if !x.device().is_cpu() => Ok(y.broadcast_add(bias)?),
+            _ => Ok(y),
         }
+    }
+
+    fn packed(&self) -> candle_core::Result<&Packed> {
+        match &self.weight {
+            Weight::Packed(packed) => Ok(packed),
+            Weight::Dense(_) => candle_core::bail!("a CPU tensor met a weight on another device"),
+        }
+    }
+
+    /// [`FrozenLinear::forward`] on numbers of the CPU.
+    pub(super) fn on_cpu(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let mut y = self.packed()?.forward(x);
+        if let Some(bias) = &self.bias {
+            cpu::with_floats([bias], |[bias]| {
+                for row in y.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(y)
+    }
+
+    /// `y += x·Wᵀ`, the bias left out.
+    pub(super) fn onto_cpu(&self, x: &[f32], y: &mut [f32]) -> candle_core::Result<()> {
+        self.packed()?.forward_onto(x, y);
+        Ok(())
+    }
+
+    /// [`FrozenLinear::backward`] on numbers of the CPU.
+    pub(super) fn backward_on_cpu(&self, dy: &[f32]) -> candle_core::Result<Vec<f32>> {
+        Ok(self.packed()?.backward(dy))
     }
 
     /// `dy·W`, the gradient of [`FrozenLinear::forward`] in its input. dy: (N, out) → (N, in).
@@ -125,7 +158,7 @@ impl Weight {
 }
 
 struct Product {
-    weight: Weight,
+    linear: FrozenLinear,
 }
 
 impl CustomOp1 for Product {
@@ -134,15 +167,16 @@ impl CustomOp1 for Product {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Weight::Packed(packed) = &self.weight else {
-            candle_core::bail!("a CPU tensor met a weight on another device")
-        };
-        let x = cpu::floats(storage, layout)?;
-        Ok((CpuStorage::F32(packed.forward(x)), (x.len() / packed.k(), packed.n()).into()))
+        let y = self.linear.on_cpu(cpu::floats(storage, layout)?)?;
+        let n = self.linear.out_features();
+        let rows = y.len() / n;
+        Ok((CpuStorage::F32(y), (rows, n).into()))
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let Weight::Dense(weight) = &self.weight else { candle_core::bail!("a GPU tensor met a weight on the CPU") };
+        let Weight::Dense(weight) = &self.linear.weight else {
+            candle_core::bail!("a GPU tensor met a weight on the CPU")
+        };
         let (n, k) = weight.dims2()?;
         let m = layout.shape().elem_count() / k;
         let transposed = weight.t()?;
@@ -154,6 +188,6 @@ impl CustomOp1 for Product {
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.weight.backward(dy).map(Some)
+        self.linear.weight.backward(dy).map(Some)
     }
 }

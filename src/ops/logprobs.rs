@@ -5,10 +5,10 @@ use rayon::prelude::*;
 
 use super::{FrozenLinear, cpu};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{exp, vectorized};
+use crate::kernels::cpu::{softmax_row, vectorized};
 
-/// Rows of logits held at once: 64 rows of 49,152 are 12 MiB.
-const ROWS: usize = 64;
+/// Rows of logits held at once: 128 rows of 49,152 are 24 MiB.
+const ROWS: usize = 128;
 
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
 /// Differentiable in `hidden`: when it records a graph, the unit gradient of each row is computed in the same pass (its upstream
@@ -22,13 +22,17 @@ pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> 
             head.out_features()
         )));
     }
-    let plain = hidden.detach();
+    let plain = hidden.detach().contiguous()?;
     let (mut logprobs, mut units) = (Vec::new(), Vec::new());
     for (chunk, targets) in targets.chunks(ROWS).enumerate() {
         let rows = plain.narrow(0, chunk * ROWS, targets.len())?;
-        let logits = head.forward(&rows)?;
-        let (found, weights) =
-            if logits.device().is_cpu() { on_cpu(&logits, targets)? } else { composed(&logits, targets)? };
+        if plain.device().is_cpu() {
+            let (found, unit) = on_cpu(&rows, head, targets, hidden.track_op())?;
+            logprobs.push(found);
+            units.extend(unit);
+            continue;
+        }
+        let (found, weights) = composed(&head.forward(&rows)?, targets)?;
         logprobs.push(found);
         if hidden.track_op() {
             // d log p(target) / d logits = onehot − softmax.
@@ -51,27 +55,34 @@ pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> 
     Ok((&logprobs + (&slope - slope.detach())?)?)
 }
 
-/// (T) log-probs and (T, V) onehot − softmax, in the logits' own memory.
-fn on_cpu(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
-    let (rows, v) = logits.dims2()?;
-    let mut weights = cpu::with_floats([logits], |[logits]| Ok(logits.to_vec()))?;
-    let logprobs: Vec<f32> = weights
+/// (T) log-probs and, where wanted, the unit gradients (T, C): `(onehot − softmax)·W`, in the logits' own memory.
+fn on_cpu(
+    hidden: &Tensor,
+    head: &FrozenLinear,
+    targets: &[u32],
+    wanted: bool,
+) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+    let (rows, v) = (targets.len(), head.out_features());
+    let mut logits = cpu::with_floats([hidden], |[hidden]| head.on_cpu(hidden))?;
+    let logprobs: Vec<f32> = logits
         .par_chunks_mut(v)
         .zip(targets)
         .map(|(row, target)| {
-            let (max, aim) = (row.iter().copied().fold(f32::NEG_INFINITY, f32::max), row[*target as usize]);
-            let mut sum = 0f64;
-            for piece in row.chunks_mut(1024) {
-                vectorized(|| piece.iter_mut().for_each(|value| *value = exp(*value - max)));
-                sum += piece.iter().map(|value| f64::from(*value)).sum::<f64>();
+            let aim = row[*target as usize];
+            let (max, sum) = vectorized(|| softmax_row(row));
+            if wanted {
+                let scale = -(1.0 / sum) as f32;
+                vectorized(|| row.iter_mut().for_each(|value| *value *= scale));
+                row[*target as usize] += 1.0;
             }
-            let scale = -(1.0 / sum) as f32;
-            row.iter_mut().for_each(|value| *value *= scale);
-            row[*target as usize] += 1.0;
             (f64::from(aim - max) - sum.ln()) as f32
         })
         .collect();
-    Ok((cpu::tensor(logprobs, rows)?, cpu::tensor(weights, (rows, v))?))
+    let units = match wanted {
+        true => Some(cpu::tensor(head.backward_on_cpu(&logits)?, hidden.shape())?),
+        false => None,
+    };
+    Ok((cpu::tensor(logprobs, rows)?, units))
 }
 
 fn composed(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {

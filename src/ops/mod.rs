@@ -7,13 +7,17 @@ mod attention;
 mod cpu;
 mod linear;
 mod logprobs;
+mod lora;
 mod norm;
 mod paged;
 mod pointwise;
+mod pull;
 
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use linear::FrozenLinear;
 pub use logprobs::token_logprobs;
+pub use lora::{ServedRows, low_rank, served_low_rank};
 pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, dropout, gated, rope};
+pub use pull::pull;

@@ -14,7 +14,7 @@ use super::pack::Pack;
 use super::trainer::Pace;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
-use crate::ops::token_logprobs;
+use crate::ops::{pull, token_logprobs};
 
 /// Response rows whose log-probs are computed between two calls of [`Pace`]: the head is as dear as many layers, so it is cut up.
 const HEAD_ROWS_CPU: usize = 128;
@@ -189,7 +189,7 @@ fn head_ranges(model: &Decoder, rows: usize) -> impl Iterator<Item = Range<usize
 
 /// Gradients of `Σ y ⊙ dy` by every variable behind `y`.
 fn vector_jacobian(y: &Tensor, dy: &Tensor) -> Result<candle_core::backprop::GradStore> {
-    Ok((y * dy.detach())?.sum_all()?.backward()?)
+    Ok(pull(y, dy)?.backward()?)
 }
 
 fn gradient_of(found: &candle_core::backprop::GradStore, variable: &Tensor, name: &str) -> Result<Tensor> {

@@ -471,8 +471,7 @@ fn pack_rows(config: &ModelConfig, bytes: usize) -> usize {
     let heads = config.num_attention_heads * config.head_dim;
     let kv_heads = config.num_key_value_heads * config.head_dim;
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    // Each linear with an adapter records its base output, the low-rank part, its scaled copy and their sum.
-    let linears = 4 * (heads + 2 * kv_heads + 2 * hidden + 2 * inner);
+    let linears = heads + 2 * kv_heads + 2 * hidden + 2 * inner;
     let rest = 5 * hidden + 2 * heads + kv_heads + inner;
     let per_row = 4 * (linears + rest) * config.num_hidden_layers;
     (bytes / per_row.max(1)).clamp(512, 16384)

@@ -36,6 +36,22 @@ pub(super) fn has_bf16_products() -> bool {
     false
 }
 
+/// Keeps candle's own element-wise operations on the thread that asks for them, unless `CANDLE_NUM_THREADS` says how many it takes.
+///
+/// Above 64 Ki numbers candle hands them to a pool of its own whose threads spin while they wait for each other. Beside rayon's
+/// threads, a server's and other processes on the same cores, that waiting took three quarters of a training step. What is large
+/// runs on rayon in these kernels; what is left to candle is small.
+pub fn keep_candle_on_one_thread() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+            // SAFETY: Rust's own readers of the environment are locked out meanwhile. It happens once, when the first model is
+            // loaded, before this process has served or trained anything.
+            unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+        }
+    });
+}
+
 /// A raw output that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
 pub(super) struct Out(pub(super) *mut f32);

@@ -6,5 +6,6 @@ mod matmul;
 mod rowwise;
 
 pub use attention::{Heads, Rows, attention, attention_backward};
+pub use level::keep_candle_on_one_thread;
 pub use matmul::{Left, Packed, Width, multiply};
-pub use rowwise::{exp, gelu_tanh, rms_norm_backward_row, rms_norm_row, rope_row, silu, vectorized};
+pub use rowwise::{gelu_tanh, rms_norm_backward_row, rms_norm_row, rope_row, silu, softmax_row, vectorized};

@@ -32,7 +32,7 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
 
 /// `exp(x)` to about one unit in the last place, in plain arithmetic that vectorises: 2^n · p(r) with |r| ≤ ln 2 / 2.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.3, 88.7);
     // Adding 1.5·2²³ leaves no bits below one: rounding without the instruction that a portable build lacks.
     const ROUND: f32 = 12_582_912.0;
@@ -104,9 +104,9 @@ pub fn rope_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32])
     }
 }
 
-/// `exp(scale·(x − max x))` in place; gives their sum, in sixteen interleaved sums added in a fixed order. scale > 0.
+/// The largest number of a row.
 #[inline(always)]
-pub(super) fn softmax_row(x: &mut [f32], scale: f32) -> f32 {
+pub(super) fn largest(x: &[f32]) -> f32 {
     let mut largest = [f32::NEG_INFINITY; 16];
     let (chunks, rest) = x.as_chunks::<16>();
     for chunk in chunks {
@@ -114,7 +114,12 @@ pub(super) fn softmax_row(x: &mut [f32], scale: f32) -> f32 {
             largest[lane] = if chunk[lane] > largest[lane] { chunk[lane] } else { largest[lane] };
         }
     }
-    let max = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// `exp(scale·(x − max))` in place; gives their sum, in sixteen interleaved sums added in a fixed order.
+#[inline(always)]
+pub(super) fn exp_row(x: &mut [f32], max: f32, scale: f32) -> f32 {
     let mut sums = [0f32; 16];
     let (chunks, rest) = x.as_chunks_mut::<16>();
     for chunk in chunks {
@@ -128,6 +133,13 @@ pub(super) fn softmax_row(x: &mut [f32], scale: f32) -> f32 {
         *sum += *value;
     }
     sums.iter().sum()
+}
+
+/// `exp(x − max x)` in place; gives the maximum and the sum. Long rows are summed in f64, a piece at a time.
+#[inline(always)]
+pub fn softmax_row(x: &mut [f32]) -> (f32, f64) {
+    let max = largest(x);
+    (max, x.chunks_mut(1024).map(|piece| f64::from(exp_row(piece, max, 1.0))).sum())
 }
 
 /// Σ a·b in sixteen interleaved sums, added in a fixed order.

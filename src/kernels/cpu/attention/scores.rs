@@ -5,7 +5,7 @@
 use super::{Block, Heads};
 use crate::kernels::cpu::level::{Level, Out};
 use crate::kernels::cpu::matmul::{PANEL, Tile};
-use crate::kernels::cpu::rowwise::{softmax_row, vectorized};
+use crate::kernels::cpu::rowwise::{exp_row, largest, vectorized};
 
 /// Buffers of a task.
 pub(super) struct Scratch {
@@ -69,7 +69,12 @@ impl Scratch {
             let seen = &block.seen[row / group];
             weights[..seen.start].fill(0.0);
             weights[seen.end..].fill(0.0);
-            self.scales.push(1.0 / vectorized(|| softmax_row(&mut weights[seen.start..seen.end], scale)));
+            let weights = &mut weights[seen.clone()];
+            let sum = vectorized(|| {
+                let max = largest(weights);
+                exp_row(weights, max, scale)
+            });
+            self.scales.push(1.0 / sum);
         }
     }
 

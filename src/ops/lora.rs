@@ -1,0 +1,132 @@
+//! A frozen linear with a low-rank part: `x·Wᵀ + b + (x·Aᵀ)·(s·B)ᵀ`, trained and served with the same bits.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
+
+use super::{FrozenLinear, cpu};
+use crate::error::Result;
+use crate::kernels::cpu::{Left, Packed, Width, multiply};
+
+/// The low-rank part for all rows, on top of `base` where it is given. x: (N, in), a: (R, in), b: (out, R) → (N, out).
+/// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
+pub fn low_rank(base: Option<&FrozenLinear>, x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        let op = LowRank { base: base.cloned(), scale: scale as f32 };
+        return Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?);
+    }
+    let low = x.to_dtype(DType::F32)?.matmul(&a.t()?)?;
+    let high = low.matmul(&(b * scale)?.t()?)?.to_dtype(x.dtype())?;
+    Ok(match base {
+        Some(base) => (base.forward(x)? + high)?,
+        None => high,
+    })
+}
+
+/// Rows of a step with the A and B (scaled) of one adapter.
+pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
+
+/// y: (N, out) with the low-rank parts of some rows added. x: (N, in). Forward only.
+pub fn served_low_rank(y: &Tensor, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
+    let (out, width) = (y.dim(1)?, x.dim(1)?);
+    if y.device().is_cpu() {
+        let (y, x) = (y.contiguous()?, x.contiguous()?);
+        let sum = cpu::with_floats([&y, &x], |[y, x]| {
+            let mut y = y.to_vec();
+            for (rows, a, b) in parts {
+                let low = a.on_cpu(&x[rows.start * width..rows.end * width])?;
+                b.onto_cpu(&low, &mut y[rows.start * out..rows.end * out])?;
+            }
+            Ok(y)
+        })?;
+        return Ok(cpu::tensor(sum, y.shape())?);
+    }
+    let mut pieces = Vec::with_capacity(2 * parts.len() + 1);
+    let mut covered = 0;
+    for (rows, a, b) in parts {
+        if rows.start > covered {
+            pieces.push(y.narrow(0, covered, rows.start - covered)?);
+        }
+        let high = b.forward(&a.forward(&x.narrow(0, rows.start, rows.len())?)?)?;
+        pieces.push((y.narrow(0, rows.start, rows.len())? + high)?);
+        covered = rows.end;
+    }
+    if covered < y.dim(0)? {
+        pieces.push(y.narrow(0, covered, y.dim(0)? - covered)?);
+    }
+    Ok(Tensor::cat(&pieces, 0)?)
+}
+
+struct LowRank {
+    base: Option<FrozenLinear>,
+    scale: f32,
+}
+
+impl LowRank {
+    fn packed(values: &[f32], (n, k): (usize, usize), scale: f32) -> Packed {
+        Packed::new(&Width::F32(values.iter().map(|value| value * scale).collect()), n, k)
+    }
+}
+
+impl CustomOp3 for LowRank {
+    fn name(&self) -> &'static str {
+        "low-rank"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (x, a, b) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
+        let (rows, _) = l1.shape().dims2()?;
+        let (out, rank) = l3.shape().dims2()?;
+        let mut y = match &self.base {
+            Some(base) => base.on_cpu(x)?,
+            None => vec![0f32; rows * out],
+        };
+        let low = Self::packed(a, l2.shape().dims2()?, 1.0).forward(x);
+        Self::packed(b, (out, rank), self.scale).forward_onto(&low, &mut y);
+        Ok((CpuStorage::F32(y), (rows, out).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let ((rows, width), (out, rank)) = (x.dims2()?, b.dims2()?);
+        let dy = dy.contiguous()?;
+        let (dx, da, db) = cpu::with_floats([x, a, b, &dy], |[x_values, a, b, dy]| {
+            let low = Self::packed(a, (rank, width), 1.0).forward(x_values);
+            let scaled: Vec<f32> = b.iter().map(|value| value * self.scale).collect();
+            let mut dlow = vec![0f32; rows * rank];
+            multiply(Left::Rows(dy), &scaled, (rows, out, rank), &mut dlow, false);
+            let mut da = vec![0f32; rank * width];
+            multiply(Left::Turned(&dlow), x_values, (rank, rows, width), &mut da, false);
+            // dBᵀ: (R, out), then turned.
+            let mut turned = vec![0f32; rank * out];
+            multiply(Left::Turned(&low), dy, (rank, rows, out), &mut turned, false);
+            let db = (0..out * rank).map(|at| turned[at % rank * out + at / rank] * self.scale).collect::<Vec<_>>();
+            // Nothing below the first layer is trained: its input wants no gradient.
+            if !x.track_op() {
+                return Ok((None, da, db));
+            }
+            let mut dx = match &self.base {
+                Some(base) => base.backward_on_cpu(dy)?,
+                None => vec![0f32; rows * width],
+            };
+            multiply(Left::Rows(&dlow), a, (rows, rank, width), &mut dx, true);
+            Ok((Some(dx), da, db))
+        })?;
+        let dx = dx.map(|dx| cpu::tensor(dx, x.shape())).transpose()?;
+        Ok((dx, Some(cpu::tensor(da, a.shape())?), Some(cpu::tensor(db, b.shape())?)))
+    }
+}
