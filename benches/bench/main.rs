@@ -1,6 +1,7 @@
 //! Benchmarks: criterion groups without a sub-command, else one of the whole-run measurements.
 
 mod engine;
+mod kernels;
 mod quality;
 mod share;
 mod steps;
@@ -18,7 +19,13 @@ fn main() -> Result<()> {
         Some((first, rest)) if first == "quality" => quality::run(rest),
         Some((first, rest)) if first == "share-run" => share::run(rest),
         Some((first, rest)) if first == "train-run" => train::run(rest),
-        _ => steps::run(),
+        _ => {
+            let mut criterion = kernels::criterion();
+            kernels::run(&mut criterion)?;
+            steps::run(&mut criterion)?;
+            criterion.final_summary();
+            Ok(())
+        }
     }
 }
 

@@ -83,7 +83,7 @@ fn decode(criterion: &mut Criterion) -> Result<()> {
     let engine = engine::start(Path::new(MODEL), DType::F32)?;
     let mut group = criterion.benchmark_group("decode");
     for batch in [1u64, 8, 32] {
-        group.throughput(Throughput::Elements(batch));
+        group.throughput(Throughput::Elements(batch)).sample_size(10);
         group.bench_with_input(BenchmarkId::new("tokens", batch), &batch, |bencher, &batch| {
             bencher.iter_custom(|steps| {
                 let tokens = steps.max(2) as usize + 1;
@@ -127,7 +127,7 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
         // As TRL counts: the prompt once for each answer.
         let of = |pair: &TokenPair| 2 * pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
         let counted = batch.iter().map(|index| of(&pairs[*index]) as u64).sum();
-        group.throughput(Throughput::Elements(counted));
+        group.throughput(Throughput::Elements(counted)).sample_size(10);
         group.bench_function(format!("step of 4 pairs, {}", dtype.as_str()), |bencher| {
             bencher.iter(|| trainer.forward_backward(&batch, &mut || Ok(())).and_then(|_| trainer.optim_step()));
         });
@@ -137,20 +137,14 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
 }
 
 /// Runs the groups.
-pub(crate) fn run() -> Result<()> {
-    let mut criterion = Criterion::default()
-        .configure_from_args()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(500))
-        .measurement_time(Duration::from_secs(3));
-    scheduler(&mut criterion);
-    sampler(&mut criterion);
+pub(crate) fn run(criterion: &mut Criterion) -> Result<()> {
+    scheduler(criterion);
+    sampler(criterion);
     if Path::new(MODEL).exists() {
-        decode(&mut criterion)?;
-        train_step(&mut criterion)?;
+        decode(criterion)?;
+        train_step(criterion)?;
     } else {
         eprintln!("decode and train are left out: run `make model` first");
     }
-    criterion.final_summary();
     Ok(())
 }

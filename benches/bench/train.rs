@@ -146,7 +146,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         std::fs::write(out.join("pairs.jsonl"), lines.collect::<String>())?;
     }
     let mut printer = Printer::default();
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), cpu_seconds());
     let outcome = train(&job, &mut printer)?;
     let seconds = start.elapsed().as_secs_f64();
     let last = outcome.last.ok_or_else(|| Error::internal("the run made no step."))?;
@@ -162,7 +162,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let line = json!({
         "dtype": text("dtype"), "pairs": pairs.len(), "seconds": seconds, "tokens": last.num_tokens,
         "tokens_saved": last.tokens_saved, "tokens_per_s": last.num_tokens as f64 / seconds,
-        "pairs_per_s": pairs.len() as f64 * epochs / seconds, "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
+        "pairs_per_s": pairs.len() as f64 * epochs / seconds, "cpu_seconds": cpu_seconds().zip(before).map(|(after, before)| after - before), "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
     });
     println!("{line}");
     Ok(())
@@ -203,9 +203,25 @@ fn pair(tokenizer: &Tokenizer, [prompt, chosen, rejected]: [String; 3]) -> Resul
     Ok(TokenPair { prompt, chosen, rejected, score_chosen: 1.0, score_rejected: 0.0 })
 }
 
+/// Processor time of the process so far, all threads.
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+    let ticks: u64 = [11, 12].iter().map(|&at| fields.get(at)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
+    Some(ticks as f64 / 100.0)
+}
+
 /// Peak resident memory of the process, MB.
 fn peak_megabytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+}
+
+/// Processor time of the process, all threads, in seconds: what a run takes of a machine that others use too.
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+    let ticks: u64 = [11, 12].iter().map(|&at| fields.get(at)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
+    Some(ticks as f64 / 100.0)
 }

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Stor
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{Packed, Width};
+use crate::kernels::cpu::{Packed, Width, add_row};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
@@ -101,7 +101,7 @@ impl FrozenLinear {
         if let Some(bias) = &self.bias {
             cpu::with_floats([bias], |[bias]| {
                 for row in y.chunks_exact_mut(bias.len()) {
-                    row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+                    add_row(bias, row);
                 }
                 Ok(())
             })?;

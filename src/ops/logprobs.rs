@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{FrozenLinear, cpu};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{softmax_row, vectorized};
+use crate::kernels::cpu::{scale_row, softmax_row};
 
 /// Rows of logits held at once: 128 rows of 49,152 are 24 MiB.
 const ROWS: usize = 128;
@@ -69,10 +69,10 @@ fn on_cpu(
         .zip(targets)
         .map(|(row, target)| {
             let aim = row[*target as usize];
-            let (max, sum) = vectorized(|| softmax_row(row));
+            let (max, sum) = softmax_row(row);
             if wanted {
                 let scale = -(1.0 / sum) as f32;
-                vectorized(|| row.iter_mut().for_each(|value| *value *= scale));
+                scale_row(row, scale);
                 row[*target as usize] += 1.0;
             }
             (f64::from(aim - max) - sum.ln()) as f32

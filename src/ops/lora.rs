@@ -114,7 +114,12 @@ impl CustomOp3 for LowRank {
             // dBᵀ: (R, out), then turned.
             let mut turned = vec![0f32; rank * out];
             multiply(Left::Turned(&low), dy, (rank, rows, out), &mut turned, false);
-            let db = (0..out * rank).map(|at| turned[at % rank * out + at / rank] * self.scale).collect::<Vec<_>>();
+            let mut db = vec![0f32; out * rank];
+            for (to, turned) in turned.chunks_exact(out).enumerate() {
+                for (db, value) in db.chunks_exact_mut(rank).zip(turned) {
+                    db[to] = value * self.scale;
+                }
+            }
             // Nothing below the first layer is trained: its input wants no gradient.
             if !x.track_op() {
                 return Ok((None, da, db));

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::Result;
-use crate::kernels::cpu::{rms_norm_backward_row, rms_norm_row, vectorized};
+use crate::kernels::cpu::{rms_norm_backward_row, rms_norm_row};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last axis. x: (…, C), weight: (C), frozen. Differentiable in `x`.
 /// Gemma's `(1 + w)` form is the caller's: it adds one to the weight at load.
@@ -38,7 +38,7 @@ impl CustomOp1 for RmsNorm {
             y.par_chunks_mut(c)
                 .with_min_len(16)
                 .zip(x.par_chunks(c))
-                .for_each(|(y, x)| vectorized(|| rms_norm_row(x, weight, self.eps, y)));
+                .for_each(|(y, x)| rms_norm_row(x, weight, self.eps, y));
             Ok(())
         })?;
         Ok((CpuStorage::F32(y), layout.shape().clone()))
@@ -53,7 +53,7 @@ impl CustomOp1 for RmsNorm {
             dx.par_chunks_mut(c)
                 .with_min_len(16)
                 .zip(rows)
-                .for_each(|(dx, (x, dy))| vectorized(|| rms_norm_backward_row(x, weight, self.eps, dy, dx)));
+                .for_each(|(dx, (x, dy))| rms_norm_backward_row(x, weight, self.eps, dy, dx));
             Ok(())
         })?;
         cpu::tensor(dx, x.shape()).map(Some)

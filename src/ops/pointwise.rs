@@ -5,27 +5,8 @@ use rayon::prelude::*;
 
 use super::cpu;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{gelu_tanh, rope_row, silu, vectorized};
-
-/// The gate's activation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x·σ(x)`.
-    Silu,
-    /// Gaussian error linear unit, tanh approximation.
-    GeluTanh,
-}
-
-impl Activation {
-    /// Value and derivative.
-    #[inline(always)]
-    fn at(self, x: f32) -> (f32, f32) {
-        match self {
-            Activation::Silu => silu(x),
-            Activation::GeluTanh => gelu_tanh(x),
-        }
-    }
-}
+pub use crate::kernels::cpu::Activation;
+use crate::kernels::cpu::{self as kernels, rope_row};
 
 /// Numbers a task works on at once.
 const CHUNK: usize = 4096;
@@ -63,15 +44,10 @@ impl CustomOp2 for Gated {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (gate, up) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
-            |((out, gate), up)| {
-                vectorized(|| {
-                    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                        *out = self.activation.at(*gate).0 * up;
-                    }
-                });
-            },
-        );
+        out.par_chunks_mut(CHUNK)
+            .zip(gate.par_chunks(CHUNK))
+            .zip(up.par_chunks(CHUNK))
+            .for_each(|((out, gate), up)| kernels::gated(self.activation, gate, up, out));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -88,13 +64,7 @@ impl CustomOp2 for Gated {
             let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dout.par_chunks(CHUNK));
             dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).zip(inputs).for_each(
                 |((dgate, dup), ((gate, up), dout))| {
-                    vectorized(|| {
-                        for at in 0..gate.len() {
-                            let (value, slope) = self.activation.at(gate[at]);
-                            dgate[at] = dout[at] * up[at] * slope;
-                            dup[at] = dout[at] * value;
-                        }
-                    });
+                    kernels::gated_backward(self.activation, gate, up, dout, dgate, dup);
                 },
             );
             Ok(())
@@ -134,13 +104,11 @@ impl CustomOp1 for Rope {
         let mut y = vec![0f32; x.len()];
         cpu::with_floats([&self.cos, &self.sin], |[cos, sin]| {
             let tables = cos.par_chunks(d / 2).zip(sin.par_chunks(d / 2));
-            y.par_chunks_mut(h * d).with_min_len(16).zip(x.par_chunks(h * d)).zip(tables).for_each(
-                |((y, x), (cos, sin))| {
-                    y.chunks_mut(d)
-                        .zip(x.chunks(d))
-                        .for_each(|(y, x)| vectorized(|| rope_row(x, cos, sin, self.sign, y)));
-                },
-            );
+            y.par_chunks_mut(h * d)
+                .with_min_len(16)
+                .zip(x.par_chunks(h * d))
+                .zip(tables)
+                .for_each(|((y, x), (cos, sin))| rope_row(x, cos, sin, self.sign, y));
             Ok(())
         })?;
         Ok((CpuStorage::F32(y), layout.shape().clone()))

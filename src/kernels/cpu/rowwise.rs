@@ -1,38 +1,169 @@
-//! Loops over one row: norm, rotation, activations, and the way loops are compiled for the processor at hand.
+//! Loops over one row: norm, rotation, activations, softmax, compiled for what the processor at hand has.
 
-/// Runs a closure of plain loops compiled for AVX-512 or AVX2 where the processor has it. Multiply and add stay apart, so the
-/// numbers are the same either way.
-#[inline]
-pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512bw")]
-        unsafe fn widest<R>(body: impl FnOnce() -> R) -> R {
-            body()
+/// Functions of plain loops, compiled for AVX-512, for AVX2 and for any processor, and chosen when they are called. Multiply and add
+/// stay apart, so the numbers are the same either way.
+macro_rules! at_every_level {
+    ($($(#[$about:meta])* $seen:vis fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
+        $(#[$about])*
+        #[allow(clippy::too_many_arguments)]
+        $seen fn $name($($argument: $kind),*) $(-> $result)? {
+            #[inline(always)]
+            fn plain($($argument: $kind),*) $(-> $result)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512bw")]
+                fn widest($($argument: $kind),*) $(-> $result)? {
+                    plain($($argument),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn wide($($argument: $kind),*) $(-> $result)? {
+                    plain($($argument),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512bw")
+                {
+                    // SAFETY: the processor has what the function is compiled for.
+                    return unsafe { widest($($argument),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { wide($($argument),*) };
+                }
+            }
+            plain($($argument),*)
         }
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bw")
-        {
-            // SAFETY: the processor has what the function is compiled for.
-            return unsafe { widest(body) };
-        }
-        #[target_feature(enable = "avx2")]
-        unsafe fn wide<R>(body: impl FnOnce() -> R) -> R {
-            body()
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2.
-            return unsafe { wide(body) };
+    )*};
+}
+
+/// The gate's activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x·σ(x)`.
+    Silu,
+    /// Gaussian error linear unit, tanh approximation.
+    GeluTanh,
+}
+
+at_every_level! {
+    /// `act(gate) ⊙ up`, number by number.
+    pub fn gated(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        match activation {
+            Activation::Silu => gate_by(|x| silu(x).0, gate, up, out),
+            Activation::GeluTanh => gate_by(|x| gelu_tanh(x).0, gate, up, out),
         }
     }
-    body()
+
+    /// Gradients of [`gated`].
+    pub fn gated_backward(
+        activation: Activation, gate: &[f32], up: &[f32], dout: &[f32], dgate: &mut [f32], dup: &mut [f32],
+    ) {
+        match activation {
+            Activation::Silu => gate_back(silu, gate, up, dout, dgate, dup),
+            Activation::GeluTanh => gate_back(gelu_tanh, gate, up, dout, dgate, dup),
+        }
+    }
+
+    /// `x / sqrt(mean(x²) + eps) · weight`. x, weight, out: (C).
+    pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let scale = inverse_root(x, eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+
+    /// Gradient of [`rms_norm_row`] in x. x, weight, dy, dx: (C).
+    pub fn rms_norm_backward_row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let scale = inverse_root(x, eps);
+        for ((dx, dy), weight) in dx.iter_mut().zip(dy).zip(weight) {
+            *dx = weight * dy;
+        }
+        let pull = dot(x, dx) * scale * scale / x.len() as f32;
+        for (dx, x) in dx.iter_mut().zip(x) {
+            *dx = scale * (*dx - x * pull);
+        }
+    }
+
+    /// Rotates `(i, i + D/2)` of every head of a row by the angle whose cosine and sine are given; `sign` −1 rotates back.
+    /// x, out: (H, D); cos, sin: (D/2).
+    pub fn rope_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32]) {
+        let half = cos.len();
+        for (x, out) in x.chunks_exact(2 * half).zip(out.chunks_exact_mut(2 * half)) {
+            let ((a, b), (left, right)) = (x.split_at(half), out.split_at_mut(half));
+            for at in 0..half {
+                let sin = sign * sin[at];
+                left[at] = a[at] * cos[at] - b[at] * sin;
+                right[at] = b[at] * cos[at] + a[at] * sin;
+            }
+        }
+    }
+
+    /// `exp(x − max x)` in place; gives the maximum and the sum. Long rows are summed in f64, a piece at a time.
+    pub fn softmax_row(x: &mut [f32]) -> (f32, f64) {
+        let max = largest(x);
+        (max, x.chunks_mut(1024).map(|piece| f64::from(exp_row(piece, max, 1.0))).sum())
+    }
+
+    /// `exp(scale·(x − max x))` in place; gives the sum. scale > 0.
+    pub(super) fn weigh_row(x: &mut [f32], scale: f32) -> f32 {
+        let max = largest(x);
+        exp_row(x, max, scale)
+    }
+
+    /// Scales the weights to a sum of one and turns `dout·v` into the gradient of the scores:
+    /// `dscore = weight·(dscore − pull)·scale`.
+    pub(super) fn score_gradient_row(weights: &mut [f32], dscores: &mut [f32], sum: f32, pull: f32, scale: f32) {
+        for (weight, dscore) in weights.iter_mut().zip(dscores) {
+            *weight *= sum;
+            *dscore = *weight * (*dscore - pull) * scale;
+        }
+    }
+
+    /// `x ← factor·x`.
+    pub fn scale_row(x: &mut [f32], factor: f32) {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
+
+    /// `y ← y + x`.
+    pub fn add_row(x: &[f32], y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    }
+
+    /// Σ a·b, see [`dot`].
+    pub(super) fn dot_row(a: &[f32], b: &[f32]) -> f32 {
+        dot(a, b)
+    }
+}
+
+#[inline(always)]
+fn gate_by(activation: impl Fn(f32) -> f32, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = activation(*gate) * up;
+    }
+}
+
+#[inline(always)]
+fn gate_back(
+    activation: impl Fn(f32) -> (f32, f32),
+    gate: &[f32],
+    up: &[f32],
+    dout: &[f32],
+    dgate: &mut [f32],
+    dup: &mut [f32],
+) {
+    let len = gate.len();
+    let (up, dout, dgate, dup) = (&up[..len], &dout[..len], &mut dgate[..len], &mut dup[..len]);
+    for at in 0..len {
+        let (value, slope) = activation(gate[at]);
+        dgate[at] = dout[at] * up[at] * slope;
+        dup[at] = dout[at] * value;
+    }
 }
 
 /// `exp(x)` to about one unit in the last place, in plain arithmetic that vectorises: 2^n · p(r) with |r| ≤ ln 2 / 2.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.3, 88.7);
     // Adding 1.5·2²³ leaves no bits below one: rounding without the instruction that a portable build lacks.
     const ROUND: f32 = 12_582_912.0;
@@ -49,14 +180,14 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// `x·σ(x)` and its derivative.
 #[inline(always)]
-pub fn silu(x: f32) -> (f32, f32) {
+fn silu(x: f32) -> (f32, f32) {
     let sigmoid = 1.0 / (1.0 + exp(-x));
     (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
 }
 
 /// GELU by its tanh approximation (arXiv 1606.08415), and its derivative.
 #[inline(always)]
-pub fn gelu_tanh(x: f32) -> (f32, f32) {
+fn gelu_tanh(x: f32) -> (f32, f32) {
     const ROOT: f32 = 0.797_884_6; // √(2/π)
     const CUBIC: f32 = 0.044_715;
     let inner = ROOT * (x + CUBIC * x * x * x);
@@ -70,43 +201,9 @@ fn inverse_root(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
-/// `x / sqrt(mean(x²) + eps) · weight`. x, weight, out: (C).
-#[inline(always)]
-pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let scale = inverse_root(x, eps);
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
-    }
-}
-
-/// Gradient of [`rms_norm_row`] in x. x, weight, dy, dx: (C).
-#[inline(always)]
-pub fn rms_norm_backward_row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
-    let scale = inverse_root(x, eps);
-    let mut projected = 0f32;
-    for ((x, weight), dy) in x.iter().zip(weight).zip(dy) {
-        projected += x * weight * dy;
-    }
-    let pull = projected * scale * scale / x.len() as f32;
-    for (((dx, x), weight), dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
-        *dx = scale * (weight * dy - x * pull);
-    }
-}
-
-/// Rotates `(i, i + D/2)` by the angle whose cosine and sine are given; `sign` −1 rotates back. x, out: (D); cos, sin: (D/2).
-#[inline(always)]
-pub fn rope_row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32]) {
-    let half = x.len() / 2;
-    for at in 0..half {
-        let (a, b, sin) = (x[at], x[at + half], sign * sin[at]);
-        out[at] = a * cos[at] - b * sin;
-        out[at + half] = b * cos[at] + a * sin;
-    }
-}
-
 /// The largest number of a row.
 #[inline(always)]
-pub(super) fn largest(x: &[f32]) -> f32 {
+fn largest(x: &[f32]) -> f32 {
     let mut largest = [f32::NEG_INFINITY; 16];
     let (chunks, rest) = x.as_chunks::<16>();
     for chunk in chunks {
@@ -119,7 +216,7 @@ pub(super) fn largest(x: &[f32]) -> f32 {
 
 /// `exp(scale·(x − max))` in place; gives their sum, in sixteen interleaved sums added in a fixed order.
 #[inline(always)]
-pub(super) fn exp_row(x: &mut [f32], max: f32, scale: f32) -> f32 {
+fn exp_row(x: &mut [f32], max: f32, scale: f32) -> f32 {
     let mut sums = [0f32; 16];
     let (chunks, rest) = x.as_chunks_mut::<16>();
     for chunk in chunks {
@@ -135,16 +232,9 @@ pub(super) fn exp_row(x: &mut [f32], max: f32, scale: f32) -> f32 {
     sums.iter().sum()
 }
 
-/// `exp(x − max x)` in place; gives the maximum and the sum. Long rows are summed in f64, a piece at a time.
-#[inline(always)]
-pub fn softmax_row(x: &mut [f32]) -> (f32, f64) {
-    let max = largest(x);
-    (max, x.chunks_mut(1024).map(|piece| f64::from(exp_row(piece, max, 1.0))).sum())
-}
-
 /// Σ a·b in sixteen interleaved sums, added in a fixed order.
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; 16];
     let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
     let rest: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();

@@ -6,7 +6,7 @@ use super::scores::{Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks};
 use crate::kernels::cpu::level::{Level, Out, level};
 use crate::kernels::cpu::matmul::{PANEL, Tile};
-use crate::kernels::cpu::rowwise::dot;
+use crate::kernels::cpu::rowwise::{dot_row, score_gradient_row};
 
 /// Gradients of [`super::attention`] in q, k and v. out, dout, q: (N, H, D); k, v: (N, K, D), the slots being rows of the step.
 ///
@@ -84,13 +84,10 @@ impl Task {
         for (m, (((weights, dscores), sum), (dout, out))) in rows.zip(pulls).enumerate() {
             let seen = block.seen[m / group].clone();
             // Σ_j p_j·(dout·v_j), the softmax's own pull.
-            let pull = dot(dout, out);
+            let pull = dot_row(dout, out);
             dscores[..seen.start].fill(0.0);
             dscores[seen.end..].fill(0.0);
-            for (weight, dscore) in weights[seen.clone()].iter_mut().zip(&mut dscores[seen]) {
-                *weight *= *sum;
-                *dscore = *weight * (*dscore - pull) * scale;
-            }
+            score_gradient_row(&mut weights[seen.clone()], &mut dscores[seen], *sum, pull, scale);
         }
         products.over(block, kv, &self.dscores, k, &mut self.dq);
         products.scatter(block, kv, &self.dq, dq);

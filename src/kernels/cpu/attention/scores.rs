@@ -5,7 +5,7 @@
 use super::{Block, Heads};
 use crate::kernels::cpu::level::{Level, Out};
 use crate::kernels::cpu::matmul::{PANEL, Tile};
-use crate::kernels::cpu::rowwise::{exp_row, largest, vectorized};
+use crate::kernels::cpu::rowwise::{scale_row, weigh_row};
 
 /// Buffers of a task.
 pub(super) struct Scratch {
@@ -69,12 +69,7 @@ impl Scratch {
             let seen = &block.seen[row / group];
             weights[..seen.start].fill(0.0);
             weights[seen.end..].fill(0.0);
-            let weights = &mut weights[seen.clone()];
-            let sum = vectorized(|| {
-                let max = largest(weights);
-                exp_row(weights, max, scale)
-            });
-            self.scales.push(1.0 / sum);
+            self.scales.push(1.0 / weigh_row(&mut weights[seen.clone()], scale));
         }
     }
 
@@ -84,7 +79,7 @@ impl Scratch {
         self.products.over(block, kv, &self.weights, v, &mut self.out);
         let wide = self.products.wide;
         for (row, scale) in self.out.chunks_exact_mut(wide).zip(&self.scales) {
-            row.iter_mut().for_each(|value| *value *= scale);
+            scale_row(row, *scale);
         }
         self.products.scatter(block, kv, &self.out, out);
     }
