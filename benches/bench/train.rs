@@ -203,14 +203,6 @@ fn pair(tokenizer: &Tokenizer, [prompt, chosen, rejected]: [String; 3]) -> Resul
     Ok(TokenPair { prompt, chosen, rejected, score_chosen: 1.0, score_rejected: 0.0 })
 }
 
-/// Processor time of the process so far, all threads.
-fn cpu_seconds() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
-    let ticks: u64 = [11, 12].iter().map(|&at| fields.get(at)?.parse::<u64>().ok()).sum::<Option<u64>>()?;
-    Some(ticks as f64 / 100.0)
-}
-
 /// Peak resident memory of the process, MB.
 fn peak_megabytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
