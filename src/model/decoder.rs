@@ -28,7 +28,8 @@ pub enum Attend<'a> {
 pub struct LoadOptions {
     /// Device of the weights.
     pub device: Device,
-    /// Width of the linear weights. On the CPU activations are f32 whatever this is; on a GPU they have this dtype.
+    /// Width of the linear weights. On the CPU activations are f32 whatever this is (a product with bf16 weights may round its
+    /// input); on a GPU they have this dtype.
     pub dtype: DType,
 }
 

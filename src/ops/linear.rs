@@ -23,7 +23,8 @@ enum Weight {
 }
 
 impl FrozenLinear {
-    /// Takes a weight `(out, in)` in f32, f16 or bf16 (kept in that width; products accumulate in f32 on the CPU) and an optional
+    /// Takes a weight `(out, in)` in f32, f16 or bf16 (kept in that width; on the CPU products accumulate in f32, and
+    /// with a bf16 weight the input is rounded to bf16 where the processor multiplies bf16) and an optional
     /// bias `(out)`.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
         let (n, k) = weight.dims2()?;

@@ -91,8 +91,9 @@ pub fn attention(heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32
 fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
     let blocks: Vec<Block<'_>> = rows.iter().flat_map(|rows| blocks(heads, rows)).collect();
     let covered: usize = blocks.iter().map(|block| block.seen.len()).sum();
-    let starts = blocks.iter().scan(0, |at, block| Some((*at == block.start, *at += block.seen.len()).0));
-    assert!(starts.fold(true, |all, starts| all && starts), "rows out of order");
+    let ends = blocks.iter().map(|block| block.start + block.seen.len());
+    let in_order = std::iter::once(0).chain(ends).zip(&blocks).all(|(end, block)| end == block.start);
+    assert!(in_order, "rows out of order");
     assert_eq!(covered * heads.query * heads.dim, q.len(), "rows that no block has");
     let slots = k.len().min(v.len()) / (heads.key * heads.dim);
     assert!(rows.iter().flat_map(|rows| rows.slots).all(|slot| *slot < slots), "a slot past the keys");

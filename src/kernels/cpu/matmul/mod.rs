@@ -185,9 +185,9 @@ impl Packed {
         (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
             let (at, group) = (task % blocks, task / blocks);
             let rows = at * block..m.min((at + 1) * block);
-            for index in group * together..panels.len().min((group + 1) * together) {
+            for (index, panel) in panels.iter().enumerate().skip(group * together).take(together) {
                 let columns = PANEL.min(self.n - index * PANEL);
-                multiply(panels[index], rows.clone(), columns, y.at(rows.start * self.n + index * PANEL));
+                multiply(*panel, rows.clone(), columns, y.at(rows.start * self.n + index * PANEL));
             }
         });
     }

@@ -61,7 +61,7 @@ impl<W: Stored> Tile<W> {
     }
 
     /// The tile whose first row is this one's `row`-th.
-    fn from_row(&self, row: usize) -> Self {
+    fn below(&self, row: usize) -> Self {
         Tile { x: self.x.wrapping_add(self.at(self.turned, row, 0)), ..*self }
     }
 
@@ -71,7 +71,7 @@ impl<W: Stored> Tile<W> {
     unsafe fn avx512_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
-            let (tile, out) = (self.from_row(row), out.wrapping_add(row * out_stride));
+            let (tile, out) = (self.below(row), out.wrapping_add(row * out_stride));
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
                 match rows - row {
@@ -155,7 +155,7 @@ impl<W: Stored> Tile<W> {
     unsafe fn avx2_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
-            let (tile, to) = (self.from_row(row), out.wrapping_add(row * out_stride));
+            let (tile, to) = (self.below(row), out.wrapping_add(row * out_stride));
             let firsts = (0..self.columns).step_by(16);
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
