@@ -213,6 +213,11 @@ impl Engine {
         self.shared.max_model_len
     }
 
+    /// Most requests that may wait.
+    pub fn max_waiting(&self) -> usize {
+        self.shared.max_waiting
+    }
+
     /// Current numbers.
     pub fn stats(&self) -> EngineStats {
         let stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -78,7 +78,7 @@ impl JobRequest {
         if !(0.0..=2.0).contains(&synthesis.temperature) {
             return Err(Error::invalid("synthesis.temperature", "must be in [0, 2]"));
         }
-        if !(synthesis.top_p > 0.0 && synthesis.top_p <= 1.0) {
+        if !(f32::MIN_POSITIVE..=1.0).contains(&synthesis.top_p) {
             return Err(Error::invalid("synthesis.top_p", "must be in (0, 1]"));
         }
         let nothing_held_out = self.eval_prompts.is_empty() && self.training.eval_fraction == 0.0;

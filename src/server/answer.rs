@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::roles::Target;
 use crate::text::Tokenizer;
 
@@ -137,7 +137,12 @@ pub(super) struct Choices {
 impl Choices {
     /// Queues `n` choices of each prompt; choice `i` of a seeded request has seed + i.
     pub(super) fn submit(target: &Target, prompts: &[Vec<u32>], params: &SamplingParams, n: usize) -> Result<Self> {
-        let mut streams: Vec<Indexed> = Vec::new();
+        let (wanted, room) = (prompts.len().saturating_mul(n), target.engine()?.max_waiting());
+        if wanted > room {
+            let message = format!("{n} answers to each of {} prompts are more than the {room} that may wait", prompts.len());
+            return Err(Error::invalid("n", message));
+        }
+        let mut streams: Vec<Indexed> = Vec::with_capacity(wanted);
         for (at, prompt) in prompts.iter().enumerate() {
             for choice in 0..n {
                 let seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 
 /// The name a template has inside its environment.
 const NAME: &str = "chat_template";
+/// Steps a rendering may take: a template of a request must not loop for ever. The longest conversations take thousands.
+const MOST_STEPS: u64 = 20_000_000;
 
 /// One turn, as the template sees it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -70,6 +72,7 @@ pub(super) struct ChatTemplate {
 impl ChatTemplate {
     pub(super) fn new(source: &str) -> Result<Self> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(MOST_STEPS));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -282,6 +285,13 @@ mod tests {
         );
         assert_eq!(text.unwrap(), "A <s>");
         assert_eq!((civil(0), civil(11_016), civil(20_781)), ((1970, 1, 1), (2000, 2, 29), (2026, 11, 24)));
+    }
+
+    #[test]
+    fn a_template_that_loops_for_ever_is_stopped() {
+        let source = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}";
+        let error = render(source, &[Message::new("user", "x")], &RenderOptions::default()).unwrap_err();
+        assert_eq!(error.status(), 400, "{error}");
     }
 
     #[test]
