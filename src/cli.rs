@@ -66,6 +66,8 @@ pub(crate) struct Remote {
 
 /// Parses the arguments and runs the command. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 server not reachable.
 pub fn main() -> ExitCode {
+    // Before there is a second thread that could read the environment.
+    crate::kernels::cpu::keep_candle_on_one_thread();
     let cli = Cli::parse();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

@@ -123,13 +123,15 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
         })?;
         let batch = [0, 1, 2, 3];
         trainer.forward_backward(&batch, &mut || Ok(()))?;
-        trainer.optim_step()?;
+        trainer.optim_step(&mut || Ok(()))?;
         // As TRL counts: the prompt once for each answer.
         let of = |pair: &TokenPair| 2 * pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
         let counted = batch.iter().map(|index| of(&pairs[*index]) as u64).sum();
         group.throughput(Throughput::Elements(counted)).sample_size(10);
         group.bench_function(format!("step of 4 pairs, {}", dtype.as_str()), |bencher| {
-            bencher.iter(|| trainer.forward_backward(&batch, &mut || Ok(())).and_then(|_| trainer.optim_step()));
+            bencher.iter(|| {
+                trainer.forward_backward(&batch, &mut || Ok(())).and_then(|_| trainer.optim_step(&mut || Ok(())))
+            });
         });
     }
     group.finish();

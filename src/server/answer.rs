@@ -139,7 +139,8 @@ impl Choices {
     pub(super) fn submit(target: &Target, prompts: &[Vec<u32>], params: &SamplingParams, n: usize) -> Result<Self> {
         let (wanted, room) = (prompts.len().saturating_mul(n), target.engine()?.max_waiting());
         if wanted > room {
-            let message = format!("{n} answers to each of {} prompts are more than the {room} that may wait", prompts.len());
+            let message =
+                format!("{n} answers to each of {} prompts are more than the {room} that may wait", prompts.len());
             return Err(Error::invalid("n", message));
         }
         let mut streams: Vec<Indexed> = Vec::with_capacity(wanted);

@@ -11,6 +11,8 @@ use crate::error::{Error, Result};
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
+/// Variables updated between two calls of the pace callback.
+const PACED: usize = 16;
 const EPSILON: f64 = 1e-8;
 
 /// Multiplier of the peak learning rate at optimizer step `step` (from 0) of `total`: what transformers' `get_scheduler` gives, so
@@ -109,18 +111,23 @@ impl AdamW {
     }
 
     /// One update with gradients `scale · sums`; weight decay is decoupled, the order of operations is PyTorch's. `rate` gives
-    /// each variable's learning rate by its name.
+    /// each variable's learning rate by its name; `pace` is called between some of them.
     pub(crate) fn step(
         &mut self,
         variables: &[(String, Var)],
         gradients: &Gradients,
         scale: f64,
         rate: impl Fn(&str) -> f64,
+        pace: &mut dyn FnMut(),
     ) -> Result<()> {
         self.updates += 1;
         let correction1 = 1.0 - BETA1.powi(self.updates as i32);
         let correction2 = 1.0 - BETA2.powi(self.updates as i32);
-        for (((name, variable), moments), sum) in variables.iter().zip(&mut self.moments).zip(gradients.sums()) {
+        let all = variables.iter().zip(&mut self.moments).zip(gradients.sums());
+        for (index, (((name, variable), moments), sum)) in all.enumerate() {
+            if index.is_multiple_of(PACED) {
+                pace();
+            }
             let Some(sum) = sum else { continue };
             let rate = rate(name);
             let gradient = (sum * scale)?;
@@ -227,7 +234,7 @@ mod tests {
             let variables = variables();
             let mut adamw = AdamW::new(&variables, decay).unwrap();
             for step in 1..=7 {
-                adamw.step(&variables, &gradients(step), 1.0, |_| 0.03).unwrap();
+                adamw.step(&variables, &gradients(step), 1.0, |_| 0.03, &mut || ()).unwrap();
             }
             for (got, want) in values(&variables).iter().zip(expected(7, 0.03, decay)) {
                 assert!((f64::from(*got) - want).abs() < 2e-6, "{got} {want}");
@@ -240,17 +247,17 @@ mod tests {
         let (straight, resumed) = (variables(), variables());
         let mut one = AdamW::new(&straight, 0.01).unwrap();
         for step in 1..=6 {
-            one.step(&straight, &gradients(step), 0.5, |_| 0.01).unwrap();
+            one.step(&straight, &gradients(step), 0.5, |_| 0.01, &mut || ()).unwrap();
         }
         let mut before = AdamW::new(&resumed, 0.01).unwrap();
         for step in 1..=3 {
-            before.step(&resumed, &gradients(step), 0.5, |_| 0.01).unwrap();
+            before.step(&resumed, &gradients(step), 0.5, |_| 0.01, &mut || ()).unwrap();
         }
         let exported = before.export(&resumed);
         let mut after = AdamW::new(&resumed, 0.01).unwrap();
         after.import(&resumed, &exported, before.updates()).unwrap();
         for step in 4..=6 {
-            after.step(&resumed, &gradients(step), 0.5, |_| 0.01).unwrap();
+            after.step(&resumed, &gradients(step), 0.5, |_| 0.01, &mut || ()).unwrap();
         }
         assert_eq!(values(&straight), values(&resumed));
         let mut missing = exported;

@@ -17,7 +17,7 @@ use crate::model::{Attend, Decoder, LoraParams, LoraRows};
 use crate::ops::{pull, token_logprobs};
 
 /// Response rows whose log-probs are computed between two calls of [`Pace`]: the head is as dear as many layers, so it is cut up.
-const HEAD_ROWS_CPU: usize = 128;
+const HEAD_ROWS_CPU: usize = 64;
 const HEAD_ROWS_GPU: usize = 2048;
 
 /// A model with the variables that are trained on it.

@@ -78,7 +78,7 @@ fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hoo
         for batch in trainer.next_batches() {
             trainer.forward_backward(&batch, &mut || hooks.pace())?;
         }
-        trainer.optim_step()?;
+        trainer.optim_step(&mut || hooks.pace())?;
         if let Some(metrics) = trainer.history().last() {
             hooks.on_step(metrics)?;
         }

@@ -158,7 +158,7 @@ impl<'a> Trainer<'a> {
             seed: job.seed,
             folder: job.folder.clone(),
             keep_bytes,
-            pack_rows: pack_rows(job.model.config(), keep_bytes),
+            pack_rows: pack_rows(job.model.config(), keep_bytes, job.model.device().is_cpu()),
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,
@@ -221,8 +221,19 @@ impl<'a> Trainer<'a> {
     }
 
     /// Clips, steps AdamW, advances the schedule, clears the gradients. The gradient is the mean over all pairs seen since the last
-    /// step. A step whose loss or gradient is not finite changes nothing but the counters; five in a row are an error.
-    pub fn optim_step(&mut self) -> Result<()> {
+    /// step. A step whose loss or gradient is not finite changes nothing but the counters; five in a row are an error. An error of
+    /// `pace` comes back after the step is whole.
+    pub fn optim_step(&mut self, pace: &mut Pace<'_>) -> Result<()> {
+        let mut stopped = Ok(());
+        let outcome = self.optim_step_inner(&mut || {
+            if stopped.is_ok() {
+                stopped = pace();
+            }
+        });
+        outcome.and(stopped)
+    }
+
+    fn optim_step_inner(&mut self, pace: &mut dyn FnMut()) -> Result<()> {
         if self.sums.pairs == 0 {
             return Err(Error::internal("optim_step without a forward_backward before it. This is a bug."));
         }
@@ -235,7 +246,7 @@ impl<'a> Trainer<'a> {
             let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
             let faster = self.options.loraplus_lr_ratio.unwrap_or(1.0);
             let rate_of = |name: &str| if name.ends_with(".lora_B.weight") { faster * rate } else { rate };
-            self.optimizer.step(&self.variables, &self.gradients, mean * clip, rate_of)?;
+            self.optimizer.step(&self.variables, &self.gradients, mean * clip, rate_of, pace)?;
             self.state.nonfinite_in_a_row = 0;
         } else {
             self.state.nonfinite_in_a_row += 1;
@@ -467,14 +478,14 @@ fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Resu
 
 /// Rows of a flat step whose layer graphs fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
 /// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
-fn pack_rows(config: &ModelConfig, bytes: usize) -> usize {
+fn pack_rows(config: &ModelConfig, bytes: usize, on_cpu: bool) -> usize {
     let heads = config.num_attention_heads * config.head_dim;
     let kv_heads = config.num_key_value_heads * config.head_dim;
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let linears = heads + 2 * kv_heads + 2 * hidden + 2 * inner;
     let rest = 5 * hidden + 2 * heads + kv_heads + inner;
     let per_row = 4 * (linears + rest) * config.num_hidden_layers;
-    (bytes / per_row.max(1)).clamp(512, 16384)
+    (bytes / per_row.max(1)).clamp(512, if on_cpu { 512 } else { 16384 })
 }
 
 /// One step of SplitMix64's output function over both numbers.

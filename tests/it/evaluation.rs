@@ -29,7 +29,7 @@ fn evaluations_say_what_a_training_pass_over_the_same_pairs_says() {
     assert_eq!((before.eval_loss, before.rewards_accuracies, before.eval_pairs), (LN_2, 0.0, 8));
     for _ in 0..6 {
         trainer.forward_backward(&[0, 1, 2, 3, 4, 5, 6, 7], &mut no_pace).unwrap();
-        trainer.optim_step().unwrap();
+        trainer.optim_step(&mut no_pace).unwrap();
     }
     let after = trainer.evaluate(&mut no_pace).unwrap();
     let pass = trainer.forward_backward(&[0, 1, 2, 3, 4, 5, 6, 7], &mut no_pace).unwrap();
@@ -88,7 +88,7 @@ fn lora_plus_moves_b_by_its_ratio() {
         job.options.loraplus_lr_ratio = ratio;
         let mut trainer = Trainer::open(&job).unwrap();
         trainer.forward_backward(&[0, 1, 2, 3, 4, 5], &mut no_pace).unwrap();
-        trainer.optim_step().unwrap();
+        trainer.optim_step(&mut no_pace).unwrap();
         let adapter = trainer.adapter().unwrap();
         let of_b = adapter.tensors.iter().filter(|(name, _)| name.ends_with("lora_B.weight"));
         of_b.map(|(_, b)| b.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()).fold(0.0, f32::max)

@@ -163,7 +163,7 @@ fn warmed<'a>(job: &TrainJob<'a>) -> Trainer<'a> {
     let mut trainer = Trainer::open(job).unwrap();
     for _ in 0..2 {
         trainer.forward_backward(&[0, 1, 2, 3, 4, 5], &mut no_pace).unwrap();
-        trainer.optim_step().unwrap();
+        trainer.optim_step(&mut no_pace).unwrap();
     }
     trainer
 }
@@ -354,7 +354,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
         for batch in killed.next_batches() {
             killed.forward_backward(&batch, &mut no_pace).unwrap();
         }
-        killed.optim_step().unwrap();
+        killed.optim_step(&mut no_pace).unwrap();
         if step == 4 {
             killed.save_state().unwrap();
         }
@@ -421,7 +421,7 @@ fn an_adapter_given_out_does_not_move_with_training() {
     let given = trainer.adapter().unwrap();
     let before = values(&given);
     trainer.forward_backward(&[0, 1, 2, 3], &mut no_pace).unwrap();
-    trainer.optim_step().unwrap();
+    trainer.optim_step(&mut no_pace).unwrap();
     assert!(values(&given) == before);
     assert!(values(&trainer.adapter().unwrap()) != before);
 }
