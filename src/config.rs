@@ -115,7 +115,7 @@ impl Default for StoreOptions {
 
 impl Default for TrainingSection {
     fn default() -> Self {
-        TrainingSection { device_share: 0.5 }
+        TrainingSection { device_share: 0.6 }
     }
 }
 

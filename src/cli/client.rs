@@ -30,6 +30,11 @@ impl Client {
         &self.base
     }
 
+    /// Whether it has a key to send.
+    pub(crate) fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
     /// GET, JSON back.
     pub(crate) async fn get(&self, path: &str) -> Result<Value> {
         self.json(self.http.get(self.address(path))).await

@@ -147,7 +147,8 @@ async fn align(args: &DemoArgs, client: &Client) -> Result<()> {
     let after = ask(client).await?;
     println!("  asked after:   {}", after.show());
     println!("\nTalk to the aligned student, and to its base as `student:base`:\n");
-    println!("  curl {}/v1/chat/completions -H 'content-type: application/json' -d '{{", client.base());
+    let key = if client.has_key() { " -H \"authorization: Bearer $RDPO_API_KEY\"" } else { "" };
+    println!("  curl {}/v1/chat/completions{key} -H 'content-type: application/json' -d '{{", client.base());
     println!("    \"model\": \"student\", \"messages\": [{{\"role\": \"user\", \"content\": \"{}\"}}]}}'", held_out[0]);
     match asked.failed {
         0 => Ok(()),

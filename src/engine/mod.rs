@@ -9,7 +9,7 @@ mod scheduler;
 mod step;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -76,6 +76,17 @@ struct Shared {
     stats: Mutex<EngineStats>,
     /// What this engine last added to the gauges of a role, which all engines share.
     counted: Mutex<HashMap<&'static str, (i64, i64)>>,
+    /// Cleared when the owner thread ends.
+    alive: AtomicBool,
+}
+
+/// Says that the owner thread has ended, however it did.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.alive.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
@@ -143,6 +154,7 @@ impl Engine {
                 ..EngineStats::default()
             }),
             counted: Mutex::new(HashMap::new()),
+            alive: AtomicBool::new(true),
             model,
             tokenizer,
             gate,
@@ -156,6 +168,7 @@ impl Engine {
         let owner = Owner::new(shared.clone(), pool, Scheduler::new(limits, num_blocks));
         let (commands, receiver) = channel();
         std::thread::Builder::new().name(format!("engine-{}", options.name)).spawn(move || {
+            let _ending = Ending(owner.shared.clone());
             let bytes = owner.pool.bytes();
             owner.run(&receiver);
             metrics().gpu_memory_bytes.with_label_values(&["kv"]).sub(bytes as i64);
@@ -211,6 +224,11 @@ impl Engine {
     /// Longest prompt + answer, tokens.
     pub fn max_model_len(&self) -> usize {
         self.shared.max_model_len
+    }
+
+    /// Whether its thread runs.
+    pub fn is_alive(&self) -> bool {
+        self.shared.alive.load(Ordering::Relaxed)
     }
 
     /// Most requests that may wait.

@@ -241,7 +241,7 @@ impl LoraRows<'_> {
                 let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
                 match dropout_seed {
                     Some(seed) if params.config.lora_dropout > 0.0 => {
-                        let dropped = dropout(x, params.config.lora_dropout, mixed(seed, layer, site))?;
+                        let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
                         Ok((base.forward(x)? + low_rank(None, &dropped, a, b, scale)?)?)
                     }
                     _ => low_rank(Some(base), x, a, b, scale),

@@ -73,6 +73,17 @@ impl JobRequest {
         let responder =
             roles.resolve(&self.synthesis.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
         responder.engine().map_err(|error| error.at("synthesis.respond_with"))?;
+        let (_, max_rank) = roles.adapters().limits();
+        let ranks = std::iter::once(("lora.r", self.lora.r));
+        let ranks = ranks.chain(self.lora.rank_pattern.values().map(|rank| ("lora.rank_pattern", *rank)));
+        for (field, rank) in ranks {
+            if rank > max_rank {
+                return Err(Error::invalid(
+                    field,
+                    format!("{rank} is above this server's adapters.max_rank ({max_rank})"),
+                ));
+            }
+        }
         if let Some(init) = &self.lora.init_from {
             roles.adapters().file(init).map_err(|error| error.at("lora.init_from"))?;
         }

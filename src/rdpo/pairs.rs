@@ -103,7 +103,7 @@ fn reason_to_drop(candidate: &Candidate, options: &ScoringOptions) -> Option<&'s
     if candidate.chosen.trim() == candidate.rejected.trim() {
         return Some("identical");
     }
-    let Some((chosen, rejected)) = candidate.scores else { return Some("unreadable") };
+    let Some((chosen, rejected)) = candidate.scores else { return Some("parse") };
     if options.drop_ties && chosen == rejected {
         return Some("tie");
     }
@@ -171,7 +171,7 @@ mod tests {
         let reason = |candidate: Candidate| reason_to_drop(&candidate, &options);
         assert_eq!(reason(candidate("a", " ", Some((2.0, 1.0)))), Some("empty"));
         assert_eq!(reason(candidate("a", " a", Some((2.0, 1.0)))), Some("identical"));
-        assert_eq!(reason(candidate("a", "b", None)), Some("unreadable"));
+        assert_eq!(reason(candidate("a", "b", None)), Some("parse"));
         assert_eq!(reason(candidate("a", "b", Some((1.0, 1.0)))), Some("tie"));
         assert_eq!(reason(candidate("a", "b", Some((1.2, 1.0)))), Some("min_gap"));
         assert_eq!(reason(candidate("a", "b", Some((1.0, 3.0)))), Some("min_gap"));

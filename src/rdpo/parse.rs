@@ -3,9 +3,10 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::{Behavior, BehaviorRef, JobRequest, PairInput, PromptInput};
+use super::{Behavior, BehaviorRef, JobRequest, PairInput, PromptInput, PublishWhen};
 use crate::error::{Code, Error, Result};
 use crate::text::Message;
+use crate::train::LoraOptions;
 
 impl JobRequest {
     /// Reads and checks a body: unknown fields, types, ranges, empty prompts; every error names its field.
@@ -29,7 +30,10 @@ impl JobRequest {
                 "synthesis" => request.synthesis = section(key, value)?,
                 "scoring" => request.scoring = section(key, value)?,
                 "loss" => request.loss = section(key, value)?,
-                "lora" => request.lora = section(key, value)?,
+                "lora" => {
+                    request.lora = section(key, value)?;
+                    check_init_from(&request.lora)?;
+                }
                 "training" => request.training = section(key, value)?,
                 "publish" => {
                     let mut rest = self::object(value, key)?.clone();
@@ -78,7 +82,7 @@ impl JobRequest {
         if !(0.0..=2.0).contains(&synthesis.temperature) {
             return Err(Error::invalid("synthesis.temperature", "must be in [0, 2]"));
         }
-        if !(f32::MIN_POSITIVE..=1.0).contains(&synthesis.top_p) {
+        if !(f64::from(f32::MIN_POSITIVE)..=1.0).contains(&synthesis.top_p) {
             return Err(Error::invalid("synthesis.top_p", "must be in (0, 1]"));
         }
         let nothing_held_out = self.eval_prompts.is_empty() && self.training.eval_fraction == 0.0;
@@ -92,6 +96,10 @@ impl JobRequest {
         }
         if !(0.0..=1.0).contains(&self.publish.require.win_rate) {
             return Err(Error::invalid("publish.require.win_rate", "must be in [0, 1]"));
+        }
+        if self.publish.when == PublishWhen::EveryCheckpoint && self.publish.require.win_rate > 0.0 {
+            let message = "`every_checkpoint` publishes before the report that `publish.require` asks for; use `end`";
+            return Err(Error::invalid("publish.when", message));
         }
         let alias = &self.publish.alias;
         let plain = alias.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -108,6 +116,21 @@ impl JobRequest {
         self.loss.validate("loss")?;
         self.lora.validate("lora")?;
         self.training.validate("training")
+    }
+}
+
+/// The adapter to go on from has its own shape, so nothing else may be asked for.
+fn check_init_from(lora: &LoraOptions) -> Result<()> {
+    let Some(init) = &lora.init_from else { return Ok(()) };
+    let (asked, usual) = (serde_json::to_value(lora)?, serde_json::to_value(LoraOptions::default())?);
+    let own =
+        asked.as_object().into_iter().flatten().find(|(key, value)| *key != "init_from" && usual[*key] != **value);
+    match own {
+        None => Ok(()),
+        Some((key, _)) => {
+            let message = format!("`{init}`, which the job goes on from, has its own; leave this out");
+            Err(Error::invalid(format!("lora.{key}"), message))
+        }
     }
 }
 

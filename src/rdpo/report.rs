@@ -116,8 +116,8 @@ pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: 
     let context = behavior.context.as_deref().filter(|_| behavior.train_with_context);
     let messages = prompt.under(context);
     let params = SamplingParams {
-        temperature: options.temperature,
-        top_p: options.top_p,
+        temperature: options.temperature as f32,
+        top_p: options.top_p as f32,
         max_tokens: Some(options.max_tokens),
         seed: Some(mixed(seed, &[u64::MAX, index as u64])),
         logprobs: Some(0),

@@ -59,9 +59,9 @@ pub struct SynthesisOptions {
     /// Conversations per prompt, 1..=64.
     pub samples_per_prompt: usize,
     /// Sampling temperature.
-    pub temperature: f32,
+    pub temperature: f64,
     /// Nucleus mass.
-    pub top_p: f32,
+    pub top_p: f64,
     /// Most tokens a turn.
     pub max_tokens: usize,
     /// Who gives the first answer: a model name.

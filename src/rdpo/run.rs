@@ -8,6 +8,8 @@ use futures_util::StreamExt;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
@@ -49,17 +51,17 @@ pub(super) struct Pairs {
 impl<'a> Run<'a> {
     /// Reads the request; the prompts are stored at the first run, so that a file that changes later changes nothing.
     pub(super) fn open(context: &'a Context, roles: &'a Arc<Roles>, runtime: &'a Handle) -> Result<Self> {
-        let request = JobRequest::parse(&context.job.request)?;
-        let behavior = request.recipe(roles)?;
-        let prompts = match context.store.rows(&context.job.id, "prompts")?.pop() {
-            Some((_, stored)) => serde_json::from_value(stored)?,
-            None => {
-                let mut prompts = request.all_prompts(roles)?;
-                prompts.extend(request.eval_prompts.iter().cloned());
-                context.store.put_row(&context.job.id, "prompts", 0, &serde_json::to_value(&prompts)?)?;
-                prompts
-            }
-        };
+        let mut request = JobRequest::parse(&context.job.request)?;
+        // Files, recipes and live adapters may change while a job is paused: what it began with is kept.
+        let behavior = kept(context, "behavior", || request.recipe(roles))?;
+        let prompts: Vec<PromptInput> = kept(context, "prompts", || {
+            let mut prompts = request.all_prompts(roles)?;
+            prompts.extend(request.eval_prompts.iter().cloned());
+            Ok(prompts)
+        })?;
+        let init = request.lora.init_from.take();
+        request.lora.init_from =
+            kept(context, "init_from", || Ok(init.as_deref().map(|name| roles.adapters().pinned(name))))?;
         let held_out = match request.eval_prompts.is_empty() {
             true => held_out(&prompts, request.training.eval_fraction, request.seed),
             false => (prompts.len() - request.eval_prompts.len()..prompts.len()).collect(),
@@ -180,7 +182,7 @@ impl<'a> Run<'a> {
         }
         let base = self.roles.student_base()?;
         let longest = self.request.training.max_length.min(base.engine()?.max_model_len());
-        let first = self.rows("pair")?.is_empty();
+        let stored = self.rows("pair")?.len();
         let (held_out, training): (Vec<_>, Vec<_>) =
             candidates.into_iter().partition(|one| self.held_out.contains(&one.prompt_index));
         let keep = |candidates| keep(candidates, &self.request.scoring, base.tokenizer()?, longest);
@@ -188,9 +190,11 @@ impl<'a> Run<'a> {
         let won = kept.pairs.iter().filter(|pair| pair.score_chosen > pair.score_rejected).count();
         let ratio = won as f64 / kept.pairs.len().max(1) as f64;
         metrics().revised_win_ratio.set(ratio);
-        if first {
+        if stored == 0 {
             count(&kept);
-            for (index, pair) in kept.pairs.iter().enumerate() {
+        }
+        if stored < kept.pairs.len() {
+            for (index, pair) in kept.pairs.iter().enumerate().skip(stored) {
                 self.put_row("pair", index, &serde_json::to_value(pair)?)?;
             }
         }
@@ -324,6 +328,13 @@ impl<'a> Run<'a> {
             "published": held_back.is_none(), "reason": held_back, "train_serve_logprob_gap": gap,
         }});
         self.set_result(&result)?;
+        // What the run needed to be resumed; the adapter itself is under its alias, or was not wanted.
+        if held_back.is_none() {
+            let folder = self.roles.adapters().job_folder(&self.context.job.id);
+            if let Err(error) = std::fs::remove_dir_all(&folder) {
+                tracing::warn!(%error, "{} stays behind", folder.display());
+            }
+        }
         if let Some(version) = version {
             let message = format!("adapter `{}` version {version} is live", publish.alias);
             self.context.event("info", "message", &message, &result)?;
@@ -421,6 +432,18 @@ impl<'a> Run<'a> {
         seconds.insert(stage.to_owned(), json!(before + since.elapsed().as_secs_f64()));
         self.set_result(&json!({ "seconds": seconds }))?;
         outcome
+    }
+}
+
+/// What the first run of a job made, read back by the later ones.
+fn kept<T: Serialize + DeserializeOwned>(context: &Context, kind: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    match context.store.rows(&context.job.id, kind)?.pop() {
+        Some((_, stored)) => Ok(serde_json::from_value(stored)?),
+        None => {
+            let made = make()?;
+            context.store.put_row(&context.job.id, kind, 0, &serde_json::to_value(&made)?)?;
+            Ok(made)
+        }
     }
 }
 

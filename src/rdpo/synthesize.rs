@@ -183,8 +183,8 @@ async fn next_turn(
     sample: &mut Sample,
 ) -> Result<String> {
     let params = SamplingParams {
-        temperature: options.temperature,
-        top_p: options.top_p,
+        temperature: options.temperature as f32,
+        top_p: options.top_p as f32,
         max_tokens: Some(options.max_tokens),
         seed: Some(mixed(seed, &[sample.prompt_index as u64, sample.sample as u64, *turn])),
         ..SamplingParams::default()

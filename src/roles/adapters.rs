@@ -127,7 +127,8 @@ impl Adapters {
             adapters.lock().aliases.iter().filter_map(|(name, alias)| Some((name.clone(), alias.live?))).collect();
         for (alias, version) in live {
             adapters.at(&alias, version).map_err(|error| {
-                error.context(format!("adapter `{alias}` version {version} was live but cannot be loaded"))
+                let advice = format!("give the student its old model, or move {} away", adapters.root.display());
+                error.context(format!("adapter `{alias}` version {version} was live but cannot be loaded ({advice})"))
             })?;
             adapters.show_live(&alias, version);
         }
@@ -196,6 +197,14 @@ impl Adapters {
         match known {
             Some(version) => AdapterFile::read(&self.folder(alias, version)),
             None => AdapterFile::read(&confined(&self.root, name, "lora.init_from")?),
+        }
+    }
+
+    /// The name of what `name` stands for now: an alias as `alias@<version>`, anything else as it is.
+    pub fn pinned(&self, name: &str) -> String {
+        match self.lock().aliases.get(name).and_then(|alias| alias.live) {
+            Some(version) => format!("{name}@{version}"),
+            None => name.to_owned(),
         }
     }
 
@@ -356,7 +365,9 @@ impl Adapters {
             };
         }
         metrics().adapters_resident.set(resident.len() as i64);
-        metrics().adapter_resident_bytes.set(resident.values().map(|one| one.adapter.bytes as i64).sum());
+        let bytes = resident.values().map(|one| one.adapter.bytes as i64).sum();
+        metrics().adapter_resident_bytes.set(bytes);
+        metrics().gpu_memory_bytes.with_label_values(&["adapter"]).set(bytes);
     }
 
     fn folder(&self, alias: &str, version: u64) -> PathBuf {

@@ -203,14 +203,18 @@ impl Endpoint {
                 request = request.bearer_auth(key);
             }
             let problem = match request.send().await {
-                Ok(reply) if reply.status().is_success() => {
-                    let value: Value =
-                        reply.json().await.map_err(|_| unreadable("the reward endpoint did not answer JSON".into()))?;
-                    return value["score"]
-                        .as_f64()
-                        .filter(|score| score.is_finite())
-                        .ok_or_else(|| unreadable("the reward endpoint gave no finite number `score`".into()));
-                }
+                Ok(reply) if reply.status().is_success() => match reply.json::<Value>().await {
+                    Err(error) if error.is_decode() => {
+                        return Err(unreadable("the reward endpoint did not answer JSON".into()));
+                    }
+                    Err(error) => error.without_url().to_string(),
+                    Ok(value) => {
+                        return value["score"]
+                            .as_f64()
+                            .filter(|score| score.is_finite())
+                            .ok_or_else(|| unreadable("the reward endpoint gave no finite number `score`".into()));
+                    }
+                },
                 Ok(reply) if reply.status().is_server_error() || reply.status().as_u16() == 429 => {
                     format!("status {}", reply.status().as_u16())
                 }

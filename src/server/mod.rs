@@ -77,7 +77,7 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 /// Serves until `shutdown` resolves, then lets answers in progress end and leaves running jobs to be resumed.
 pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
     metrics().start_time_seconds.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
-    let version = [env!("CARGO_PKG_VERSION"), if cfg!(feature = "cuda") { "cuda" } else { "cpu" }];
+    let version = [env!("CARGO_PKG_VERSION"), if candle_core::utils::cuda_is_available() { "cuda" } else { "cpu" }];
     metrics().build_info.with_label_values(&version).set(1);
     let (data, drain) = (web::Data::from(state.clone()), state.limits.drain_seconds);
     let server = HttpServer::new(move || {

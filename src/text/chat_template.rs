@@ -10,6 +10,10 @@ use crate::error::{Error, Result};
 const NAME: &str = "chat_template";
 /// Steps a rendering may take: a template of a request must not loop for ever. The longest conversations take thousands.
 const MOST_STEPS: u64 = 20_000_000;
+/// Bytes it may write; four times the largest request.
+const MOST_BYTES: usize = 128 << 20;
+/// Widest `indent` of `tojson`.
+const MOST_INDENT: usize = 32;
 
 /// One turn, as the template sees it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -114,17 +118,21 @@ impl ChatTemplate {
             Error::invalid("messages", format!("the chat template refuses the conversation: {reason}"))
         };
         let template = self.environment.get_template(NAME).map_err(fail)?;
+        let mut rendered = Bounded(Vec::new());
         let kwargs = Value::from_serialize(&options.kwargs);
-        let text = template
-            .render(context! {
+        let written = template.render_captured_to(
+            context! {
                 messages => messages,
                 add_generation_prompt => options.add_generation_prompt && !options.continue_final_message,
                 tools => options.tools,
                 bos_token => bos_token.unwrap_or(""),
                 eos_token => eos_token.unwrap_or(""),
                 ..kwargs
-            })
-            .map_err(fail)?;
+            },
+            &mut rendered,
+        );
+        written.map(drop).map_err(fail)?;
+        let text = String::from_utf8(rendered.0).map_err(|error| Error::internal(error.to_string()))?;
         if !options.continue_final_message {
             return Ok(text);
         }
@@ -139,9 +147,29 @@ impl ChatTemplate {
     }
 }
 
+/// What a rendering writes, up to a limit.
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST_BYTES {
+            return Err(std::io::Error::other("the rendered conversation is too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Python's `json.dumps` as transformers sets it up: `, ` and `: ` between items, no HTML escapes, optional indent.
 fn tojson(value: &Value, kwargs: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    if indent.is_some_and(|width| width > MOST_INDENT) {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("indent is more than {MOST_INDENT}")));
+    }
     let json = serde_json::to_value(value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     let mut text = String::new();
@@ -285,6 +313,16 @@ mod tests {
         );
         assert_eq!(text.unwrap(), "A <s>");
         assert_eq!((civil(0), civil(11_016), civil(20_781)), ((1970, 1, 1), (2000, 2, 29), (2026, 11, 24)));
+    }
+
+    #[test]
+    fn a_template_that_writes_without_end_is_stopped() {
+        for source in
+            ["{{ messages | tojson(indent=99999999999) }}", "{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}"]
+        {
+            let error = render(source, &[Message::new("user", "x")], &RenderOptions::default()).unwrap_err();
+            assert_eq!(error.status(), 400, "{source}: {error}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::metrics::Sums;
 use super::options::BestMetric;
 use super::pack::{Pack, plan};
 use super::pass::logprobs;
-use super::trainer::{Pace, Trainer, pair_logps, reference_logprobs};
+use super::trainer::{Pace, Trainer, mean_chosen_tokens, pair_logps, reference_logprobs};
 use super::{TrainingOptions, preference_loss};
 use crate::error::Result;
 use crate::model::LoraRows;
@@ -76,6 +76,7 @@ impl Trainer<'_> {
     pub fn evaluate(&mut self, pace: &mut Pace<'_>) -> Result<EvalMetrics> {
         let mut sums = Sums::default();
         let all: Vec<usize> = (0..self.held_out.pairs.len()).collect();
+        let mean_tokens = mean_chosen_tokens(&self.held_out.pairs, &all);
         for indices in plan(&self.held_out.pairs, &all, self.pack_rows) {
             let lora = LoraRows::Train { params: &self.params, dropout_seed: None };
             let known = &mut self.state.eval_reference;
@@ -83,7 +84,7 @@ impl Trainer<'_> {
             let pack = Pack::new(indices.iter().map(|&index| (index, &self.held_out.pairs[index])));
             let values = logprobs(self.model, &pack, lora, pace)?;
             for pair in &pack.pairs {
-                let logps = pair_logps(pair, &values, known, &self.held_out.scaled_gaps);
+                let logps = pair_logps(pair, &values, known, &self.held_out.scaled_gaps, mean_tokens);
                 sums.pair(&logps, &preference_loss(&logps, &self.loss));
             }
         }

@@ -19,6 +19,8 @@ pub struct PairLogps {
     pub chosen_tokens: usize,
     /// Response tokens of y_l.
     pub rejected_tokens: usize,
+    /// Mean of `chosen_tokens` over the batch: `sft` weighs tokens alike, not answers.
+    pub mean_chosen_tokens: f64,
     /// s_w − s_l divided by the scale, before the clip.
     pub scaled_gap: f64,
 }
@@ -53,7 +55,7 @@ pub struct LossMetrics {
 /// | `robust`    | 0              | `[−(1−ε)·log σ(h) + ε·log σ(−h)] / (1 − 2ε)` | arXiv 2403.00409 |
 /// | `hinge`     | 0              | `max(0, 1 − h)` | SLiC, arXiv 2305.10425 |
 /// | `ipo`       |                | `(a/n_w − b/n_l − 1/(2β))²` | arXiv 2310.12036, averaged over tokens as TRL does |
-/// | `sft`       |                | `−log π(y_w given x) / n_w` | cross-entropy on the chosen answer |
+/// | `sft`       |                | `−log π(y_w given x) / n̄` | cross-entropy over the batch's chosen tokens (n̄ a pair, as TRL averages) |
 pub fn preference_loss(logps: &PairLogps, options: &LossOptions) -> LossMetrics {
     let beta = options.beta;
     let epsilon = options.label_smoothing;
@@ -80,7 +82,7 @@ pub fn preference_loss(logps: &PairLogps, options: &LossOptions) -> LossMetrics 
             let distance = a / chosen_tokens - b / rejected_tokens - 0.5 / beta;
             (distance * distance, 2.0 * distance / chosen_tokens, -2.0 * distance / rejected_tokens)
         }
-        LossKind::Sft => (-logps.policy_chosen / chosen_tokens, -1.0 / chosen_tokens, 0.0),
+        LossKind::Sft => (-logps.policy_chosen / logps.mean_chosen_tokens, -1.0 / logps.mean_chosen_tokens, 0.0),
     };
     LossMetrics { loss, d_chosen, d_rejected, reward_chosen: beta * a, reward_rejected: beta * b }
 }
@@ -160,6 +162,7 @@ mod tests {
             reference_chosen: -31.5,
             reference_rejected: -24.25,
             chosen_tokens: 21,
+            mean_chosen_tokens: 28.0,
             rejected_tokens: 17,
             scaled_gap: gap,
         }
@@ -186,7 +189,7 @@ mod tests {
         assert!((preference_loss(&start, &smoothed).loss - LN_2).abs() < 1e-15);
         assert_eq!(loss(LossKind::Hinge, &start), 1.0);
         assert!((loss(LossKind::Ipo, &start) - 25.0).abs() < 1e-12, "1/(4β²) at β = 0.1");
-        assert_eq!(loss(LossKind::Sft, &start), 31.5 / 21.0);
+        assert_eq!(loss(LossKind::Sft, &start), 31.5 / 28.0);
         // Robust at h = 0: [(1−ε) − ε]·ln 2 / (1 − 2ε) = ln 2.
         let robust = LossOptions { label_smoothing: 0.2, ..options(LossKind::Robust) };
         assert!((preference_loss(&start, &robust).loss - LN_2).abs() < 1e-15);

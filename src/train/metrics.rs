@@ -168,6 +168,7 @@ mod tests {
             reference_chosen: -4.0,
             reference_rejected: -6.0,
             chosen_tokens: 2,
+            mean_chosen_tokens: 2.0,
             rejected_tokens: 3,
             scaled_gap: 0.0,
         };

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::error::{Error, Result};
 use crate::model::SITES;
-use crate::weights::LoraConfig;
+use crate::weights::{LoraConfig, check_pattern};
 
 /// Instances of the generalized loss; see the README for the formula.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -72,7 +72,7 @@ pub struct LoraOptions {
     /// Numerator of the scale, > 0.
     pub alpha: f64,
     /// Dropout on the adapter's input, [0, 1).
-    pub dropout: f32,
+    pub dropout: f64,
     /// Linears that get an adapter.
     pub target_modules: Vec<String>,
     /// Scale by `alpha / √r`.
@@ -189,6 +189,14 @@ impl LoraOptions {
         check((1..=256).contains(&self.r), prefix, "r", "must be in 1..=256", self.r)?;
         positive(self.alpha, prefix, "alpha")?;
         check((0.0..1.0).contains(&self.dropout), prefix, "dropout", "must be in [0, 1)", self.dropout)?;
+        for (name, key) in self
+            .rank_pattern
+            .keys()
+            .map(|key| ("rank_pattern", key))
+            .chain(self.alpha_pattern.keys().map(|key| ("alpha_pattern", key)))
+        {
+            check_pattern(key).map_err(|why| Error::invalid(field(prefix, name), why))?;
+        }
         for (key, rank) in &self.rank_pattern {
             check((1..=256).contains(rank), prefix, &format!("rank_pattern.{key}"), "must be in 1..=256", rank)?;
         }

@@ -78,9 +78,11 @@ fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hoo
         for batch in trainer.next_batches() {
             trainer.forward_backward(&batch, &mut || hooks.pace())?;
         }
-        trainer.optim_step(&mut || hooks.pace())?;
-        if let Some(metrics) = trainer.history().last() {
+        let stopped = trainer.optim_step(&mut || hooks.pace());
+        // A stop that comes in the middle of the step finds it whole, and it is heard of.
+        if let Some(metrics) = trainer.history().last().filter(|metrics| metrics.step > step) {
             hooks.on_step(metrics)?;
         }
+        stopped?;
     }
 }

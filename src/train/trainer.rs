@@ -186,6 +186,7 @@ impl<'a> Trainer<'a> {
         }
         self.started.get_or_insert_with(Instant::now);
         let mut sums = Sums::default();
+        let mean_chosen_tokens = mean_chosen_tokens(all, pairs);
         for indices in plan(all, pairs, self.pack_rows) {
             reference_logprobs(self.model, all, &indices, &mut self.state.reference, pace)?;
             let pack = Pack::new(indices.iter().map(|&index| (index, &all[index])));
@@ -196,7 +197,7 @@ impl<'a> Trainer<'a> {
             let mut upstream = |values: &[f32]| {
                 let mut scalars = vec![0f32; values.len()];
                 for pair in &pack.pairs {
-                    let logps = pair_logps(pair, values, reference, gaps);
+                    let logps = pair_logps(pair, values, reference, gaps, mean_chosen_tokens);
                     let result = preference_loss(&logps, loss);
                     scalars[pair.chosen.clone()].fill(result.d_chosen as f32);
                     scalars[pair.rejected.clone()].fill(result.d_rejected as f32);
@@ -406,12 +407,18 @@ pub(super) fn reference_logprobs(
     Ok(())
 }
 
+/// Mean length of some pairs' chosen answers.
+pub(super) fn mean_chosen_tokens(pairs: &[TokenPair], indices: &[usize]) -> f64 {
+    indices.iter().map(|&index| pairs[index].chosen.len()).sum::<usize>() as f64 / indices.len().max(1) as f64
+}
+
 /// What the loss needs of one pair of a pack whose targets have the log-probs `values`, (T).
 pub(super) fn pair_logps(
     pair: &PackedPair,
     values: &[f32],
     reference: &[Option<[f64; 2]>],
     scaled_gaps: &[f64],
+    mean_chosen_tokens: f64,
 ) -> PairLogps {
     let known = reference[pair.index].expect("the reference pass ran for this pair. This is a bug.");
     PairLogps {
@@ -421,6 +428,7 @@ pub(super) fn pair_logps(
         reference_rejected: known[1],
         chosen_tokens: pair.chosen.len(),
         rejected_tokens: pair.rejected.len(),
+        mean_chosen_tokens,
         scaled_gap: scaled_gaps[pair.index],
     }
 }

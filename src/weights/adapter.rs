@@ -25,7 +25,7 @@ pub struct LoraConfig {
     /// Numerator of the scale.
     pub lora_alpha: f64,
     /// Dropout on the adapter's input while training.
-    pub lora_dropout: f32,
+    pub lora_dropout: f64,
     /// Sites by Hugging Face name.
     pub target_modules: Vec<String>,
     /// Scale by `alpha / √r`.
@@ -66,11 +66,14 @@ impl LoraConfig {
                 .ok_or_else(|| Error::unprocessable("r", "`r` in adapter_config.json is not a positive integer"))?,
         };
         let mut rank_pattern = BTreeMap::new();
-        for (key, value) in fields.get("rank_pattern").and_then(Value::as_object).into_iter().flatten() {
-            rank_pattern.insert(key.clone(), alpha(value, "rank_pattern")? as usize);
+        for (key, value) in patterns(fields, "rank_pattern")? {
+            let rank = value.as_u64().filter(|rank| *rank > 0).ok_or_else(|| {
+                Error::unprocessable("rank_pattern", format!("`rank_pattern.{key}` is not a positive integer"))
+            })?;
+            rank_pattern.insert(key.clone(), rank as usize);
         }
         let mut alpha_pattern = BTreeMap::new();
-        for (key, value) in fields.get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
+        for (key, value) in patterns(fields, "alpha_pattern")? {
             alpha_pattern.insert(key.clone(), alpha(value, "alpha_pattern")?);
         }
         // A list stays as it is; a regular expression or "all-linear" becomes the names of the modules the tensors have.
@@ -83,7 +86,7 @@ impl LoraConfig {
         Ok(LoraConfig {
             r: r as usize,
             lora_alpha: fields.get("lora_alpha").map_or(Ok(8.0), |value| alpha(value, "lora_alpha"))?,
-            lora_dropout: fields.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
+            lora_dropout: fields.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0),
             target_modules,
             use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
             rank_pattern,
@@ -127,11 +130,35 @@ impl LoraConfig {
     }
 }
 
+/// The entries of a pattern setting, each key checked.
+fn patterns<'a>(fields: &'a Map<String, Value>, name: &str) -> Result<Vec<(&'a String, &'a Value)>> {
+    let entries: Vec<_> = match fields.get(name) {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Object(map)) => map.iter().collect(),
+        Some(_) => return Err(Error::unprocessable(name, format!("`{name}` in adapter_config.json is not an object"))),
+    };
+    for (key, _) in &entries {
+        check_pattern(key).map_err(|why| Error::unprocessable(name, format!("`{name}`: {why}")))?;
+    }
+    Ok(entries)
+}
+
 fn pattern_value<T: Copy>(patterns: &BTreeMap<String, T>, path: &str) -> Option<T> {
     patterns.iter().find_map(|(key, value)| {
-        let pattern = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")).ok()?;
+        // Patterns were checked when the configuration was made; one that is no pattern matches nothing.
+        let pattern = pattern_of(key).ok()?;
         pattern.is_match(path).then_some(*value)
     })
+}
+
+/// A key of `rank_pattern` or `alpha_pattern` as PEFT matches it: the whole path, or its end after a dot.
+fn pattern_of(key: &str) -> std::result::Result<Regex, regex::Error> {
+    Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+}
+
+/// Whether a key of `rank_pattern` or `alpha_pattern` can be used; says why not.
+pub fn check_pattern(key: &str) -> std::result::Result<(), String> {
+    pattern_of(key).map(drop).map_err(|error| format!("`{key}` is no pattern that can be matched here: {error}"))
 }
 
 /// A 422 for every setting that changes what the weights mean and that this server does not implement.
@@ -154,6 +181,11 @@ fn refuse_unsupported(fields: &Map<String, Value>) -> Result<()> {
         "alora_invocation_tokens",
         "use_bdlora",
         "target_parameters",
+        "kasa_config",
+        "monteclora_config",
+        "velora_config",
+        "arrow_config",
+        "lora_ga_config",
     ] {
         let set = match fields.get(key) {
             None | Some(Value::Null) | Some(Value::Bool(false)) => false,
@@ -325,8 +357,13 @@ mod tests {
             ("bias", json!("all")),
             ("init_lora_weights", json!("pissa")),
             ("peft_type", json!("IA3")),
+            ("rank_pattern", json!({"[": 4})),
+            ("rank_pattern", json!({"q_proj": 4.5})),
+            ("alpha_pattern", json!([1])),
+            ("arrow_config", json!({"top_k": 1})),
         ] {
             let folder = root.path().join(key);
+            let _ = std::fs::remove_dir_all(&folder);
             adapter().write(&folder).unwrap();
             let mut config: Value = serde_json::from_slice(&std::fs::read(folder.join(CONFIG)).unwrap()).unwrap();
             config[key] = value;

@@ -53,8 +53,8 @@ impl Gguf {
         let content = read_header(&map).map_err(|error| fail(&error))?;
         for (tensor, info) in &content.tensor_infos {
             let (elements, block) = (info.shape.elem_count(), info.ggml_dtype.block_size());
-            let end =
-                content.tensor_data_offset + info.offset + (elements / block * info.ggml_dtype.type_size()) as u64;
+            let size = (elements / block * info.ggml_dtype.type_size()) as u64;
+            let end = content.tensor_data_offset.saturating_add(info.offset).saturating_add(size);
             if elements % block != 0 || end > map.len() as u64 {
                 return Err(Error::unprocessable(
                     &name,
@@ -162,7 +162,7 @@ impl Gguf {
         let mut config = json!({
             "architectures": [class],
             "model_type": model_type,
-            "vocab_size": embedding.shape.dims()[0],
+            "vocab_size": embedding.shape.dims().first().copied().unwrap_or(0),
             "hidden_size": hidden,
             "intermediate_size": self.required("feed_forward_length")? as u64,
             "num_hidden_layers": layers,
@@ -183,7 +183,7 @@ impl Gguf {
             fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim)?);
         }
         if self.architecture == "gemma3" {
-            let pattern = self.number("attention.sliding_window_pattern").unwrap_or(6.0) as u64;
+            let pattern = self.number("attention.sliding_window_pattern").map_or(6, |pattern| (pattern as u64).max(1));
             let kinds: Vec<&str> = (0..layers)
                 .map(|layer| if (layer + 1) % pattern == 0 { "full_attention" } else { "sliding_attention" })
                 .collect();

@@ -6,5 +6,5 @@ mod gguf;
 mod gguf_tokenizer;
 mod hf;
 
-pub use adapter::{AdapterFile, LoraConfig};
+pub use adapter::{AdapterFile, LoraConfig, check_pattern};
 pub use checkpoint::{Checkpoint, GenerationDefaults, TokenizerFiles};

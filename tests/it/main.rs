@@ -6,6 +6,7 @@ mod binary;
 mod engine;
 mod evaluation;
 mod gguf;
+mod gradients;
 mod hot_swap;
 mod jobs;
 mod method;

@@ -1,12 +1,14 @@
 //! SmolLM2-135M-Instruct from its GGUF file, against transformers on the dequantized file (`tests/fixtures/make_real_model.py`).
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
-use rdpo::model::{Attend, Decoder, KvPool, LoadOptions, LoraRows};
+use rdpo::engine::{Engine, EngineOptions, Event, Gate, Request, SamplingParams, Task};
+use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows};
 use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
 use rdpo::text::{Message, RenderOptions, Tokenizer, TokenizerOptions};
+use rdpo::train::{LoraOptions, adapter_logprobs, token_logprobs_of};
 use rdpo::weights::Checkpoint;
 use serde_json::Value;
 
@@ -154,4 +156,76 @@ fn bf16_weights_keep_the_answer() {
     let tokenizer = tokenizer();
     let answer = greedy(&load(DType::BF16), &tokenizer, &prompt(&tokenizer));
     assert_eq!(tokenizer.decode(&answer, true).unwrap(), "The capital of France is Paris.");
+}
+
+/// What the sampler says of the tokens it drew is what the trainer says of them: 1,000 tokens, with an adapter and without.
+#[test]
+fn sampler_and_trainer_give_sampled_tokens_the_same_log_probs() {
+    let tokenizer = Arc::new(tokenizer());
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 1e-2)] {
+        let model = Arc::new(load(dtype));
+        let options = EngineOptions {
+            name: "real".into(),
+            block_size: 16,
+            kv_memory_bytes: 256 << 20,
+            max_batch_tokens: 256,
+            max_sequences: 8,
+            max_waiting: 16,
+            max_model_len: None,
+            prefix_caching: true,
+        };
+        let engine = Engine::start(model.clone(), tokenizer.clone(), Arc::new(Gate::new(0.5)), options).unwrap();
+        let lora = LoraOptions { r: 4, alpha: 8.0, ..LoraOptions::default() };
+        let params = LoraParams::new(&lora.config(None), &model, 1).unwrap();
+        let mut file = params.to_file(model.config()).unwrap();
+        for (name, tensor) in &mut file.tensors {
+            if name.ends_with("lora_B.weight") {
+                *tensor = (tensor.ones_like().unwrap() * 0.01).unwrap();
+            }
+        }
+        let adapter = Arc::new(Adapter::from_file(&file, &model).unwrap());
+        let prompt = prompt(&tokenizer);
+        let (mut worst, mut seen) = (0f32, 0);
+        let streams: Vec<_> = (0..4)
+            .map(|index| {
+                let adapter = (index % 2 == 1).then(|| adapter.clone());
+                let params = SamplingParams {
+                    seed: Some(index),
+                    max_tokens: Some(250),
+                    ignore_eos: true,
+                    logprobs: Some(0),
+                    ..SamplingParams::default()
+                };
+                let request = Request {
+                    prompt: prompt.clone(),
+                    params,
+                    adapter: adapter.clone(),
+                    task: Task::Generate,
+                    role: "student",
+                };
+                (adapter.is_some(), engine.submit(request).unwrap())
+            })
+            .collect();
+        for (adapted, mut stream) in streams {
+            let (mut drawn, mut said) = (Vec::new(), Vec::new());
+            loop {
+                match stream.blocking_recv().unwrap() {
+                    Event::Token { id, logprob, .. } => {
+                        drawn.push(id);
+                        said.push(logprob.unwrap().logprob);
+                    }
+                    Event::Done { .. } => break,
+                    other => panic!("{other:?}"),
+                }
+            }
+            let trained = match adapted {
+                true => adapter_logprobs(&model, &file, &prompt, &drawn).unwrap(),
+                false => token_logprobs_of(&model, &prompt, &drawn, LoraRows::Base).unwrap(),
+            };
+            seen += drawn.len();
+            worst = trained.iter().zip(&said).fold(worst, |worst, (a, b)| worst.max((a - b).abs()));
+        }
+        assert_eq!(seen, 1000);
+        assert!(worst < tolerance, "{dtype:?}: they differ by {worst} nats");
+    }
 }

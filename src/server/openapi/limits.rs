@@ -72,7 +72,16 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         ("TrainingOptions", "max_steps", at_least_one.clone()),
         ("TrainingOptions", "batch_size", json!({"minimum": 1, "maximum": 4096})),
         ("TrainingOptions", "gradient_accumulation_steps", json!({"minimum": 1, "maximum": 4096})),
-        ("TrainingOptions", "learning_rate", above_zero),
+        ("TrainingOptions", "learning_rate", above_zero.clone()),
+        ("TrainingOptions", "loraplus_lr_ratio", above_zero.clone()),
+        ("TrainingOptions", "eval_steps", at_least_one.clone()),
+        ("TrainingOptions", "early_stopping_patience", at_least_one.clone()),
+        (
+            "LoraOptions",
+            "rank_pattern",
+            json!({"additionalProperties": {"type": "integer", "minimum": 1, "maximum": 256}}),
+        ),
+        ("LoraOptions", "alpha_pattern", json!({"additionalProperties": {"type": "number", "exclusiveMinimum": 0}})),
         ("TrainingOptions", "warmup_ratio", json!({"minimum": 0, "exclusiveMaximum": 1})),
         ("TrainingOptions", "weight_decay", from_zero.clone()),
         ("TrainingOptions", "max_grad_norm", from_zero),
@@ -240,7 +249,14 @@ mod tests {
         ] {
             for (field, schema) in schemas[name]["properties"].as_object().unwrap() {
                 let (inside, outside) = ends(schema);
-                let read = |value: &Value| JobRequest::parse(&json!({"prompts": ["a"], section: {field: value}}));
+                // Patience counts evaluations, so there must be some.
+                let read = |value: &Value| {
+                    let mut fields = json!({field: value});
+                    if field == "early_stopping_patience" {
+                        fields["eval_steps"] = json!(1);
+                    }
+                    JobRequest::parse(&json!({"prompts": ["a"], section: fields}))
+                };
                 for value in inside {
                     read(&value).unwrap_or_else(|error| panic!("{section}.{field} = {value}: {error}"));
                 }

@@ -1,14 +1,14 @@
 //! Health, readiness, version, metrics, the API's own description.
 
-use actix_web::HttpResponse;
+use actix_web::{HttpResponse, web};
 use prometheus::{Encoder, TextEncoder};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::Routes;
-use crate::error::Error;
-use crate::server::openapi;
+use crate::error::{Code, Error};
 use crate::server::reply::Reply;
+use crate::server::{AppState, openapi};
 use crate::telemetry::metrics;
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
@@ -28,8 +28,15 @@ pub(crate) struct Version {
     version: &'static str,
 }
 
-async fn healthy() -> HttpResponse {
-    HttpResponse::Ok().finish()
+async fn healthy(state: web::Data<AppState>) -> Reply {
+    let dead = state.roles.engines().into_iter().find(|(_, engine)| !engine.is_alive());
+    match dead {
+        None => Ok(HttpResponse::Ok().finish()),
+        Some((name, _)) => {
+            let message = format!("the engine of `{name}` has stopped: restart the server, and see its log");
+            Err(Error::new(Code::Overloaded, message).into())
+        }
+    }
 }
 
 async fn version() -> HttpResponse {
@@ -40,7 +47,9 @@ async fn description() -> Reply {
     Ok(HttpResponse::Ok().content_type("application/yaml").body(openapi::yaml()?))
 }
 
-async fn exposition() -> Reply {
+async fn exposition(state: web::Data<AppState>) -> Reply {
+    // Leases are counted when they are looked at.
+    state.roles.adapters().list();
     let mut text = Vec::new();
     let mut families = metrics().registry.gather();
     families.extend(prometheus::gather());

@@ -1,0 +1,112 @@
+//! The gradient of every op in `ops/` against central differences of its own forward.
+
+use candle_core::{DType, Device, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rdpo::error::Result;
+use rdpo::ops::{
+    Activation, CausalMask, FrozenLinear, Segment, causal_attention, dropout, gated, low_rank, pull, rms_norm, rope,
+    token_logprobs,
+};
+
+const STEP: f32 = 1e-2;
+
+fn numbers(shape: &[usize], seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let data: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// `Σ op(inputs) ⊙ weights`: its gradient in every input, by the op's backward and by differences, must agree.
+fn check(name: &str, shapes: &[&[usize]], op: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let inputs: Vec<Var> =
+        shapes.iter().zip(1..).map(|(shape, seed)| Var::from_tensor(&numbers(shape, seed)).unwrap()).collect();
+    let tensors: Vec<Tensor> = inputs.iter().map(|input| input.as_tensor().clone()).collect();
+    let out = op(&tensors).unwrap();
+    let weights = numbers(out.dims(), 99);
+    let found = pull(&out, &weights).unwrap().backward().unwrap();
+    let weights = flat(&weights);
+    let sum = |at: &[Tensor]| -> f64 {
+        flat(&op(at).unwrap()).iter().zip(&weights).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum()
+    };
+    for (index, input) in tensors.iter().enumerate() {
+        let gradient = flat(found.get(input).unwrap_or_else(|| panic!("{name}: input {index} has no gradient")));
+        let largest = gradient.iter().fold(0f32, |m, g| m.max(g.abs()));
+        assert!(largest > 1e-3, "{name}: input {index}'s gradient is nothing");
+        let values = flat(input);
+        for at in (0..values.len()).step_by(values.len().div_ceil(24)) {
+            let moved = |by: f32| {
+                let mut values = values.clone();
+                values[at] += by;
+                let mut all: Vec<Tensor> = tensors.iter().map(Tensor::detach).collect();
+                all[index] = Tensor::from_vec(values, input.dims(), &Device::Cpu).unwrap();
+                sum(&all)
+            };
+            let slope = ((moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP)) as f32;
+            let gap = (slope - gradient[at]).abs();
+            assert!(gap < 2e-3 * largest.max(1.0), "{name}, input {index}[{at}]: {slope} is not {}", gradient[at]);
+        }
+    }
+}
+
+#[test]
+fn linear() {
+    let bias = numbers(&[5], 8);
+    let frozen = FrozenLinear::new(&numbers(&[5, 7], 7), Some(&bias)).unwrap();
+    check("frozen linear", &[&[3, 7]], |x| frozen.forward(&x[0]));
+    check("low rank", &[&[3, 7], &[2, 7], &[5, 2]], |x| low_rank(Some(&frozen), &x[0], &x[1], &x[2], 1.5));
+    check("low rank alone", &[&[3, 7], &[2, 7], &[5, 2]], |x| low_rank(None, &x[0], &x[1], &x[2], 0.5));
+}
+
+#[test]
+fn rows() {
+    let weight = numbers(&[12], 7);
+    check("rms norm", &[&[3, 12]], |x| rms_norm(&x[0], &weight, 1e-5));
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        check("gated", &[&[3, 9], &[3, 9]], |x| gated(&x[0], &x[1], activation));
+    }
+    let (cos, sin) = (numbers(&[3, 4], 7), numbers(&[3, 4], 8));
+    check("rope", &[&[3, 2, 8]], |x| rope(&x[0], &cos, &sin));
+    check("dropout", &[&[6, 9]], |x| dropout(&x[0], 0.3, 5));
+}
+
+/// Two answers behind one prompt and a sequence of its own, with and without a window, at head sizes for every kernel.
+#[test]
+fn attention() {
+    let segment = |start, len, prefix| Segment { start, len, prefix };
+    let mask = CausalMask {
+        segments: vec![segment(0, 3, 0..0), segment(3, 2, 0..3), segment(5, 3, 0..3), segment(8, 2, 0..0)],
+        positions: vec![0, 1, 2, 3, 4, 3, 4, 5, 0, 1],
+    };
+    for (head_dim, window) in [(16, None), (16, Some(2)), (64, None), (10, Some(3))] {
+        check("attention", &[&[10, 4, head_dim], &[10, 2, head_dim], &[10, 2, head_dim]], |x| {
+            causal_attention(&x[0], &x[1], &x[2], &mask, 0.3, window)
+        });
+    }
+}
+
+#[test]
+fn head() {
+    let frozen = FrozenLinear::new(&numbers(&[40, 6], 7), None).unwrap();
+    let targets = [3, 39, 0, 17, 3];
+    check("token log-probs", &[&[5, 6]], |x| token_logprobs(&x[0], &frozen, &targets));
+}
+
+/// bf16 products round both sides; the gradient must still be that of the weights as they are kept.
+#[test]
+fn bf16_weights_pass_gradients_too() {
+    let weight = numbers(&[32, 64], 7).to_dtype(DType::BF16).unwrap();
+    let frozen = FrozenLinear::new(&weight, None).unwrap();
+    let x = Var::from_tensor(&numbers(&[4, 64], 1)).unwrap();
+    let dy = numbers(&[4, 32], 2);
+    let found = pull(&frozen.forward(x.as_tensor()).unwrap(), &dy).unwrap().backward().unwrap();
+    let exact = flat(&dy.matmul(&weight.to_dtype(DType::F32).unwrap()).unwrap());
+    for (got, exact) in flat(found.get(x.as_tensor()).unwrap()).iter().zip(&exact) {
+        // Eight bits of mantissa on both sides of 32 products of at most 1.
+        assert!((got - exact).abs() < 0.06, "{got} is not {exact}");
+    }
+}
