@@ -440,7 +440,7 @@ fn steps_that_are_not_finite_change_nothing_and_end_the_run() {
     let mut listener = Listener::default();
     let error = train(&job, &mut listener).unwrap_err();
     assert_eq!((error.code, error.param.as_deref()), (Code::Unprocessable, Some("training.learning_rate")));
-    assert_eq!(listener.steps.len(), 4, "the fifth is the error");
+    assert_eq!(listener.steps.len(), 5, "the fifth is heard of, then it is the error");
     let kept = AdapterFile::read(&folder.path().join("checkpoint-00000005")).unwrap();
     assert!(values(&kept) == before);
 }
