@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench bench -- train-run [name=value …]` prints one JSON line. Names, with what they are without:
 //! `model=models/smollm2-135m-instruct dtype=f32 memory=1GiB` (activations) `text=/usr/share/common-licenses/GPL-3 pairs=16`
-//! `prompt=60 answer=100` (words) `epochs=2 lr=1e-4 max_length=512 shuffle=true`, and for a comparison of curves `out=FOLDER`, which gets the
+//! `prompt=60 answer=100` (words) `epochs=2 batch=4 lr=1e-4 max_length=512 shuffle=true`, and for a comparison of curves `out=FOLDER`, which gets the
 //! pairs as JSON lines, the adapter before and after as PEFT has it, and every step's metrics.
 //!
 //! Tokens are counted as TRL counts them (the prompt once for each answer), and the time includes the reference pass and the
@@ -79,6 +79,7 @@ impl Arguments {
             ("prompt", "60"),
             ("answer", "100"),
             ("epochs", "2"),
+            ("batch", "4"),
             ("lr", "1e-4"),
             ("max_length", "512"),
             ("shuffle", "true"),
@@ -125,7 +126,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         loss: LossOptions { kind: LossKind::Dpo, ..LossOptions::default() },
         options: TrainingOptions {
             epochs,
-            batch_size: 4,
+            batch_size: arguments.parse("batch")?,
             learning_rate: arguments.parse("lr")?,
             warmup_ratio: 0.0,
             max_length: arguments.parse("max_length")?,

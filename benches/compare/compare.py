@@ -175,24 +175,33 @@ def curve(arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
-        bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=12.5", "shuffle=false", f"out={folder}")
+        bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
         folder = pathlib.Path(folder)
         run, rows = read_run(folder)
         base, tokenizer = load(arguments.dtype)
         model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
         options = DPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
             bf16=arguments.dtype == "bfloat16", gradient_checkpointing=False, precompute_ref_log_probs=True, max_length=512, report_to=[],
             save_strategy="no", disable_tqdm=True, logging_steps=1,
         )
         trainer = InOrder(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         trainer.train()
         theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        mean, worst = gaps(model, tokenizer, rows, run["logprobs"])
+        show("rdpo", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
+        if arguments.dtype != "float32":
+            # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is.
+            bench("train-run", f"model={MODEL}", "dtype=f32", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
+            run, rows = read_run(folder)
+            show("f32", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
+
+
+def show(name, dtype, theirs, run, gap):
     losses = [step["loss"] for step in run["steps"]]
     print(json.dumps({
-        "steps": len(losses), "largest loss gap": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
-        "last loss": [losses[-1], theirs[-1]], "mean log-prob gap a token": mean, "largest": worst,
+        "compared": f"{name} and TRL {dtype}", "steps": len(losses),
+        "largest loss gap": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
+        "last loss": [losses[-1], theirs[-1]], "mean log-prob gap a token": gap[0], "largest": gap[1],
     }))
 
 
@@ -247,8 +256,34 @@ def scale(arguments):
     for pairs in (16, 32, 64, 128, 256):
         rows.append({"length": 225, **own_run(arguments, pairs=pairs, epochs=1)})
     (ROOT / "docs/scale.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (ROOT / "docs/scale.svg").write_text(plot(rows))
     for row in rows:
         print(row)
+
+
+def plot(rows):
+    """Two panels, tokens a second over length and over pairs, from zero, with peak memory beside each point."""
+    panels = [("tokens in a sequence", "length", [row for row in rows if row["length"] != 225]),
+              ("pairs of 225 tokens a sequence", "pairs", [row for row in rows if row["length"] == 225])]
+    most = max(row["tokens_per_s"] for row in rows) * 1.15
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 330" font-family="sans-serif" font-size="12">',
+             '<rect width="900" height="330" fill="white"/>']
+    for number, (name, key, points) in enumerate(panels):
+        left = 60 + number * 450
+        x = lambda index: left + 30 + index * 80
+        y = lambda value: 270 - 230 * value / most
+        parts.append(f'<text x="{left}" y="24" font-size="14">training, tokens/s by {name}</text>')
+        for value in range(0, int(most), 200):
+            parts.append(f'<line x1="{left}" x2="{left + 370}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
+                         f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
+        line = " ".join(f"{x(i)},{y(row['tokens_per_s']):.1f}" for i, row in enumerate(points))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="#2f6fdd" stroke-width="2"/>')
+        for i, row in enumerate(points):
+            parts.append(f'<circle cx="{x(i)}" cy="{y(row["tokens_per_s"]):.1f}" r="4" fill="#2f6fdd"/>'
+                         f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) - 10:.1f}" text-anchor="middle">{row["tokens_per_s"]:.0f}</text>'
+                         f'<text x="{x(i)}" y="290" text-anchor="middle">{row[key]}</text>'
+                         f'<text x="{x(i)}" y="308" text-anchor="middle" fill="#777">{row["peak_mb"]} MB</text>')
+    return "\n".join(parts + ["</svg>"]) + "\n"
 
 
 def own_run(arguments, **values):
@@ -277,14 +312,18 @@ def own_method(arguments):
         (pathlib.Path(folder) / "rdpo.toml").write_text(
             f'[server]\nport = 0\n[models.smollm2]\npath = "{MODEL}"\ndtype = "{arguments.own_dtype}"\n')
         command = [TARGET / "rdpo", "demo", "--exit"]
-        said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, stdin=subprocess.DEVNULL)
+        said = process.stdout.read()
+        # Of the process and of the server it started and waited for.
+        _, status, usage = os.wait4(process.pid, 0)
+        peak = usage.ru_maxrss // 1024
+        assert status == 0, said
     stages = {at[1]: float(at[2]) for at in re.finditer(r"^  (\w+) +([\d.]+) s$", said, re.M)}
     return {**stages, "total": sum(stages[stage] for stage in ("synthesizing", "scoring", "training")), "peak_mb": peak}
 
 
 def bench(*words):
-    binary = max(TARGET.glob("deps/bench-*[!.d]"), key=os.path.getmtime)
+    binary = max((path for path in TARGET.glob("deps/bench-*") if not path.suffix), key=os.path.getmtime)
     return subprocess.run([binary, *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
