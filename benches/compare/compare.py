@@ -131,7 +131,7 @@ def peer_method(arguments):
             for talk, prompt in zip(talks, prompts):
                 talk.append({"role": "user", "content": fill(request, prompt=prompt, principle=behavior["principle"])})
         inputs = encode([render(talk) for talk in talks])
-        answers = model.generate(**inputs, max_new_tokens=96, do_sample=True, temperature=0.7)[:, inputs["input_ids"].shape[1] :]
+        answers = model.generate(**inputs, max_new_tokens=96, do_sample=True, temperature=0.3)[:, inputs["input_ids"].shape[1] :]
         for talk, answer in zip(talks, answers):
             talk.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
         return [talk[-1]["content"] for talk in talks]

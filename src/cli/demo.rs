@@ -115,8 +115,9 @@ async fn align(args: &DemoArgs, client: &Client) -> Result<()> {
         "behavior": args.behavior,
         "prompts": learnt,
         "eval_prompts": held_out,
-        "synthesis": {"max_tokens": args.max_tokens},
-        "training": {"epochs": args.epochs, "batch_size": 4, "learning_rate": 2e-4, "max_length": 512},
+        // A model of this size needs a low temperature to answer in whole sentences.
+        "synthesis": {"max_tokens": args.max_tokens, "temperature": 0.3},
+        "training": {"epochs": args.epochs, "batch_size": 4, "learning_rate": 1e-4, "max_length": 512},
         "seed": args.seed,
     });
     let before = ask(client).await?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use serde_json::Value;
 
 use super::Client;
@@ -34,9 +34,13 @@ impl Display {
         let all = &self.all;
         Some(self.bars.entry(index).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(1).with_prefix(stage.to_owned()));
-            let template = "{prefix:>13} [{bar:30}] {pos:>4}/{len:<4} {elapsed:>4} {per_sec:>10} eta {eta:<4} {msg}";
+            let template = "{prefix:>13} [{bar:30}] {pos:>4}/{len:<4} {elapsed:>4} {rate:>7} eta {eta:<4} {msg}";
             if let Ok(style) = ProgressStyle::with_template(template) {
-                bar.set_style(style.progress_chars("━╸ "));
+                let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                    // A bar whose writer fails has nobody to tell.
+                    let _ = write!(out, "{:.1}/s", state.per_sec());
+                };
+                bar.set_style(style.with_key("rate", rate).progress_chars("━╸ "));
             }
             bar.enable_steady_tick(Duration::from_millis(250));
             bar

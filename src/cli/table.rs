@@ -88,7 +88,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     if lines.len() > MOST_LINES {
         lines.truncate(MOST_LINES);
         if let Some(line) = lines.last_mut() {
-            *line = format!("{}…", clip(line, width - 1));
+            *line = line.chars().take(width - 1).chain(['…']).collect();
         }
     }
     lines
@@ -113,9 +113,9 @@ mod tests {
     #[test]
     fn lines_fit_their_columns() {
         let text = "Grüße an alle ".repeat(60) + &"x".repeat(200);
-        for line in wrap(&text, 40) {
-            assert!(line.chars().count() <= 41, "{line}");
-        }
+        let cut = wrap(&text, 40);
+        assert!(cut.iter().all(|line| line.chars().count() <= 40), "{cut:?}");
+        assert!(cut.last().is_some_and(|last| last.ends_with('…') && !last.ends_with("……")), "{cut:?}");
         assert_eq!(wrap("a bb ccc", 4), ["a bb", "ccc"]);
         assert_eq!(wrap("abcdefgh", 3), ["abc", "def", "gh"]);
     }

@@ -32,9 +32,10 @@ pub(crate) fn schedule(scheduler: Scheduler, step: usize, total: usize, warmup: 
     }
 }
 
-/// Steps of warm-up: `ceil(total · ratio)`, as transformers rounds.
+/// Steps of warm-up: `ceil(total · ratio)`, as transformers rounds, but fewer than all: the first has rate 0, and a run of one step
+/// would learn nothing.
 pub(crate) fn warmup_steps(total: usize, ratio: f64) -> usize {
-    (total as f64 * ratio).ceil() as usize
+    ((total as f64 * ratio).ceil() as usize).min(total.saturating_sub(1))
 }
 
 /// Sums of gradients, one per variable in the variables' order, f32.
@@ -288,6 +289,9 @@ mod tests {
         close(curve(Scheduler::Cosine), [0.0, 0.5, 1.0, 0.5 + 0.5 * c, 0.75, 0.5, 0.25, 0.5 - 0.5 * c, 0.0]);
         close(curve(Scheduler::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!(schedule(Scheduler::Linear, 0, 3, 0), 1.0);
-        assert_eq!((warmup_steps(8, 0.1), warmup_steps(8, 0.0), warmup_steps(20, 0.1)), (1, 0, 2));
+        assert_eq!(
+            (warmup_steps(8, 0.1), warmup_steps(8, 0.0), warmup_steps(20, 0.1), warmup_steps(1, 0.1)),
+            (1, 0, 2, 0)
+        );
     }
 }
