@@ -159,7 +159,11 @@ impl From<candle_core::Error> for Error {
 
 impl From<std::io::Error> for Error {
     fn from(error: std::io::Error) -> Self {
-        Error::internal(error.to_string())
+        let advice = match error.kind() {
+            std::io::ErrorKind::StorageFull => "; free some space, then resume the job",
+            _ => "",
+        };
+        Error::internal(format!("{error}{advice}"))
     }
 }
 

@@ -114,6 +114,7 @@ metrics! {
     train_checkpoint_duration_seconds: Histogram("Time of one checkpoint.", TTFT);
     train_last_checkpoint_timestamp_seconds: Gauge("Unix time of the last checkpoint.");
     gpu_memory_bytes: IntGaugeVec("Memory of the device (main memory on the CPU) by use.", ["kind"]);
+    gpu_utilization_ratio: Gauge("Share of the time since the last scrape in which serving or training held the device.");
     train_serve_logprob_gap: Gauge("Largest gap between trainer and server log-probs on the probe batch, nats a token.");
 }
 

@@ -24,6 +24,9 @@ struct State {
     /// Device time training is owed.
     credit_seconds: f64,
     last_served: Option<Instant>,
+    /// Device time used since [`Gate::utilization`] was asked last, and when that was.
+    used_seconds: f64,
+    asked: Instant,
 }
 
 /// Holding it is having the device.
@@ -37,7 +40,15 @@ impl Gate {
     /// `training_share`: the share of device time training keeps while serving is busy, in (0, 1].
     pub fn new(training_share: f64) -> Self {
         let share = training_share.clamp(0.01, 0.99);
-        let state = State { busy: false, serving_waits: 0, training_waits: 0, credit_seconds: 0.0, last_served: None };
+        let state = State {
+            busy: false,
+            serving_waits: 0,
+            training_waits: 0,
+            credit_seconds: 0.0,
+            last_served: None,
+            used_seconds: 0.0,
+            asked: Instant::now(),
+        };
         Gate { rate: share / (1.0 - share), state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -65,6 +76,14 @@ impl Gate {
         GateGuard { gate: self, since: Instant::now(), serving: false }
     }
 
+    /// Share of the time since this was asked last in which the device was held; what is held now counts when it is given back.
+    pub fn utilization(&self) -> f64 {
+        let mut state = self.lock();
+        let used = std::mem::take(&mut state.used_seconds);
+        let passed = std::mem::replace(&mut state.asked, Instant::now()).elapsed().as_secs_f64();
+        (used / passed.max(f64::MIN_POSITIVE)).min(1.0)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,6 +103,7 @@ impl Drop for GateGuard<'_> {
         let used = self.since.elapsed().as_secs_f64();
         let mut state = self.gate.lock();
         state.busy = false;
+        state.used_seconds += used;
         if self.serving {
             state.last_served = Some(Instant::now());
             if state.training_waits > 0 {
@@ -131,6 +151,18 @@ mod tests {
         let gate = Gate::new(0.3);
         let trained = train_beside(&gate, || sleep(Duration::from_millis(300)));
         assert!(trained > 0.2, "trained {trained} s of 0.3");
+    }
+
+    #[test]
+    fn utilization_is_what_was_held_since_it_was_asked() {
+        let gate = Gate::new(0.5);
+        let guard = gate.serve();
+        sleep(Duration::from_millis(20));
+        drop(guard);
+        let share = gate.utilization();
+        assert!(share > 0.5 && share <= 1.0, "{share}");
+        sleep(Duration::from_millis(5));
+        assert_eq!(gate.utilization(), 0.0);
     }
 
     #[test]

@@ -50,6 +50,10 @@ async fn description() -> Reply {
 async fn exposition(state: web::Data<AppState>) -> Reply {
     // Leases are counted when they are looked at.
     state.roles.adapters().list();
+    // All engines share one gate.
+    if let Some((_, engine)) = state.roles.engines().first() {
+        metrics().gpu_utilization_ratio.set(engine.gate().utilization());
+    }
     let mut text = Vec::new();
     let mut families = metrics().registry.gather();
     families.extend(prometheus::gather());
