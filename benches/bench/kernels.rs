@@ -109,12 +109,12 @@ fn head(criterion: &mut Criterion) -> rdpo::error::Result<()> {
         let plain = x.as_tensor().detach();
         group.throughput(Throughput::Elements((2 * rows * HIDDEN * VOCABULARY) as u64));
         group.bench_function(BenchmarkId::new("log-probs", dtype.as_str()), |b| {
-            b.iter(|| token_logprobs(black_box(&plain), &head, &targets));
+            b.iter(|| token_logprobs(black_box(&plain), &head, &targets, &mut || Ok(())));
         });
         group.throughput(Throughput::Elements((4 * rows * HIDDEN * VOCABULARY) as u64));
         group.bench_function(BenchmarkId::new("log-probs and gradient", dtype.as_str()), |b| {
             b.iter(|| -> rdpo::error::Result<_> {
-                let values = token_logprobs(black_box(x.as_tensor()), &head, &targets)?;
+                let values = token_logprobs(black_box(x.as_tensor()), &head, &targets, &mut || Ok(()))?;
                 Ok(pull(&values, &ones)?.backward()?)
             });
         });

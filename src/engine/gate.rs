@@ -1,4 +1,4 @@
-//! Who has the device: decode steps first, training between layers, with a bounded share for each.
+//! Who has the device: decode steps first, training between residual blocks, with a bounded share for each.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,6 +8,12 @@ const GRACE: Duration = Duration::from_millis(5);
 
 /// Most device time training may save up, so that a long wait does not become a long stall.
 const MOST_CREDIT_SECONDS: f64 = 0.25;
+
+/// Most of it that training takes in one turn, so that what a long prompt earned it is not one long stall for those who decode.
+const MOST_TURN_SECONDS: f64 = 0.03;
+
+/// How long the device is kept for training that has just given it back with time still due: it comes again at once.
+const BETWEEN_SLICES: Duration = Duration::from_millis(1);
 
 /// A lock with priorities over one device.
 pub struct Gate {
@@ -23,6 +29,11 @@ struct State {
     training_waits: usize,
     /// Device time training is owed.
     credit_seconds: f64,
+    /// How long training held the device the last time.
+    last_slice_seconds: f64,
+    /// Device time training has had since serving had it.
+    turn_seconds: f64,
+    last_trained: Option<Instant>,
     last_served: Option<Instant>,
     /// Device time used since [`Gate::utilization`] was asked last, and when that was.
     used_seconds: f64,
@@ -45,6 +56,9 @@ impl Gate {
             serving_waits: 0,
             training_waits: 0,
             credit_seconds: 0.0,
+            last_slice_seconds: 0.0,
+            turn_seconds: 0.0,
+            last_trained: None,
             last_served: None,
             used_seconds: 0.0,
             asked: Instant::now(),
@@ -52,19 +66,20 @@ impl Gate {
         Gate { rate: share / (1.0 - share), state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// For an engine step: next in line, at most one training layer away.
+    /// For an engine step: next in line, at most one slice of training away.
     pub fn serve(&self) -> GateGuard<'_> {
         let mut state = self.lock();
         state.serving_waits += 1;
-        while state.busy || (state.training_waits > 0 && state.credit_seconds > 0.0) {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        while state.busy || (state.training_is_due() && state.training_is_here()) {
+            state = self.changed.wait_timeout(state, BETWEEN_SLICES).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.serving_waits -= 1;
         state.busy = true;
+        state.turn_seconds = 0.0;
         GateGuard { gate: self, since: Instant::now(), serving: true }
     }
 
-    /// For one layer of training: waits while serving is owed the device.
+    /// For one slice of training: waits while serving is owed the device.
     pub fn train(&self) -> GateGuard<'_> {
         let mut state = self.lock();
         state.training_waits += 1;
@@ -90,11 +105,22 @@ impl Gate {
 }
 
 impl State {
+    /// Slices have a length of their own: one is due when it overdraws the credit by no more than half of it, so that a client's
+    /// longest waits are half a slice above the mean and not a whole one.
+    fn training_is_due(&self) -> bool {
+        let enough = (self.last_slice_seconds / 2.0).min(MOST_CREDIT_SECONDS / 2.0);
+        self.credit_seconds > enough && self.turn_seconds < MOST_TURN_SECONDS
+    }
+
+    fn training_is_here(&self) -> bool {
+        self.training_waits > 0 || self.last_trained.is_some_and(|at| at.elapsed() < BETWEEN_SLICES)
+    }
+
     /// With credit, or when nobody serves. One who waits to serve counts from the moment he waits: the thread that trains is back
-    /// for its next layer before he has even woken.
+    /// for its next slice before he has even woken.
     fn training_may_go(&self) -> bool {
         let idle = self.serving_waits == 0 && self.last_served.is_none_or(|at| at.elapsed() >= GRACE);
-        self.credit_seconds > 0.0 || idle
+        self.training_is_due() || idle
     }
 }
 
@@ -110,6 +136,8 @@ impl Drop for GateGuard<'_> {
                 state.credit_seconds = (state.credit_seconds + used * self.gate.rate).min(MOST_CREDIT_SECONDS);
             }
         } else {
+            (state.last_slice_seconds, state.last_trained) = (used, Some(Instant::now()));
+            state.turn_seconds += used;
             // What training takes while nobody serves is not held against it later.
             let lately = |at: Instant| at.elapsed().as_secs_f64() < used + GRACE.as_secs_f64();
             if state.serving_waits > 0 || state.last_served.is_some_and(lately) {
@@ -127,7 +155,7 @@ mod tests {
 
     use super::*;
 
-    /// Runs a training loop of 2 ms layers beside `serve` for a while; returns the device seconds training had.
+    /// Runs a training loop of 2 ms slices beside `serve` for a while; returns the device seconds training had.
     fn train_beside(gate: &Gate, serve: impl FnOnce()) -> f64 {
         let stop = AtomicBool::new(false);
         scope(|threads| {
@@ -166,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_to_serve_is_next_after_one_layer() {
+    fn who_waits_to_serve_is_next_after_one_slice() {
         let gate = Gate::new(0.5);
         let slowest = std::cell::Cell::new(Duration::ZERO);
         train_beside(&gate, || {
@@ -178,7 +206,7 @@ mod tests {
                 slowest.set(slowest.get().max(asked.elapsed()));
             }
         });
-        assert!(slowest.get() < Duration::from_millis(60), "serving waited {:?} for layers of 2 ms", slowest.get());
+        assert!(slowest.get() < Duration::from_millis(60), "serving waited {:?} for slices of 2 ms", slowest.get());
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl Owner {
         let attend = Attend::Paged { pool: &self.pool, batch: &batch };
         let lora =
             if groups.iter().all(|group| group.adapter.is_none()) { LoraRows::Base } else { LoraRows::Served(&groups) };
-        let hidden = model.forward(&ids, &positions, attend, lora, &mut || Ok(()))?; // (N, C)
+        let hidden = model.forward(&ids, &positions, attend, lora)?; // (N, C)
 
         let (mut rows, mut wanting) = (Vec::new(), Vec::new());
         for (scheduled, paged) in step.iter().zip(&batch.sequences) {

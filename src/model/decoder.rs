@@ -164,8 +164,13 @@ impl Decoder {
         self.frequencies.tables(positions, self.device())
     }
 
-    /// One layer. x: (N, C) → (N, C).
-    pub fn layer(
+    /// Residual blocks: two a layer, attention and MLP.
+    pub fn num_blocks(&self) -> usize {
+        2 * self.layers.len()
+    }
+
+    /// One residual block: the attention of layer `index / 2` where `index` is even, its MLP where it is odd. x: (N, C) → (N, C).
+    pub fn block(
         &self,
         index: usize,
         x: &Tensor,
@@ -173,7 +178,7 @@ impl Decoder {
         attend: Attend<'_>,
         lora: LoraRows<'_>,
     ) -> Result<Tensor> {
-        self.layers[index].forward(&self.config, x, rotary, attend, lora)
+        self.layers[index / 2].block(index % 2, &self.config, x, rotary, attend, lora)
     }
 
     /// Final norm. x: (N, C) → (N, C).
@@ -181,20 +186,12 @@ impl Decoder {
         rms_norm(x, &self.norm, self.config.rms_norm_eps)
     }
 
-    /// The whole body: embed, every layer, final norm. `between_layers` is called before each layer and may stop the run.
-    pub fn forward(
-        &self,
-        ids: &[u32],
-        positions: &[u32],
-        attend: Attend<'_>,
-        lora: LoraRows<'_>,
-        between_layers: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Tensor> {
+    /// The whole body: embed, every block, final norm.
+    pub fn forward(&self, ids: &[u32], positions: &[u32], attend: Attend<'_>, lora: LoraRows<'_>) -> Result<Tensor> {
         let rotary = self.rotary(positions)?;
         let mut x = self.embed(ids)?;
-        for index in 0..self.layers.len() {
-            between_layers()?;
-            x = self.layer(index, &x, &rotary, attend, lora)?;
+        for index in 0..self.num_blocks() {
+            x = self.block(index, &x, &rotary, attend, lora)?;
         }
         self.final_norm(&x)
     }

@@ -1,5 +1,7 @@
 //! One decoder layer: attention and gated MLP, with the norms its architecture puts around them.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
 use super::lora::SITES;
@@ -35,6 +37,11 @@ pub(crate) fn site_shape(config: &ModelConfig, site: usize) -> (usize, usize) {
 pub(crate) fn site_path(site: usize) -> String {
     let block = if site <= O { "self_attn" } else { "mlp" };
     format!("{block}.{}", SITES[site])
+}
+
+/// Sites of a layer's attention (block 0) and of its MLP (block 1).
+pub(crate) fn block_sites(block: usize) -> Range<usize> {
+    if block == 0 { Q..GATE } else { GATE..SITES.len() }
 }
 
 /// Reads a checkpoint's tensors in the dtypes the decoder computes with.
@@ -115,9 +122,10 @@ impl Layer {
         self.linears.iter().map(FrozenLinear::bytes).sum::<usize>() + norms.map(tensor_bytes).sum::<usize>()
     }
 
-    /// x: (N, C) → (N, C).
-    pub(crate) fn forward(
+    /// One residual block: attention (0) or MLP (1). x: (N, C) → (N, C).
+    pub(crate) fn block(
         &self,
+        block: usize,
         config: &ModelConfig,
         x: &Tensor,
         rotary: &Rotary,
@@ -125,16 +133,18 @@ impl Layer {
         lora: LoraRows<'_>,
     ) -> Result<Tensor> {
         let eps = config.rms_norm_eps;
-        let after = |y: Tensor, norm: &Option<Tensor>| match norm {
-            Some(weight) => rms_norm(&y, weight, eps),
-            None => Ok(y),
+        let (y, after) = if block == 0 {
+            let normed = rms_norm(x, &self.before_attention, eps)?;
+            (self.attention(config, &normed, rotary, attend, lora)?, &self.after_attention)
+        } else {
+            let normed = rms_norm(x, &self.before_mlp, eps)?;
+            let (gate, up) = (self.linear(GATE, &normed, lora)?, self.linear(UP, &normed, lora)?);
+            (self.linear(DOWN, &gated(&gate, &up, config.activation)?, lora)?, &self.after_mlp)
         };
-        let attended = self.attention(config, &rms_norm(x, &self.before_attention, eps)?, rotary, attend, lora)?;
-        let x = (x + after(attended, &self.after_attention)?)?;
-        let normed = rms_norm(&x, &self.before_mlp, eps)?;
-        let (gate, up) = (self.linear(GATE, &normed, lora)?, self.linear(UP, &normed, lora)?);
-        let mlp = self.linear(DOWN, &gated(&gate, &up, config.activation)?, lora)?;
-        Ok((x + after(mlp, &self.after_mlp)?)?)
+        match after {
+            Some(weight) => Ok((x + rms_norm(&y, weight, eps)?)?),
+            None => Ok((x + y)?),
+        }
     }
 
     fn linear(&self, site: usize, x: &Tensor, lora: LoraRows<'_>) -> Result<Tensor> {

@@ -1,13 +1,14 @@
 //! Low-rank adapters (arXiv 2106.09685): variables while training, deep frozen copies once published.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::layer::{site_path, site_shape};
+use super::layer::{block_sites, site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
 use crate::ops::{FrozenLinear, dropout, low_rank, served_low_rank};
@@ -183,6 +184,15 @@ impl LoraParams {
             scales.insert(place, file.config.rank_and_scale(&module_path(place.0, place.1)).1);
         }
         Ok(LoraParams { config: file.config.clone(), sites, scales })
+    }
+
+    /// How many variables each residual block has, in the order of [`LoraParams::named`].
+    pub(crate) fn counts(&self, blocks: usize) -> Vec<usize> {
+        let count = |block: usize| {
+            let Range { start, end } = block_sites(block % 2);
+            2 * self.sites.range((block / 2, start)..(block / 2, end)).count()
+        };
+        (0..blocks).map(count).collect()
     }
 
     /// Deep copies under PEFT's tensor names.

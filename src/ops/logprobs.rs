@@ -7,13 +7,20 @@ use super::{FrozenLinear, cpu};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
 
-/// Rows of logits held at once: 128 rows of 49,152 are 24 MiB.
-const ROWS: usize = 128;
+/// Rows of logits held at once: 64 rows of 49,152 are 12 MiB.
+const ROWS_CPU: usize = 64;
+const ROWS_GPU: usize = 2048;
 
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
 /// Differentiable in `hidden`: when it records a graph, the unit gradient of each row is computed in the same pass (its upstream
-/// gradient is one scalar a row), so the backward multiplies and recomputes nothing.
-pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> Result<Tensor> {
+/// gradient is one scalar a row), so the backward multiplies and recomputes nothing. The head is as dear as many layers: `pace` is
+/// called before each of its products, and its error ends the work.
+pub fn token_logprobs(
+    hidden: &Tensor,
+    head: &FrozenLinear,
+    targets: &[u32],
+    pace: &mut dyn FnMut() -> Result<()>,
+) -> Result<Tensor> {
     let (rows, width) = hidden.dims2()?;
     if rows != targets.len() || targets.iter().any(|target| *target as usize >= head.out_features()) {
         return Err(Error::internal(format!(
@@ -24,19 +31,25 @@ pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> 
     }
     let plain = hidden.detach().contiguous()?;
     let (mut logprobs, mut units) = (Vec::new(), Vec::new());
-    for (chunk, targets) in targets.chunks(ROWS).enumerate() {
-        let rows = plain.narrow(0, chunk * ROWS, targets.len())?;
-        if plain.device().is_cpu() {
-            let (found, unit) = on_cpu(&rows, head, targets, hidden.track_op())?;
-            logprobs.push(found);
-            units.extend(unit);
+    let (on_cpu, wanted) = (plain.device().is_cpu(), hidden.track_op());
+    let most = if on_cpu { ROWS_CPU } else { ROWS_GPU };
+    for (chunk, targets) in targets.chunks(most).enumerate() {
+        let rows = plain.narrow(0, chunk * most, targets.len())?;
+        pace()?;
+        if on_cpu {
+            let mut logits = cpu::with_floats([&rows], |[rows]| head.on_cpu(rows))?;
+            logprobs.push(cpu::tensor(in_place(&mut logits, targets, wanted), targets.len())?);
+            if wanted {
+                pace()?;
+                units.push(cpu::tensor(head.backward_on_cpu(&logits)?, rows.shape())?);
+            }
             continue;
         }
-        let (found, weights) = composed(&head.forward(&rows)?, targets)?;
+        let (found, slopes) = composed(&head.forward(&rows)?, targets)?;
         logprobs.push(found);
-        if hidden.track_op() {
-            // d log p(target) / d logits = onehot − softmax.
-            units.push(head.backward(&weights)?);
+        if wanted {
+            pace()?;
+            units.push(head.backward(&slopes)?);
         }
     }
     if logprobs.is_empty() {
@@ -55,17 +68,11 @@ pub fn token_logprobs(hidden: &Tensor, head: &FrozenLinear, targets: &[u32]) -> 
     Ok((&logprobs + (&slope - slope.detach())?)?)
 }
 
-/// (T) log-probs and, where wanted, the unit gradients (T, C): `(onehot − softmax)·W`, in the logits' own memory.
-fn on_cpu(
-    hidden: &Tensor,
-    head: &FrozenLinear,
-    targets: &[u32],
-    wanted: bool,
-) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-    let (rows, v) = (targets.len(), head.out_features());
-    let mut logits = cpu::with_floats([hidden], |[hidden]| head.on_cpu(hidden))?;
-    let logprobs: Vec<f32> = logits
-        .par_chunks_mut(v)
+/// T log-probs; the logits, (T, V), become d log p(target) / d logits = `onehot − softmax` where that is wanted.
+fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
+    let width = logits.len() / targets.len();
+    logits
+        .par_chunks_mut(width)
         .zip(targets)
         .map(|(row, target)| {
             let aim = row[*target as usize];
@@ -77,14 +84,10 @@ fn on_cpu(
             }
             (f64::from(aim - max) - sum.ln()) as f32
         })
-        .collect();
-    let units = match wanted {
-        true => Some(cpu::tensor(head.backward_on_cpu(&logits)?, hidden.shape())?),
-        false => None,
-    };
-    Ok((cpu::tensor(logprobs, rows)?, units))
+        .collect()
 }
 
+/// [`in_place`] of candle's operations.
 fn composed(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
     let (rows, v) = logits.dims2()?;
     let wide = candle_nn::ops::log_softmax(&logits.to_dtype(DType::F32)?, 1)?;

@@ -214,7 +214,7 @@ impl<'a> Run<'a> {
         Ok(Pairs { training: kept.tokens, held_out })
     }
 
-    /// Stage 5: trains between the layers of serving.
+    /// Stage 5: trains between the steps of serving.
     pub(super) fn train(&self, pairs: &Pairs) -> Result<Outcome> {
         self.context.stage(Status::Training)?;
         let base = self.roles.student_base()?;
@@ -463,7 +463,7 @@ fn held_out(prompts: &[PromptInput], fraction: f64, seed: u64) -> BTreeSet<usize
     groups.into_iter().take(number).flatten().collect()
 }
 
-/// Holds the device for one layer at a time and passes on what the trainer says.
+/// Holds the device for one slice at a time and passes on what the trainer says.
 struct Pacing<'a, 'r> {
     run: &'a Run<'r>,
     gate: &'a Gate,

@@ -1,11 +1,10 @@
-//! Forward and backward of one flat step, layer by layer.
+//! Forward and backward of one flat step, one residual block (attention or MLP) after the other.
 //!
-//! The forward keeps each layer's input and, for as many layers as the memory allowed takes, the graph the layer recorded. The
-//! backward pulls the vector-Jacobian product through one layer at a time and recomputes a layer whose graph was not kept; the
-//! result is the same bit for bit. Between any two layers the device can go to somebody else.
+//! The forward keeps each block's input and, for as many blocks as the memory allowed takes, the graph the block recorded. The
+//! backward pulls the vector-Jacobian product through one block at a time and recomputes a block whose graph was not kept; the
+//! result is the same bit for bit. Between any two blocks the device can go to somebody else.
 
 use std::collections::HashSet;
-use std::ops::Range;
 
 use candle_core::{Tensor, Var};
 
@@ -16,10 +15,6 @@ use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
 use crate::ops::{pull, token_logprobs};
 
-/// Response rows whose log-probs are computed between two calls of [`Pace`]: the head is as dear as many layers, so it is cut up.
-const HEAD_ROWS_CPU: usize = 64;
-const HEAD_ROWS_GPU: usize = 2048;
-
 /// A model with the variables that are trained on it.
 pub(crate) struct Pass<'a> {
     /// The base.
@@ -28,11 +23,11 @@ pub(crate) struct Pass<'a> {
     pub(crate) params: &'a LoraParams,
     /// Seed of this pass's dropout masks.
     pub(crate) dropout_seed: Option<u64>,
-    /// Memory for kept layer graphs, bytes.
+    /// Memory for kept graphs, bytes.
     pub(crate) keep_bytes: usize,
 }
 
-/// What the forward leaves of a layer: its input and, if it was kept, its output with the graph behind it.
+/// What the forward leaves of a block: its input and, if it was kept, its output with the graph behind it.
 struct Tape {
     input: Tensor,
     output: Option<Tensor>,
@@ -41,8 +36,8 @@ struct Tape {
 /// What a pass used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PassStats {
-    /// Layers whose graph was kept.
-    pub(crate) kept_layers: usize,
+    /// Blocks whose graph was kept.
+    pub(crate) kept_blocks: usize,
     /// Bytes of the kept graphs and inputs.
     pub(crate) activation_bytes: usize,
 }
@@ -58,56 +53,55 @@ impl Pass<'_> {
         pace: &mut Pace<'_>,
     ) -> Result<PassStats> {
         let model = self.model;
-        let layers = model.config().num_hidden_layers;
+        let blocks = model.num_blocks();
         let rotary = model.rotary(&pack.mask.positions)?;
         let attend = Attend::Causal(&pack.mask);
         let lora = LoraRows::Train { params: self.params, dropout_seed: self.dropout_seed };
 
-        // (N, C); nothing below the first layer is trained, so its input is no variable.
+        // (N, C); nothing below the first block is trained, so its input is no variable.
         let mut x = model.embed(&pack.ids)?.detach();
-        let mut tapes: Vec<Tape> = Vec::with_capacity(layers);
-        let mut kept = layers;
+        let mut tapes: Vec<Tape> = Vec::with_capacity(blocks);
+        let measured = blocks.min(4) - 2;
+        let mut kept_from = 0;
         let mut layer_bytes = 0;
-        for layer in 0..layers {
+        for block in 0..blocks {
             pace()?;
-            let input = if layer == 0 { x } else { Var::from_tensor(&x)?.into_inner() };
-            let output = model.layer(layer, &input, &rotary, attend, lora)?;
+            let input = if block == 0 { x } else { Var::from_tensor(&x)?.into_inner() };
+            let output = model.block(block, &input, &rotary, attend, lora)?;
             x = output.detach();
-            // The first layer's graph has no branch into its input, so the second one is the measure of all.
-            if layer == 1.min(layers - 1) {
-                layer_bytes = graph_bytes(&output);
-                kept = layers.min(self.keep_bytes / layer_bytes.max(1));
-                if kept < layers {
-                    tapes.iter_mut().for_each(|tape| tape.output = None);
-                }
+            // The first block's graph has no branch into its input, so the second layer is the measure of all.
+            if (measured..measured + 2).contains(&block) {
+                layer_bytes += graph_bytes(&output);
             }
-            let output = (layer + kept >= layers).then_some(output);
-            tapes.push(Tape { input, output });
+            if block == measured + 1 {
+                kept_from = blocks.saturating_sub(2 * self.keep_bytes / layer_bytes.max(1));
+                tapes.iter_mut().take(kept_from).for_each(|tape| tape.output = None);
+            }
+            tapes.push(Tape { input, output: (block >= kept_from).then_some(output) });
         }
+        let kept_blocks = blocks - kept_from;
         let input_bytes = x.elem_count() * x.dtype().size_in_bytes();
-        let stats = PassStats { kept_layers: kept, activation_bytes: kept * layer_bytes + layers * input_bytes };
+        let stats = PassStats { kept_blocks, activation_bytes: kept_blocks * layer_bytes / 2 + blocks * input_bytes };
 
         let mut dy = self.head_backward(&x, pack, upstream, pace)?;
-        let places = self.variables_by_layer(layers);
+        let counts = self.params.counts(blocks);
         let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate().collect::<Vec<_>>();
-        for layer in (0..layers).rev() {
+        for block in (0..blocks).rev() {
             pace()?;
-            let tape = tapes.pop().expect("the forward left one tape a layer. This is a bug.");
+            let tape = tapes.pop().expect("the forward left one tape a block. This is a bug.");
             let output = match tape.output {
                 Some(output) => output,
-                None => model.layer(layer, &tape.input, &rotary, attend, lora)?,
+                None => model.block(block, &tape.input, &rotary, attend, lora)?,
             };
             let found = vector_jacobian(&output, &dy)?;
-            for (index, variable) in variables.drain(places[layer].clone()) {
+            for (index, variable) in variables.split_off(variables.len() - counts[block]) {
                 let gradient = found.get(variable).ok_or_else(|| {
-                    Error::internal(format!(
-                        "no gradient reached LoRA variable {index} of layer {layer}. This is a bug."
-                    ))
+                    Error::internal(format!("no gradient reached LoRA variable {index}. This is a bug."))
                 })?;
                 gradients.add(index, gradient)?;
             }
-            if layer > 0 {
-                dy = gradient_of(&found, &tape.input, "a layer's input")?;
+            if block > 0 {
+                dy = gradient_of(&found, &tape.input, "a block's input")?;
             }
         }
         Ok(stats)
@@ -126,39 +120,10 @@ impl Pass<'_> {
         let rows = Tensor::from_slice(&pack.rows, pack.rows.len(), model.device())?;
         // (T, C)
         let normed = model.final_norm(&hidden.as_tensor().index_select(&rows, 0)?)?;
-        let mut parts = Vec::new();
-        let mut logprobs = Vec::with_capacity(pack.rows.len());
-        for range in head_ranges(model, pack.rows.len()) {
-            pace()?;
-            let part = Var::from_tensor(&normed.narrow(0, range.start, range.len())?.detach())?;
-            let values = token_logprobs(part.as_tensor(), model.head()?, &pack.targets[range])?;
-            logprobs.extend(values.to_vec1::<f32>()?);
-            parts.push((part, values));
-        }
-        let upstream = upstream(&logprobs)?;
-        let mut start = 0;
-        let mut d_normed = Vec::with_capacity(parts.len());
-        for (part, values) in parts {
-            pace()?;
-            let len = values.elem_count();
-            let scalars = Tensor::from_slice(&upstream[start..start + len], len, model.device())?;
-            d_normed.push(gradient_of(&vector_jacobian(&values, &scalars)?, part.as_tensor(), "the head's input")?);
-            start += len;
-        }
-        let found = vector_jacobian(&normed, &Tensor::cat(&d_normed, 0)?)?;
+        let values = token_logprobs(&normed, model.head()?, &pack.targets, pace)?;
+        let upstream = upstream(&values.to_vec1::<f32>()?)?;
+        let found = vector_jacobian(&values, &Tensor::from_vec(upstream, values.shape(), model.device())?)?;
         gradient_of(&found, hidden.as_tensor(), "the last layer's output")
-    }
-
-    /// Which of the variables, in order (layer, site, A before B), belong to each layer.
-    fn variables_by_layer(&self, layers: usize) -> Vec<Range<usize>> {
-        let mut end = 0;
-        (0..layers)
-            .map(|layer| {
-                let start = end;
-                end += 2 * self.params.sites.range((layer, 0)..(layer + 1, 0)).count();
-                start..end
-            })
-            .collect()
     }
 }
 
@@ -167,24 +132,13 @@ impl Pass<'_> {
 pub(crate) fn logprobs(model: &Decoder, pack: &Pack, lora: LoraRows<'_>, pace: &mut Pace<'_>) -> Result<Vec<f32>> {
     let rotary = model.rotary(&pack.mask.positions)?;
     let mut x = model.embed(&pack.ids)?.detach();
-    for layer in 0..model.config().num_hidden_layers {
+    for block in 0..model.num_blocks() {
         pace()?;
-        x = model.layer(layer, &x, &rotary, Attend::Causal(&pack.mask), lora)?.detach();
+        x = model.block(block, &x, &rotary, Attend::Causal(&pack.mask), lora)?.detach();
     }
     let rows = Tensor::from_slice(&pack.rows, pack.rows.len(), model.device())?;
     let normed = model.final_norm(&x.index_select(&rows, 0)?)?.detach();
-    let mut values = Vec::with_capacity(pack.rows.len());
-    for range in head_ranges(model, pack.rows.len()) {
-        pace()?;
-        let part = normed.narrow(0, range.start, range.len())?.contiguous()?;
-        values.extend(token_logprobs(&part, model.head()?, &pack.targets[range])?.to_vec1::<f32>()?);
-    }
-    Ok(values)
-}
-
-fn head_ranges(model: &Decoder, rows: usize) -> impl Iterator<Item = Range<usize>> {
-    let size = if model.device().is_cpu() { HEAD_ROWS_CPU } else { HEAD_ROWS_GPU };
-    (0..rows).step_by(size).map(move |start| start..rows.min(start + size))
+    Ok(token_logprobs(&normed, model.head()?, &pack.targets, pace)?.to_vec1::<f32>()?)
 }
 
 /// Gradients of `Σ y ⊙ dy` by every variable behind `y`.

@@ -6,7 +6,7 @@ use crate::weights::AdapterFile;
 
 /// What the caller hears from a run.
 pub trait Hooks {
-    /// Between layers.
+    /// Between residual blocks, and between pieces of the head.
     fn pace(&mut self) -> Result<()>;
     /// After every optimizer step.
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()>;

@@ -80,7 +80,7 @@ pub struct Trainer<'a> {
     gradients: Gradients,
     sums: Sums,
     flat_steps: usize,
-    kept_layers: usize,
+    kept_blocks: usize,
     started: Option<Instant>,
     saved_step: Option<usize>,
     pub(super) state: SavedState,
@@ -162,7 +162,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,
-            kept_layers: 0,
+            kept_blocks: 0,
             started: None,
             saved_step,
             state,
@@ -207,7 +207,7 @@ impl<'a> Trainer<'a> {
             };
             let pass = Pass { model: self.model, params: &self.params, dropout_seed, keep_bytes: self.keep_bytes };
             let stats = pass.forward_backward(&pack, &mut upstream, &mut self.gradients, pace)?;
-            self.kept_layers = stats.kept_layers;
+            self.kept_blocks = stats.kept_blocks;
             metrics::memory("activations", stats.activation_bytes);
             for &index in &indices {
                 let counted = trl_tokens(&all[index]);
@@ -321,9 +321,9 @@ impl<'a> Trainer<'a> {
         steps.min(self.options.max_steps.unwrap_or(usize::MAX))
     }
 
-    /// Layers whose graph the last flat step kept; the others were computed again.
-    pub fn kept_layers(&self) -> usize {
-        self.kept_layers
+    /// Residual blocks whose graph the last flat step kept; the others were computed again.
+    pub fn kept_blocks(&self) -> usize {
+        self.kept_blocks
     }
 
     /// Metrics of every step so far.

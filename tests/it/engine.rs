@@ -141,7 +141,7 @@ fn plain(model: &Decoder, ids: &[u32], adapter: Option<&Arc<Adapter>>) -> Vec<Ve
         CausalMask { segments: vec![Segment { start: 0, len: ids.len(), prefix: 0..0 }], positions: positions.clone() };
     let groups = [RowGroup { start: 0, len: ids.len(), adapter: adapter.cloned() }];
     let lora = if adapter.is_some() { LoraRows::Served(&groups) } else { LoraRows::Base };
-    let hidden = model.forward(ids, &positions, Attend::Causal(&mask), lora, &mut || Ok(())).unwrap();
+    let hidden = model.forward(ids, &positions, Attend::Causal(&mask), lora).unwrap();
     let rows: Vec<Vec<f32>> = model.logits(&hidden).unwrap().to_vec2().unwrap();
     rows.into_iter()
         .map(|row| {

@@ -93,7 +93,7 @@ fn attention() {
 fn head() {
     let frozen = FrozenLinear::new(&numbers(&[40, 6], 7), None).unwrap();
     let targets = [3, 39, 0, 17, 3];
-    check("token log-probs", &[&[5, 6]], |x| token_logprobs(&x[0], &frozen, &targets));
+    check("token log-probs", &[&[5, 6]], |x| token_logprobs(&x[0], &frozen, &targets, &mut || Ok(())));
 }
 
 /// bf16 products round both sides; the gradient must still be that of the weights as they are kept.

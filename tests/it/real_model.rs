@@ -62,7 +62,7 @@ fn causal(len: usize) -> CausalMask {
 /// Log-probs over the vocabulary after `ids`.
 fn next_logprobs(model: &Decoder, ids: &[u32]) -> Vec<f32> {
     let mask = causal(ids.len());
-    let hidden = model.forward(ids, &mask.positions, Attend::Causal(&mask), LoraRows::Base, &mut || Ok(())).unwrap();
+    let hidden = model.forward(ids, &mask.positions, Attend::Causal(&mask), LoraRows::Base).unwrap();
     let logits = model.logits(&hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap()).unwrap();
     log_softmax(&logits)
 }
@@ -93,7 +93,7 @@ fn greedy(model: &Decoder, tokenizer: &Tokenizer, prompt: &[u32]) -> Vec<u32> {
         let slots = positions.iter().map(slot).collect();
         let batch = PagedBatch { block_size: BLOCK, slots, sequences: vec![sequence] };
         let attend = Attend::Paged { pool: &pool, batch: &batch };
-        let hidden = model.forward(&step, &positions, attend, LoraRows::Base, &mut || Ok(())).unwrap();
+        let hidden = model.forward(&step, &positions, attend, LoraRows::Base).unwrap();
         let last = hidden.narrow(0, step.len() - 1, 1).unwrap().contiguous().unwrap();
         let token = likeliest(&log_softmax(&model.logits(&last).unwrap()));
         answer.push(token);
@@ -142,8 +142,9 @@ fn text_log_probs_are_those_of_transformers() {
     let last = text.len() - 1;
     let mask = causal(last);
     let attend = Attend::Causal(&mask);
-    let hidden = model().forward(&text[..last], &mask.positions, attend, LoraRows::Base, &mut || Ok(())).unwrap();
-    let got = token_logprobs(&hidden, model().head().unwrap(), &text[1..]).unwrap().to_vec1::<f32>().unwrap();
+    let hidden = model().forward(&text[..last], &mask.positions, attend, LoraRows::Base).unwrap();
+    let got =
+        token_logprobs(&hidden, model().head().unwrap(), &text[1..], &mut || Ok(())).unwrap().to_vec1::<f32>().unwrap();
     let wanted: Vec<f32> = serde_json::from_value(expected["logprobs"].clone()).unwrap();
     for (place, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
         assert!((got - wanted).abs() < 1e-3, "token {}: {got}, transformers {wanted}", place + 1);

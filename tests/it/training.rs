@@ -261,7 +261,7 @@ fn packs_give_the_gradient_of_single_pairs() {
 }
 
 #[test]
-fn recomputed_layers_give_the_same_bits_as_kept_ones() {
+fn recomputed_blocks_give_the_same_bits_as_kept_ones() {
     let (model, pairs) = (model(), pairs(8));
     let run = |memory: &str| {
         let folder = TempDir::new().unwrap();
@@ -270,17 +270,17 @@ fn recomputed_layers_give_the_same_bits_as_kept_ones() {
         job.options.activation_memory = memory.into();
         let mut trainer = warmed(&job);
         trainer.forward_backward(&[0, 3, 5, 7], &mut no_pace).unwrap();
-        (gradients(&trainer), trainer.kept_layers())
+        (gradients(&trainer), trainer.kept_blocks())
     };
-    let (kept, layers) = run("1GiB");
-    assert_eq!(layers, LAYERS);
-    let (none_kept, layers) = run("0");
-    assert_eq!(layers, 0);
+    let (kept, blocks) = run("1GiB");
+    assert_eq!(blocks, 2 * LAYERS);
+    let (none_kept, blocks) = run("0");
+    assert_eq!(blocks, 0);
     assert!(kept == none_kept);
-    // Doubling cannot jump over the sizes that hold one or two layers of three.
+    // Doubling cannot jump over the sizes that hold some blocks and not all.
     let (some_kept, _) = (10..30)
         .map(|power| run(&(1u64 << power).to_string()))
-        .find(|(_, layers)| (1..LAYERS).contains(layers))
+        .find(|(_, blocks)| (1..2 * LAYERS).contains(blocks))
         .unwrap();
     assert!(kept == some_kept);
 }
