@@ -5,23 +5,23 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use rdpo::engine::{Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, Task};
 use rdpo::error::{Error, Result};
-use rdpo::model::{Decoder, LoadOptions};
+use rdpo::model::{Decoder, LoadOptions, WeightFormat};
 use rdpo::weights::Checkpoint;
 
 const PROMPT_TOKENS: usize = 32;
 const PREFILL_TOKENS: usize = 512;
 
-pub(crate) fn start(path: &Path, dtype: DType) -> Result<Engine> {
-    Ok(start_with(path, dtype, Arc::new(Gate::new(0.5)))?.0)
+pub(crate) fn start(path: &Path, weights: WeightFormat) -> Result<Engine> {
+    Ok(start_with(path, weights, Arc::new(Gate::new(0.5)))?.0)
 }
 
 /// An engine behind a gate, and its model.
-pub(crate) fn start_with(path: &Path, dtype: DType, gate: Arc<Gate>) -> Result<(Engine, Arc<Decoder>)> {
+pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) -> Result<(Engine, Arc<Decoder>)> {
     let checkpoint = Checkpoint::open(path)?;
-    let model = Arc::new(Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?);
+    let model = Arc::new(Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights })?);
     let tokenizer = super::tokenizer(&checkpoint)?;
     let options = EngineOptions {
         name: "bench".into(),
@@ -94,7 +94,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         Some(text) => text.parse().map_err(|_| Error::invalid("NEW_TOKENS", "must be a number"))?,
         None => 64,
     };
-    let engine = start(Path::new(path), super::dtype(arguments.get(2).map_or("f32", String::as_str))?)?;
+    let engine = start(Path::new(path), arguments.get(2).map_or("auto", String::as_str).parse()?)?;
     let greedy = SamplingParams {
         temperature: 0.0,
         max_tokens: Some(new_tokens),
@@ -103,8 +103,11 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     };
     let sampled = SamplingParams { temperature: 0.7, top_p: 0.9, ..greedy.clone() };
     measure(&engine, 1, PROMPT_TOKENS, &greedy)?;
+    let batches = arguments.get(3).map_or("1,8,32", String::as_str).split(',').map(str::parse::<usize>);
+    let batches = batches.collect::<std::result::Result<Vec<_>, _>>();
+    let batches = batches.map_err(|_| Error::invalid("BATCHES", "must be numbers with commas between"))?;
     for (name, params) in [("greedy", &greedy), ("top_p 0.9", &sampled)] {
-        for batch in [1, 8, 32] {
+        for batch in batches.iter().copied() {
             let (_, time, tokens) = measure(&engine, batch, PROMPT_TOKENS, params)?;
             println!("decode, batch {batch:2}, {name:9}: {:8.1} tok/s", tokens as f64 / time.as_secs_f64());
         }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use half::bf16;
-use rdpo::kernels::cpu::{Activation, Heads, Packed, Rows, Width, attention, attention_backward, gated};
+use half::{bf16, f16};
+use rdpo::kernels::cpu::{Activation, Codes, Heads, Packed, Rows, Width, attention, attention_backward, gated};
 use rdpo::ops::{FrozenLinear, pull, rms_norm, token_logprobs};
 
 const HIDDEN: usize = 576;
@@ -19,11 +19,29 @@ fn numbers(count: usize) -> Vec<f32> {
     (0..count as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
 }
 
+/// Codes in groups of 32, as `Q4_1` and `Q8_0` have them.
+fn codes(n: usize, k: usize, four_bits: bool) -> Codes {
+    let some = |count| vec![f16::from_f32(0.01); count];
+    Codes {
+        four_bits,
+        group: 32,
+        codes: (0..n * k).map(|at| (at * 7 % 16) as i8).collect(),
+        scales: some(n * k / 32),
+        offsets: four_bits.then(|| some(n * k / 32)),
+    }
+}
+
 fn matmul(criterion: &mut Criterion) {
     for (n, k) in [(HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)] {
         let weight = numbers(n * k);
         let halves = weight.iter().map(|value| bf16::from_f32(*value)).collect();
-        for (name, width) in [("f32", Width::F32(weight)), ("bf16", Width::Bf16(halves))] {
+        let widths = [
+            ("f32", Width::F32(weight)),
+            ("bf16", Width::Bf16(halves)),
+            ("8 bits", Width::Codes(codes(n, k, false))),
+            ("4 bits", Width::Codes(codes(n, k, true))),
+        ];
+        for (name, width) in widths {
             let packed = Packed::new(&width, n, k);
             let mut group = criterion.benchmark_group(format!("matmul {name} {k} to {n}"));
             for m in [1, 8, 32, 256] {

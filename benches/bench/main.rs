@@ -7,8 +7,7 @@ mod share;
 mod steps;
 mod train;
 
-use candle_core::DType;
-use rdpo::error::{Error, Result};
+use rdpo::error::Result;
 use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
 
@@ -26,16 +25,6 @@ fn main() -> Result<()> {
             criterion.final_summary();
             Ok(())
         }
-    }
-}
-
-/// Width of the weights by its name.
-fn dtype(name: &str) -> Result<DType> {
-    match name {
-        "f32" => Ok(DType::F32),
-        "bf16" => Ok(DType::BF16),
-        "f16" => Ok(DType::F16),
-        other => Err(Error::invalid("DTYPE", format!("`{other}` is not f32, bf16 or f16."))),
     }
 }
 

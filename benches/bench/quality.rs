@@ -6,9 +6,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use rdpo::error::{Error, Result};
-use rdpo::model::{Attend, Decoder, LoadOptions, LoraRows};
+use rdpo::model::{Attend, Decoder, LoadOptions, LoraRows, WeightFormat};
 use rdpo::ops::{CausalMask, Segment};
 use rdpo::weights::Checkpoint;
 
@@ -33,11 +33,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let tokenizer = super::tokenizer(&checkpoint)?;
     let mut ids = tokenizer.encode(&text, false)?;
     ids.truncate(TOKENS);
-    let load = |dtype| Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype });
-    let full = load(DType::F32)?;
+    let load = |name: &str| {
+        let weights = name.parse::<WeightFormat>()?;
+        Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights })
+    };
+    let full = load("f32")?;
     println!("| dtype | weights, MiB | perplexity | KL to f32, nats a token | same likeliest token | tokens/s |");
     println!("|---|---|---|---|---|---|");
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
+    for dtype in ["f32", "f16", "bf16", "auto", "q8_0", "q4_k", "q4_1"] {
         let model = load(dtype)?;
         let mut sums = Sums::default();
         for window in ids.chunks(WINDOW) {
@@ -46,7 +49,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         let tokens = sums.tokens as f64;
         println!(
             "| {} | {:.0} | {:.4} | {:.2e} | {:.2} % | {:.0} |",
-            dtype.as_str(),
+            dtype,
             model.bytes() as f64 / f64::from(1 << 20),
             (-sums.nats / tokens).exp(),
             sums.kl / tokens,

@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let argument = |index: usize, default: &'static str| arguments.get(index).map_or(default, String::as_str);
     let number =
         |text: &str| text.parse::<f64>().map_err(|_| Error::invalid("SHARE", format!("`{text}` is no number")));
-    let dtype = super::dtype(argument(0, "f32"))?;
+    let dtype = argument(0, "auto").parse()?;
     let share = number(argument(1, "0.5"))?;
     let streams = number(argument(2, "4"))? as usize;
     let gate = Arc::new(Gate::new(share));

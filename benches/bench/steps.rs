@@ -6,7 +6,6 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Duration;
 
-use candle_core::DType;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rdpo::engine::{Draw, Limits, SamplingParams, Scheduler, Sequence, sample};
 use rdpo::error::Result;
@@ -80,7 +79,7 @@ fn sampler(criterion: &mut Criterion) {
 
 /// Tokens of answers that run together, one step at a time.
 fn decode(criterion: &mut Criterion) -> Result<()> {
-    let engine = engine::start(Path::new(MODEL), DType::F32)?;
+    let engine = engine::start(Path::new(MODEL), "auto".parse()?)?;
     let mut group = criterion.benchmark_group("decode");
     for batch in [1u64, 8, 32] {
         group.throughput(Throughput::Elements(batch)).sample_size(10);
@@ -108,8 +107,8 @@ fn decode(criterion: &mut Criterion) -> Result<()> {
 fn train_step(criterion: &mut Criterion) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut group = criterion.benchmark_group("train");
-    for dtype in [DType::F32, DType::BF16] {
-        let (model, pairs) = train::load(Path::new(MODEL), dtype, LICENCE, train::Shape::default())?;
+    for dtype in ["f32", "bf16", "auto"] {
+        let (model, pairs) = train::load(Path::new(MODEL), dtype.parse()?, LICENCE, train::Shape::default())?;
         let mut trainer = Trainer::open(&TrainJob {
             model: &model,
             lora: LoraOptions::default().config(None),
@@ -119,7 +118,7 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
             loss: LossOptions { kind: LossKind::Dpo, ..LossOptions::default() },
             options: TrainingOptions { epochs: 1e6, batch_size: 4, shuffle: false, ..TrainingOptions::default() },
             seed: 0,
-            folder: folder.path().join(dtype.as_str()),
+            folder: folder.path().join(dtype),
         })?;
         let batch = [0, 1, 2, 3];
         trainer.forward_backward(&batch, &mut || Ok(()))?;
@@ -128,7 +127,7 @@ fn train_step(criterion: &mut Criterion) -> Result<()> {
         let of = |pair: &TokenPair| 2 * pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
         let counted = batch.iter().map(|index| of(&pairs[*index]) as u64).sum();
         group.throughput(Throughput::Elements(counted)).sample_size(10);
-        group.bench_function(format!("step of 4 pairs, {}", dtype.as_str()), |bencher| {
+        group.bench_function(format!("step of 4 pairs, {}", dtype), |bencher| {
             bencher.iter(|| {
                 trainer.forward_backward(&batch, &mut || Ok(())).and_then(|_| trainer.optim_step(&mut || Ok(())))
             });

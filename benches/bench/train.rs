@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use rdpo::error::{Error, Result};
-use rdpo::model::{Decoder, LoadOptions};
+use rdpo::model::{Decoder, LoadOptions, WeightFormat};
 use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{
     EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, Trainer, TrainingOptions,
@@ -106,7 +106,7 @@ impl Arguments {
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let arguments = Arguments::read(arguments)?;
     let text = |name: &str| arguments.0[name].as_str();
-    let dtype = super::dtype(text("dtype"))?;
+    let dtype = text("dtype").parse()?;
     let words = std::fs::read_to_string(text("text"))?;
     let shape = Shape {
         pairs: arguments.parse("pairs")?,
@@ -170,11 +170,11 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
 }
 
 /// A checkpoint, and pairs of its tokens.
-pub(crate) fn load(path: &Path, dtype: DType, text: &str, shape: Shape) -> Result<(Decoder, Vec<TokenPair>)> {
+pub(crate) fn load(path: &Path, weights: WeightFormat, text: &str, shape: Shape) -> Result<(Decoder, Vec<TokenPair>)> {
     let checkpoint = Checkpoint::open(path)?;
     let tokenizer = super::tokenizer(&checkpoint)?;
     let pairs = texts(text, shape).map(|texts| pair(&tokenizer, texts)).collect::<Result<_>>()?;
-    Ok((Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype })?, pairs))
+    Ok((Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights })?, pairs))
 }
 
 /// Prompt and two answers of each pair, each cut from another place.

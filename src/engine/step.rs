@@ -14,9 +14,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
 use super::sampler::{self, Draw};
 use super::scheduler::{Scheduled, Scheduler, Sequence};
-use super::{EngineStats, Shared};
+use super::{EngineStats, GateGuard, Shared};
 use crate::error::{Error, Result};
-use crate::model::{Attend, KvPool, LoraRows, PagedBatch, PagedSequence, RowGroup};
+use crate::model::{Attend, Decoder, KvPool, LoraRows, PagedBatch, PagedSequence, RowGroup};
 use crate::telemetry::metrics;
 use crate::text::StreamDecoder;
 
@@ -152,10 +152,14 @@ impl Owner {
 
     /// One flat step; an outcome for every sequence whose last token was computed.
     fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Outcome)>> {
-        let (ids, positions, batch, groups) = self.batch(step);
         let shared = self.shared.clone();
         let device = shared.gate.serve();
-        let model = &shared.model;
+        // On a thread of the pool, which hands an operation's parts to the others without going to sleep meanwhile.
+        rayon::scope(|_| self.compute(step, &shared.model, device))
+    }
+
+    fn compute(&mut self, step: &[Scheduled], model: &Decoder, device: GateGuard<'_>) -> Result<Vec<(u64, Outcome)>> {
+        let (ids, positions, batch, groups) = self.batch(step);
         let attend = Attend::Paged { pool: &self.pool, batch: &batch };
         let lora =
             if groups.iter().all(|group| group.adapter.is_none()) { LoraRows::Base } else { LoraRows::Served(&groups) };

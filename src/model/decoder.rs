@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::layer::{Layer, Reader, tensor_bytes};
 use super::rotary::Frequencies;
-use super::{KvPool, LoraRows, ModelConfig, Rotary};
+use super::{KvPool, LoadOptions, LoraRows, ModelConfig, Rotary};
 use crate::error::{Error, Result};
 use crate::ops::{CausalMask, FrozenLinear, PagedBatch, rms_norm};
 use crate::weights::Checkpoint;
@@ -21,23 +21,6 @@ pub enum Attend<'a> {
         /// Where this step's tokens go.
         batch: &'a PagedBatch,
     },
-}
-
-/// Where and in what width to hold the weights.
-#[derive(Clone, Debug)]
-pub struct LoadOptions {
-    /// Device of the weights.
-    pub device: Device,
-    /// Width of the linear weights. On the CPU activations are f32 whatever this is (a product with bf16 weights may round its
-    /// input); on a GPU they have this dtype.
-    pub dtype: DType,
-}
-
-impl LoadOptions {
-    /// Dtype of activations.
-    pub fn compute_dtype(&self) -> DType {
-        if self.device.is_cpu() { DType::F32 } else { self.dtype }
-    }
 }
 
 /// What a checkpoint's names begin with: plain, and the text part of a Gemma 3 that also sees, as it was and is written.
@@ -69,10 +52,10 @@ enum Head {
 impl Decoder {
     /// Loads every tensor of the checkpoint; names the tensor when one is missing or has the wrong shape.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self> {
-        if !matches!(options.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        if !matches!(options.float_dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(Error::invalid(
                 "dtype",
-                format!("`dtype` must be f32, f16 or bf16, not {}.", options.dtype.as_str()),
+                format!("`dtype` must be f32, f16 or bf16, not {}.", options.float_dtype().as_str()),
             ));
         }
         let config = ModelConfig::from_json(checkpoint.config())?;
@@ -122,11 +105,6 @@ impl Decoder {
     /// Device of the weights.
     pub fn device(&self) -> &Device {
         &self.options.device
-    }
-
-    /// Width of the linear weights.
-    pub fn weight_dtype(&self) -> DType {
-        self.options.dtype
     }
 
     /// Dtype of activations.

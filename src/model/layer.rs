@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
 
 use super::lora::SITES;
-use super::{Attend, LoadOptions, LoraRows, ModelConfig, Rotary};
+use super::{Attend, LoadOptions, LoraRows, ModelConfig, Rotary, WeightFormat};
 use crate::error::Result;
-use crate::ops::{FrozenLinear, causal_attention, gated, kv_write, paged_attention, rms_norm, rope};
-use crate::weights::Checkpoint;
+use crate::ops::{Codes, FrozenLinear, causal_attention, gated, kv_write, paged_attention, rms_norm, rope};
+use crate::weights::{Blocks, Checkpoint};
 
 /// Where in [`SITES`] each linear is.
 const Q: usize = 0;
@@ -56,13 +57,39 @@ pub(crate) struct Reader<'a> {
 impl Reader<'_> {
     /// A linear `(out, in)`, named from the checkpoint's root.
     pub(crate) fn linear(&self, path: &str, out: usize, input: usize, bias: bool) -> Result<FrozenLinear> {
-        let LoadOptions { device, dtype } = self.options;
-        let weight = self.checkpoint.get(&format!("{path}.weight"), &[out, input], *dtype, device)?;
+        let LoadOptions { device, weights } = self.options;
+        let name = format!("{path}.weight");
         let bias = match bias {
             true => Some(self.checkpoint.get(&format!("{path}.bias"), &[out], self.options.compute_dtype(), device)?),
             false => None,
         };
+        if device.is_cpu()
+            && let Some(blocks) = self.blocks(&name, out, input, *weights)?
+        {
+            let Blocks { four_bits, group, codes, scales, offsets, .. } = blocks;
+            let codes = Codes { four_bits, group, codes, scales, offsets };
+            return FrozenLinear::from_codes(codes, (out, input), bias.as_ref());
+        }
+        let weight = self.checkpoint.get(&name, &[out, input], self.options.float_dtype(), device)?;
         FrozenLinear::new(&weight, bias.as_ref())
+    }
+
+    /// The codes to hold a matrix as, if it is to be held so.
+    fn blocks(&self, name: &str, out: usize, input: usize, weights: WeightFormat) -> Result<Option<Blocks>> {
+        let kinds: &[GgmlDType] = match weights {
+            WeightFormat::Float(_) => return Ok(None),
+            WeightFormat::Stored => return self.checkpoint.blocks(name, [out, input]),
+            WeightFormat::Quantized(_) if out == self.config.vocab_size => &[GgmlDType::Q8_0],
+            WeightFormat::Quantized(GgmlDType::Q4K) => &[GgmlDType::Q4K, GgmlDType::Q4_1],
+            WeightFormat::Quantized(kind) => &[kind],
+        };
+        let floats = self.checkpoint.get(name, &[out, input], DType::F32, &Device::Cpu)?;
+        for kind in kinds {
+            if let Some(blocks) = Blocks::quantize(&floats, *kind)? {
+                return Ok(Some(blocks));
+            }
+        }
+        Ok(None)
     }
 
     /// A norm's weight, named from [`Reader::prefix`]; Gemma stores `w` and multiplies by `1 + w`.

@@ -2,13 +2,15 @@
 
 mod config;
 mod decoder;
+mod format;
 mod kv;
 mod layer;
 mod lora;
 mod rotary;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};
-pub use decoder::{Attend, Decoder, LoadOptions};
+pub use decoder::{Attend, Decoder};
+pub use format::{LoadOptions, WeightFormat};
 pub use kv::KvPool;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
 pub use rotary::Rotary;

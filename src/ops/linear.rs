@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Stor
 
 use super::cpu;
 use crate::error::{Error, Result};
+pub use crate::kernels::cpu::Codes;
 use crate::kernels::cpu::{Packed, Width, add_row};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
@@ -40,15 +41,25 @@ impl FrozenLinear {
                 bias: bias.map(Tensor::copy).transpose()?,
             });
         }
-        cpu::keep_candle_on_one_thread();
         let flat = weight.flatten_all()?;
         let width = match weight.dtype() {
             DType::BF16 => Width::Bf16(flat.to_vec1()?),
             DType::F16 => Width::F16(flat.to_vec1()?),
             _ => Width::F32(flat.to_dtype(DType::F32)?.to_vec1()?),
         };
+        FrozenLinear::packed_from(&width, (n, k), bias)
+    }
+
+    fn packed_from(width: &Width, (n, k): (usize, usize), bias: Option<&Tensor>) -> Result<Self> {
+        cpu::keep_candle_on_one_thread();
         let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.copy()).transpose()?;
-        Ok(FrozenLinear { weight: Weight::Packed(Arc::new(Packed::new(&width, n, k))), bias })
+        Ok(FrozenLinear { weight: Weight::Packed(Arc::new(Packed::new(width, n, k))), bias })
+    }
+
+    /// Takes a quantized weight `(n, k)` and a bias as [`FrozenLinear::new`] does; it stays quantized, and its numbers are read as bf16.
+    /// On the CPU only.
+    pub fn from_codes(codes: Codes, (n, k): (usize, usize), bias: Option<&Tensor>) -> Result<Self> {
+        FrozenLinear::packed_from(&Width::Codes(codes), (n, k), bias)
     }
 
     /// Input features.

@@ -14,7 +14,7 @@ mod pointwise;
 mod pull;
 
 pub use attention::{CausalMask, Segment, causal_attention};
-pub use linear::FrozenLinear;
+pub use linear::{Codes, FrozenLinear};
 pub use logprobs::token_logprobs;
 pub use lora::{ServedRows, low_rank, served_low_rank};
 pub use norm::rms_norm;

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
 use super::{DeviceOptions, ModelOptions, RolesOptions};
 use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LoadOptions};
+use crate::model::{Decoder, LoadOptions, WeightFormat};
 use crate::telemetry::metrics;
 use crate::text::{Tokenizer, TokenizerOptions};
 use crate::weights::{Checkpoint, GenerationDefaults};
@@ -20,7 +20,7 @@ pub(super) struct Loaded {
     /// Canonical path.
     pub(super) path: PathBuf,
     /// Dtype of the linear weights.
-    pub(super) dtype: DType,
+    pub(super) weights: WeightFormat,
     /// What the file stores.
     pub(super) stored: String,
     pub(super) max_model_len: Option<usize>,
@@ -56,7 +56,7 @@ impl<'a> Loader<'a> {
         Ok(Loader { options, device, gate, loaded: Vec::new() })
     }
 
-    /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and dtype).
+    /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and format).
     pub(super) fn get(&mut self, role: &str, name: &str) -> Result<Arc<Loaded>> {
         let model = self.options.models.get(name).ok_or_else(|| {
             let known = self.options.models.keys().cloned().collect::<Vec<_>>().join(", ");
@@ -75,10 +75,10 @@ impl<'a> Loader<'a> {
                 format!("there is no model at {}{advice}", model.path.display()),
             ));
         }
-        let dtype = dtype(&model.dtype, &field("dtype"))?;
+        let weights = model.dtype.parse::<WeightFormat>().map_err(|error| error.at(field("dtype")))?;
         let canonical = model.path.canonicalize().map_err(|error| Error::invalid(field("path"), format!("{error}")))?;
         let checkpoint = Checkpoint::open(&canonical)?;
-        let same = |one: &&Arc<Loaded>| one.path == *checkpoint.path() && one.dtype == dtype;
+        let same = |one: &&Arc<Loaded>| one.path == *checkpoint.path() && one.weights == weights;
         if let Some(found) = self.loaded.iter().find(same) {
             if model.max_model_len != found.max_model_len {
                 return Err(Error::invalid(
@@ -88,13 +88,19 @@ impl<'a> Loader<'a> {
             }
             return Ok(found.clone());
         }
-        let loaded = Arc::new(self.start(name, model, &checkpoint, dtype)?);
+        let loaded = Arc::new(self.start(name, model, &checkpoint, weights)?);
         self.loaded.push(loaded.clone());
         Ok(loaded)
     }
 
-    fn start(&self, name: &str, model: &ModelOptions, checkpoint: &Checkpoint, dtype: DType) -> Result<Loaded> {
-        let decoder = Arc::new(Decoder::load(checkpoint, &LoadOptions { device: self.device.clone(), dtype })?);
+    fn start(
+        &self,
+        name: &str,
+        model: &ModelOptions,
+        checkpoint: &Checkpoint,
+        weights: WeightFormat,
+    ) -> Result<Loaded> {
+        let decoder = Arc::new(Decoder::load(checkpoint, &LoadOptions { device: self.device.clone(), weights })?);
         let files = checkpoint.tokenizer()?;
         let tokenizer = Arc::new(Tokenizer::new(TokenizerOptions {
             tokenizer_json: files.tokenizer_json,
@@ -122,7 +128,7 @@ impl<'a> Loader<'a> {
         Ok(Loaded {
             name: name.to_owned(),
             path: checkpoint.path().clone(),
-            dtype,
+            weights,
             stored: checkpoint.stored_dtype(),
             max_model_len: model.max_model_len,
             engine,
@@ -163,16 +169,6 @@ fn device(options: &DeviceOptions) -> Result<Device> {
             Some(ordinal) => cuda(ordinal),
             None => Err(Error::invalid("device.kind", format!("`{other}` is not `auto`, `cpu`, `cuda` or `cuda:N`"))),
         },
-    }
-}
-
-/// `auto` is bf16 everywhere: half the memory and time of f32, and the same answers (docs/models.md has the figures).
-fn dtype(name: &str, field: &str) -> Result<DType> {
-    match name {
-        "auto" | "bf16" => Ok(DType::BF16),
-        "f32" => Ok(DType::F32),
-        "f16" => Ok(DType::F16),
-        other => Err(Error::invalid(field, format!("`{other}` is not `auto`, `f32`, `bf16` or `f16`"))),
     }
 }
 
@@ -219,10 +215,8 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_dtypes_are_named_when_wrong() {
+    fn a_device_is_named_when_wrong() {
         let error = device(&DeviceOptions { kind: "gpu".into(), threads: None }).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("device.kind"));
-        assert_eq!(dtype("auto", "d").unwrap(), DType::BF16);
-        assert_eq!(dtype("int8", "models.a.dtype").unwrap_err().param.as_deref(), Some("models.a.dtype"));
     }
 }

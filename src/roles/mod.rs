@@ -240,7 +240,7 @@ impl Roles {
             [("teacher", Some(&self.teacher)), ("student", Some(&self.student)), ("reward", self.judge.as_ref())];
         for (role, seat) in seats {
             let (name, dtype, stored) = match seat {
-                Some(one) => (one.name.clone(), format!("{:?}", one.dtype).to_lowercase(), one.stored.clone()),
+                Some(one) => (one.name.clone(), one.weights.to_string(), one.stored.clone()),
                 None => (self.reward.kind().to_owned(), "none".to_owned(), "none".to_owned()),
             };
             metrics().model_info.with_label_values(&[role, &name, &dtype, &stored]).set(1);

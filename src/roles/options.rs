@@ -42,7 +42,7 @@ pub struct KvCacheOptions {
 pub struct ModelOptions {
     /// Folder or `.gguf` file.
     pub path: PathBuf,
-    /// `auto`, `f32`, `bf16`, `f16`.
+    /// `auto` (as stored, floats as bf16), `f32`, `bf16`, `f16`, or quantized when loaded: `q8_0`, `q4_1`, `q4_k`.
     #[serde(default = "auto")]
     pub dtype: String,
     /// Longest prompt + answer, tokens.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+use super::blocks::Blocks;
 use super::gguf::Gguf;
 use super::hf::Folder;
 use crate::error::{Error, Result};
@@ -120,16 +121,30 @@ impl Checkpoint {
             Format::Folder(folder) => folder.get(name)?,
         };
         if tensor.dims() != shape {
-            return Err(Error::unprocessable(
-                name,
-                format!(
-                    "tensor `{name}` of {} has shape {:?}, the configuration asks for {shape:?}",
-                    self.path.display(),
-                    tensor.dims()
-                ),
-            ));
+            return Err(self.wrong_shape(name, tensor.dims(), shape));
         }
         Ok(tensor.to_dtype(dtype)?.to_device(device)?)
+    }
+
+    /// The codes of a quantized matrix; `None` where the file has floats or a layout that is read as floats.
+    /// 422 naming the tensor when it is not of `shape`.
+    pub fn blocks(&self, name: &str, shape: [usize; 2]) -> Result<Option<Blocks>> {
+        let blocks = match &self.format {
+            Format::Gguf(gguf) => gguf.blocks(name)?,
+            Format::Folder(_) => None,
+        };
+        match &blocks {
+            Some(blocks) if [blocks.rows, blocks.columns] != shape => {
+                Err(self.wrong_shape(name, &[blocks.rows, blocks.columns], &shape))
+            }
+            _ => Ok(blocks),
+        }
+    }
+
+    fn wrong_shape(&self, name: &str, found: &[usize], asked: &[usize]) -> Error {
+        let file = self.path.display();
+        let text = format!("tensor `{name}` of {file} has shape {found:?}, the configuration asks for {asked:?}");
+        Error::unprocessable(name, text)
     }
 
     /// What the weights are stored as, e.g. `Q4_1`, `BF16`.

@@ -12,6 +12,7 @@ use memmap2::Mmap;
 use serde_json::{Value, json};
 
 use super::TokenizerFiles;
+use super::blocks::Blocks;
 use super::gguf_tokenizer;
 use crate::error::{Error, Result};
 
@@ -96,21 +97,47 @@ impl Gguf {
         let quantized =
             self.content.tensor(&mut reader, gguf_name, &Device::Cpu).map_err(|error| fail(error.to_string()))?;
         let tensor = quantized.dequantize(&Device::Cpu)?;
-        if self.architecture == "llama" {
-            let heads = match name {
-                _ if name.contains("self_attn.q_proj") => self.number("attention.head_count"),
-                _ if name.contains("self_attn.k_proj") => self.number("attention.head_count_kv"),
-                _ => None,
-            };
-            if let Some(heads) = heads {
-                return unpermute(&tensor, heads as usize);
-            }
+        if let Some(heads) = self.permuted(name) {
+            return unpermute(&tensor, heads);
         }
         if self.architecture == "gemma3" && name.ends_with("norm.weight") {
             // GGUF stores 1 + w, Hugging Face w.
             return Ok((tensor - 1.0)?);
         }
         Ok(tensor)
+    }
+
+    /// The codes of a quantized matrix, in Hugging Face's order of rows.
+    pub(super) fn blocks(&self, name: &str) -> Result<Option<Blocks>> {
+        let Some(info) = self.names.get(name).and_then(|gguf| self.content.tensor_infos.get(gguf)) else {
+            return Ok(None);
+        };
+        let Ok((rows, columns)) = info.shape.dims2() else { return Ok(None) };
+        let kind = info.ggml_dtype;
+        let start = (self.content.tensor_data_offset + info.offset) as usize;
+        let bytes = &self.map[start..start + rows * columns / kind.block_size() * kind.type_size()];
+        let blocks = Blocks::new(kind, bytes, rows, columns);
+        Ok(match self.permuted(name) {
+            Some(heads) => blocks.map(|blocks| {
+                // Row (h, i, p) of (h, 2, d/2) is row (h, p, i) of (h, d/2, 2).
+                let (head, half) = (rows / heads, rows / heads / 2);
+                blocks.reordered(|row| row / head * head + row % half * 2 + row % head / half)
+            }),
+            None => blocks,
+        })
+    }
+
+    /// Heads of a matrix whose rows GGUF has in another order.
+    fn permuted(&self, name: &str) -> Option<usize> {
+        if self.architecture != "llama" {
+            return None;
+        }
+        let heads = match name {
+            _ if name.contains("self_attn.q_proj") => self.number("attention.head_count"),
+            _ if name.contains("self_attn.k_proj") => self.number("attention.head_count_kv"),
+            _ => None,
+        };
+        heads.map(|heads| heads as usize)
     }
 
     pub(super) fn stored_dtype(&self) -> String {

@@ -9,7 +9,7 @@ use rdpo::engine::{
     Engine, EngineOptions, Event, EventStream, FinishReason, Gate, Request, SamplingParams, Task, TokenLogprob, Usage,
 };
 use rdpo::error::Code;
-use rdpo::model::{Adapter, Attend, Decoder, LoadOptions, LoraRows, RowGroup};
+use rdpo::model::{Adapter, Attend, Decoder, LoadOptions, LoraRows, RowGroup, WeightFormat};
 use rdpo::ops::{CausalMask, Segment};
 use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::{AdapterFile, Checkpoint};
@@ -38,7 +38,7 @@ fn options() -> EngineOptions {
 
 fn start(name: &str, options: EngineOptions) -> Engine {
     let checkpoint = Checkpoint::open(&folder(name)).unwrap();
-    let load = LoadOptions { device: Device::Cpu, dtype: DType::F32 };
+    let load = LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) };
     let model = Arc::new(Decoder::load(&checkpoint, &load).unwrap());
     let files = checkpoint.tokenizer().unwrap();
     let tokenizer = Tokenizer::new(TokenizerOptions {

@@ -23,6 +23,31 @@ fn every_type_is_read_as_the_gguf_package_reads_it() {
     assert_eq!((error.status(), error.param.as_deref()), (422, Some("model.layers.0.mlp.gate_proj.weight")));
 }
 
+/// Codes, scales and offsets give the numbers back, but for the rounding of the K-quants' scales to f16.
+#[test]
+fn every_quantized_type_is_taken_apart() {
+    let checkpoint = Checkpoint::open(&fixture("gguf-types.gguf")).unwrap();
+    let expected = candle_core::safetensors::load(fixture("gguf-types.safetensors"), &Device::Cpu).unwrap();
+    for (layer, kind) in TYPES.iter().enumerate() {
+        let blocks = checkpoint.blocks(&format!("model.layers.{layer}.mlp.gate_proj.weight"), [4, 512]).unwrap();
+        let Some(blocks) = blocks else {
+            assert!(["F32", "F16", "BF16"].contains(kind), "{kind} is quantized");
+            continue;
+        };
+        let wanted = expected[*kind].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let largest = wanted.iter().fold(0f32, |most, number| most.max(number.abs()));
+        let tolerance = if kind.ends_with('K') { 1e-3 } else { 1e-6 };
+        for (at, (code, wanted)) in blocks.codes.iter().zip(&wanted).enumerate() {
+            assert!(!blocks.four_bits || (0..16).contains(code));
+            let offset = blocks.offsets.as_ref().map_or(0.0, |offsets| offsets[at / blocks.group].to_f32());
+            let found = blocks.scales[at / blocks.group].to_f32() * f32::from(*code) + offset;
+            assert!((found - wanted).abs() <= largest * tolerance, "{kind} {at}: {found}, not {wanted}");
+        }
+    }
+    let error = checkpoint.blocks("model.layers.3.mlp.gate_proj.weight", [4, 4]).unwrap_err();
+    assert_eq!(error.status(), 422);
+}
+
 #[test]
 fn a_cut_or_foreign_file_is_named() {
     let whole = std::fs::read(fixture("gguf-types.gguf")).unwrap();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Tensor};
 use rdpo::error::Result;
-use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, RowGroup, SITES};
+use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, RowGroup, SITES, WeightFormat};
 use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
 use rdpo::weights::{AdapterFile, Checkpoint, LoraConfig};
 use serde_json::Value;
@@ -33,7 +33,7 @@ fn folder(name: &str) -> PathBuf {
 
 fn load(name: &str, dtype: DType) -> Decoder {
     let checkpoint = Checkpoint::open(&folder(name)).unwrap();
-    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype }).unwrap()
+    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(dtype) }).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -312,7 +312,10 @@ fn narrow_weights_halve_the_memory_and_stay_near() {
         assert!(gap > 0.0 && gap < 0.5, "{dtype:?}: {gap}");
     }
     let checkpoint = Checkpoint::open(&folder("llama")).unwrap();
-    let error = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::U8 }).err().unwrap();
+    let error =
+        Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::U8) })
+            .err()
+            .unwrap();
     assert_eq!(error.param.unwrap(), "dtype");
 }
 
@@ -435,7 +438,10 @@ fn incomplete_checkpoints_name_the_tensor() {
     let refused = |tensors: &HashMap<String, Tensor>| {
         candle_core::safetensors::save(tensors, copy.path().join("model.safetensors")).unwrap();
         let checkpoint = Checkpoint::open(copy.path()).unwrap();
-        let error = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 }).err().unwrap();
+        let error =
+            Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) })
+                .err()
+                .unwrap();
         assert_eq!(error.status(), 422);
         error.param.unwrap()
     };

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rdpo::error::{Code, Error, Result};
-use rdpo::model::{Decoder, LoadOptions, LoraRows};
+use rdpo::model::{Decoder, LoadOptions, LoraRows, WeightFormat};
 use rdpo::train::{
     EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, Scheduler, StepMetrics, TokenPair, TrainJob, Trainer,
     TrainingOptions, token_logprobs_of, train,
@@ -57,7 +57,7 @@ pub(crate) fn model() -> Decoder {
     }
     candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 }).unwrap()
+    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) }).unwrap()
 }
 
 pub(crate) fn pairs(count: usize) -> Vec<TokenPair> {
@@ -479,7 +479,9 @@ fn bad_pairs_name_their_place() {
 fn follows_pytorch(architecture: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/curves").join(architecture);
     let checkpoint = Checkpoint::open(&root).unwrap();
-    let model = Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, dtype: DType::F32 }).unwrap();
+    let model =
+        Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) })
+            .unwrap();
     let adapter = AdapterFile::read(&root.join("adapter")).unwrap();
     let curve: serde_json::Value = serde_json::from_slice(&std::fs::read(root.join("curve.json")).unwrap()).unwrap();
     let ids = |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };

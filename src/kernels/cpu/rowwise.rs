@@ -37,6 +37,8 @@ macro_rules! at_every_level {
     )*};
 }
 
+pub(super) use at_every_level;
+
 /// The gate's activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

@@ -4,6 +4,7 @@
 //! nor on how the work was cut up. A weight in bf16 is multiplied by `vdpbf16ps` where the processor has it, which rounds the
 //! activations to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's rounding.
 
+mod coded;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod stored;
@@ -18,6 +19,12 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::level::{Level, Out, filled, has_bf16_products, level};
+use coded::CodePanels;
+#[cfg(target_arch = "x86_64")]
+use coded::CodedPanel;
+pub use coded::Codes;
+#[cfg(target_arch = "x86_64")]
+use pairs::{PairTile, Pairs, Panel};
 use stored::Stored;
 use tile::ROWS;
 pub(super) use tile::{PANEL, Tile};
@@ -28,6 +35,12 @@ pub(super) use turn::turn16;
 const BLOCK: usize = 1 << 17;
 /// Rows of W that are turned at once for the gradient.
 const TURNED: usize = 1024;
+/// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16.
+const UNPACKED: usize = 256;
+/// Most rows for which a quantized panel is unpacked on the way into the product, and not first into memory.
+const FEW_ROWS: usize = 4;
+/// Largest quantized weight that is unpacked whole for a call of many rows: 64 MiB of bf16.
+const MOST_WHOLE: usize = 1 << 25;
 /// Tasks a thread gets: enough to even out, few enough to cost nothing when one row is read.
 const TASKS: usize = 4;
 
@@ -40,14 +53,26 @@ pub enum Width {
     Bf16(Vec<bf16>),
     /// 2 bytes, IEEE half.
     F16(Vec<f16>),
+    /// Quantized.
+    Codes(Codes),
 }
 
-/// A weight W: (N, K) as panels `(⌈N/32⌉, K, 32)`, in bf16 `(⌈N/32⌉, ⌈K/2⌉, 32, 2)`, zero-padded.
+/// A weight's panels.
+#[derive(Clone, Debug)]
+enum Panels {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+    Codes(CodePanels),
+}
+
+/// A weight W: (N, K) as panels `(⌈N/32⌉, K, 32)`, in bf16 `(⌈N/32⌉, ⌈K/2⌉, 32, 2)`, zero-padded; quantized ones
+/// as `coded.rs` says, read as bf16.
 #[derive(Clone, Debug)]
 pub struct Packed {
     n: usize,
     k: usize,
-    width: Width,
+    panels: Panels,
 }
 
 /// How a call multiplies.
@@ -67,12 +92,13 @@ impl Mode {
 impl Packed {
     /// Packs W: (N, K), row-major.
     pub fn new(weight: &Width, n: usize, k: usize) -> Self {
-        let width = match weight {
-            Width::F32(weight) => Width::F32(pack(weight, n, k)),
-            Width::Bf16(weight) => Width::Bf16(pack(weight, n, k)),
-            Width::F16(weight) => Width::F16(pack(weight, n, k)),
+        let panels = match weight {
+            Width::F32(weight) => Panels::F32(pack(weight, n, k)),
+            Width::Bf16(weight) => Panels::Bf16(pack(weight, n, k)),
+            Width::F16(weight) => Panels::F16(pack(weight, n, k)),
+            Width::Codes(codes) => Panels::Codes(CodePanels::new(codes, n, k)),
         };
-        Packed { n, k, width }
+        Packed { n, k, panels }
     }
 
     /// Rows of W: output features.
@@ -87,10 +113,11 @@ impl Packed {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        match &self.width {
-            Width::F32(panels) => panels.len() * 4,
-            Width::Bf16(panels) => panels.len() * 2,
-            Width::F16(panels) => panels.len() * 2,
+        match &self.panels {
+            Panels::F32(panels) => panels.len() * 4,
+            Panels::Bf16(panels) => panels.len() * 2,
+            Panels::F16(panels) => panels.len() * 2,
+            Panels::Codes(panels) => panels.bytes(),
         }
     }
 
@@ -114,15 +141,16 @@ impl Packed {
 
     /// Row `n` of W into `out`: (K).
     pub fn row(&self, n: usize, out: &mut [f32]) {
-        match &self.width {
-            Width::F32(panels) => self.row_of(panels, n, out),
-            Width::Bf16(panels) => self.row_of(panels, n, out),
-            Width::F16(panels) => self.row_of(panels, n, out),
+        match &self.panels {
+            Panels::F32(panels) => self.row_of(panels, n, out),
+            Panels::Bf16(panels) => self.row_of(panels, n, out),
+            Panels::F16(panels) => self.row_of(panels, n, out),
+            Panels::Codes(panels) => panels.row(n, out),
         }
     }
 
     fn row_of<W: Stored>(&self, panels: &[W], n: usize, out: &mut [f32]) {
-        let panel = &panels[n / PANEL * panel_len::<W>(self.k)..];
+        let panel = panel_of(panels, n / PANEL, self.k);
         for (k, value) in out.iter_mut().enumerate() {
             *value = panel[(k / W::STEP * PANEL + n % PANEL) * W::STEP + k % W::STEP].widen();
         }
@@ -130,120 +158,165 @@ impl Packed {
 
     /// y: (M, N), all of it written (added to where `add`).
     fn forward_to(&self, x: &[f32], y: Out, add: bool, mode: Mode) {
-        #[cfg(target_arch = "x86_64")]
-        if let (Width::Bf16(panels), true) = (&self.width, mode.pairs) {
-            // SAFETY: `pairs` says that the processor has the instructions.
-            let rounded = unsafe { pairs::Pairs::new(x, self.k) };
-            let panels = panels.chunks_exact(panel_len::<bf16>(self.k)).map(<[bf16]>::as_ptr).map(Shared).collect();
-            return self.forward_panels(
-                x.len() / self.k,
-                panels,
-                |panel: Shared<bf16>, rows, columns, to| {
-                    let (x, panel) = (rounded.from(rows.start, 0), panel.0.cast());
-                    let (stride, pairs) = (rounded.stride(), rounded.stride());
-                    let tile = pairs::PairTile { x, stride, panel, pairs, columns, add };
-                    // SAFETY: rows and columns are inside y and no other task has them.
-                    unsafe { tile.run(rows.len(), to, self.n) };
-                },
-                y,
-            );
+        let m = x.len() / self.k;
+        if let Some(whole) = self.whole(row_blocks(m, self.k).0) {
+            return whole.forward_to(x, y, add, mode);
         }
-        match &self.width {
-            Width::F32(panels) => self.forward_widened(panels, x, y, add, mode.level),
-            Width::Bf16(panels) => self.forward_widened(panels, x, y, add, mode.level),
-            Width::F16(panels) => self.forward_widened(panels, x, y, add, mode.level),
+        #[cfg(target_arch = "x86_64")]
+        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
+            // SAFETY: `pairs` says that the processor has the instructions.
+            let rounded = unsafe { Pairs::new(x, self.k) };
+            // SAFETY: rows and columns are inside y and no other task has them.
+            let multiply = |panel, rows, columns, to| unsafe {
+                self.forward_pairs(&rounded, panel, rows, columns, add, to);
+            };
+            return self.forward_panels(m, multiply, y);
+        }
+        // SAFETY: as above.
+        let multiply = |panel, rows: Range<usize>, columns, to| unsafe {
+            let len = rows.len();
+            let x = x[rows.start * self.k..].as_ptr();
+            match &self.panels {
+                Panels::F32(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
+                Panels::Bf16(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
+                Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
+                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
+                    let add = add || k.start > 0;
+                    let tile = self.widened(unpacked, 0, x.add(k.start), columns, add);
+                    Tile { k: k.len(), ..tile }.run(mode.level, len, to, self.n);
+                }),
+            }
+        };
+        self.forward_panels(m, multiply, y);
+    }
+
+    /// A quantized weight in bf16, for the time of one call, where its panels would be unpacked for several blocks of rows.
+    fn whole(&self, blocks: usize) -> Option<Packed> {
+        let (n, k) = (self.n, self.k);
+        let Panels::Codes(panels) = &self.panels else { return None };
+        if blocks < 2 || n * k > MOST_WHOLE {
+            return None;
+        }
+        let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * panel_len::<bf16>(k)];
+        let of_panels = numbers.par_chunks_mut(panel_len::<bf16>(k)).enumerate();
+        of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to));
+        Some(Packed { n, k, panels: Panels::Bf16(numbers) })
+    }
+
+    /// One panel's columns of some rows.
+    /// # Safety
+    /// `to` has room for them; the processor has the instructions.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn forward_pairs(
+        &self,
+        x: &Pairs,
+        panel: usize,
+        rows: Range<usize>,
+        columns: usize,
+        add: bool,
+        to: *mut f32,
+    ) {
+        let (stride, pairs) = (x.stride(), x.stride());
+        let tile = PairTile { x: x.from(rows.start, 0), stride, weights: (), pairs, columns, add };
+        // SAFETY: the caller's promise; the fields say what is there.
+        unsafe {
+            match &self.panels {
+                Panels::Codes(panels) if rows.len() <= FEW_ROWS => {
+                    tile.of(CodedPanel(panels, panel)).run(rows.len(), to, self.n);
+                }
+                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
+                    let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
+                    let tile = PairTile { x, pairs, add, ..tile };
+                    tile.of(Panel(unpacked.as_ptr())).run(rows.len(), to, self.n);
+                }),
+                Panels::Bf16(panels) => {
+                    let weights = Panel(panels[panel * panel_len::<bf16>(self.k)..].as_ptr());
+                    tile.of(weights).run(rows.len(), to, self.n);
+                }
+                _ => {}
+            }
         }
     }
 
-    fn forward_widened<W: Stored>(&self, panels: &[W], x: &[f32], y: Out, add: bool, level: Level) {
-        let panels = panels.chunks_exact(panel_len::<W>(self.k)).map(<[W]>::as_ptr).map(Shared).collect();
-        self.forward_panels(
-            x.len() / self.k,
-            panels,
-            |panel: Shared<W>, rows, columns, to| {
-                let x = x[rows.start * self.k..].as_ptr();
-                let (panel, pitch) = (panel.0, PANEL * W::STEP);
-                let tile = Tile { x, stride: self.k, turned: false, panel, pitch, k: self.k, columns, add };
-                // SAFETY: rows and columns are inside y and no other task has them.
-                unsafe { tile.run(level, rows.len(), to, self.n) };
-            },
-            y,
-        );
+    /// One panel against rows from `x` on.
+    fn widened<W: Stored>(&self, panels: &[W], panel: usize, x: *const f32, columns: usize, add: bool) -> Tile<W> {
+        let panel = panels[panel * panel_len::<W>(self.k)..].as_ptr();
+        Tile { x, stride: self.k, turned: false, panel, pitch: PANEL * W::STEP, k: self.k, columns, add }
+    }
+
+    /// A quantized panel, some of its columns at a time, in order.
+    fn unpacked(&self, panels: &CodePanels, panel: usize, mut multiply: impl FnMut(Range<usize>, &[bf16])) {
+        let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
+        for start in (0..self.k).step_by(UNPACKED) {
+            let some = start..self.k.min(start + UNPACKED);
+            let numbers = &mut numbers[..some.len() * PANEL];
+            panels.unpack(panel, some.start / coded::BLOCK..some.end / coded::BLOCK, numbers);
+            multiply(some, numbers);
+        }
     }
 
     /// Hands `(panel, rows, columns, where they go)` to `multiply`, each once.
-    fn forward_panels<W: Stored>(
-        &self,
-        m: usize,
-        panels: Vec<Shared<W>>,
-        multiply: impl Fn(Shared<W>, Range<usize>, usize, *mut f32) + Sync,
-        y: Out,
-    ) {
+    fn forward_panels(&self, m: usize, multiply: impl Fn(usize, Range<usize>, usize, *mut f32) + Sync, y: Out) {
         let (blocks, block) = row_blocks(m, self.k);
-        let together = panels.len().div_ceil(rayon::current_num_threads() * TASKS).max(1);
-        let groups = panels.len().div_ceil(together);
+        let count = self.n.div_ceil(PANEL);
+        let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
+        let groups = count.div_ceil(together);
         (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
             let (at, group) = (task % blocks, task / blocks);
             let rows = at * block..m.min((at + 1) * block);
-            for (index, panel) in panels.iter().enumerate().skip(group * together).take(together) {
-                let columns = PANEL.min(self.n - index * PANEL);
-                multiply(*panel, rows.clone(), columns, y.at(rows.start * self.n + index * PANEL));
+            for panel in group * together..count.min((group + 1) * together) {
+                let columns = PANEL.min(self.n - panel * PANEL);
+                multiply(panel, rows.clone(), columns, y.at(rows.start * self.n + panel * PANEL));
             }
         });
     }
 
     /// dx: (M, K), all of it written.
     fn backward_to(&self, dy: &[f32], dx: Out, mode: Mode) {
+        let m = dy.len() / self.n;
+        if let Some(whole) = self.whole(row_blocks(m, TURNED.min(self.n)).0) {
+            return whole.backward_to(dy, dx, mode);
+        }
         #[cfg(target_arch = "x86_64")]
-        if let (Width::Bf16(panels), true) = (&self.width, mode.pairs) {
+        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
             // SAFETY: `pairs` says that the processor has the instructions.
-            let rounded = unsafe { pairs::Pairs::new(dy, self.n) };
-            let turn = |panel: &[bf16], k, to: &mut [bf16]| turn::paired(panel, k, to);
-            return self.backward_panels(
-                panels,
-                dy.len() / self.n,
-                turn,
-                |turned: &[bf16], rows, n, columns, to| {
-                    let (x, panel) = (rounded.from(rows.start, n.start / 2), turned.as_ptr().cast());
-                    let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), n.start > 0);
-                    let tile = pairs::PairTile { x, stride, panel, pairs, columns, add };
-                    // SAFETY: rows and columns are inside dx and no other task has them.
-                    unsafe { tile.run(rows.len(), to, self.k) };
-                },
-                dx,
-            );
-        }
-        match &self.width {
-            Width::F32(panels) => self.backward_widened(panels, dy, dx, mode.level),
-            Width::Bf16(panels) => self.backward_widened(panels, dy, dx, mode.level),
-            Width::F16(panels) => self.backward_widened(panels, dy, dx, mode.level),
-        }
-    }
-
-    fn backward_widened<W: Stored>(&self, panels: &[W], dy: &[f32], dx: Out, level: Level) {
-        let turn = |panel: &[W], k, to: &mut [f32]| turn::widened(level, panel, k, to);
-        self.backward_panels(
-            panels,
-            dy.len() / self.n,
-            turn,
-            |turned: &[f32], rows, n, columns, to| {
-                let (x, panel) = (dy[rows.start * self.n + n.start..].as_ptr(), turned.as_ptr());
-                let (stride, k, add) = (self.n, n.len(), n.start > 0);
-                let tile = Tile { x, stride, turned: false, panel, pitch: PANEL, k, columns, add };
+            let rounded = unsafe { Pairs::new(dy, self.n) };
+            let turn = |panel, k, to: &mut [bf16]| match &self.panels {
+                Panels::Codes(panels) => turn::paired(&panels.square(panel, k), 0, to),
+                Panels::Bf16(panels) => turn::paired(panel_of(panels, panel, self.k), k, to),
+                _ => {}
+            };
+            let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
+                let x = rounded.from(rows.start, n.start / 2);
+                let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), n.start > 0);
+                let tile = PairTile { x, stride, weights: Panel(turned.as_ptr()), pairs, columns, add };
                 // SAFETY: rows and columns are inside dx and no other task has them.
-                unsafe { tile.run(level, rows.len(), to, self.k) };
-            },
-            dx,
-        );
+                unsafe { tile.run(rows.len(), to, self.k) };
+            };
+            return self.backward_panels(m, turn, multiply, dx);
+        }
+        let turn = |panel, k, to: &mut [f32]| match &self.panels {
+            Panels::F32(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
+            Panels::Bf16(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
+            Panels::F16(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
+            Panels::Codes(panels) => turn::widened(mode.level, &panels.square(panel, k), 0, to),
+        };
+        let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
+            let (x, panel) = (dy[rows.start * self.n + n.start..].as_ptr(), turned.as_ptr());
+            let (stride, k, add) = (self.n, n.len(), n.start > 0);
+            let tile = Tile { x, stride, turned: false, panel, pitch: PANEL, k, columns, add };
+            // SAFETY: as above.
+            unsafe { tile.run(mode.level, rows.len(), to, self.k) };
+        };
+        self.backward_panels(m, turn, multiply, dx);
     }
 
     /// Panels over K are turned out of those over N, some of N at a time, and handed to `multiply` as `(turned, rows, range of N,
-    /// columns, where they go)`, ranges of N in order.
-    fn backward_panels<W: Stored, T: Copy + Default>(
+    /// columns, where they go)`, ranges of N in order. `turn` does 32 columns of one panel, from the given one on.
+    fn backward_panels<T: Copy + Default>(
         &self,
-        panels: &[W],
         m: usize,
-        turn: impl Fn(&[W], usize, &mut [T]) + Sync,
+        turn: impl Fn(usize, usize, &mut [T]) + Sync,
         multiply: impl Fn(&[T], Range<usize>, Range<usize>, usize, *mut f32) + Sync,
         dx: Out,
     ) {
@@ -259,8 +332,8 @@ impl Packed {
             for start in (0..n).step_by(TURNED) {
                 let some = start..n.min(start + TURNED);
                 for index in group * together..count.min((group + 1) * together) {
-                    let from = panels.chunks_exact(panel_len::<W>(k)).skip(start / PANEL);
-                    for (panel, to) in from.zip(turned.chunks_exact_mut(PANEL * PANEL)) {
+                    let panels = some.start / PANEL..some.end.div_ceil(PANEL);
+                    for (panel, to) in panels.zip(turned.chunks_exact_mut(PANEL * PANEL)) {
                         turn(panel, index * PANEL, to);
                     }
                     let columns = PANEL.min(k - index * PANEL);
@@ -271,13 +344,9 @@ impl Packed {
     }
 }
 
-/// A panel that tasks read.
-#[derive(Clone, Copy)]
-struct Shared<W>(*const W);
-// SAFETY: nobody writes a panel while it is read.
-unsafe impl<W: Sync> Send for Shared<W> {}
-// SAFETY: as above.
-unsafe impl<W: Sync> Sync for Shared<W> {}
+fn panel_of<W: Stored>(panels: &[W], panel: usize, k: usize) -> &[W] {
+    &panels[panel * panel_len::<W>(k)..][..panel_len::<W>(k)]
+}
 
 /// How many blocks of how many rows: even, whole microkernels, about [`BLOCK`] numbers each.
 fn row_blocks(m: usize, width: usize) -> (usize, usize) {

@@ -63,14 +63,39 @@ unsafe fn round_row(x: &[f32], to: *mut u32) {
     }
 }
 
-/// `out[r][c] (+)= Σ_p x[r][p] · panel[p][c]` over pairs p, each sum one chain in order of p.
+/// Where 32 columns of pairs come from.
+pub(super) trait Weights: Copy {
+    /// Gives the first `pairs` pairs in order, each as two vectors of 16 columns.
+    /// # Safety
+    /// There are that many; the processor has AVX-512F, AVX-512BW and AVX-512-BF16.
+    unsafe fn each(self, pairs: usize, emit: impl FnMut(usize, [__m512bh; 2]));
+}
+
+/// (pairs, 32) pairs as they are.
 #[derive(Clone, Copy)]
-pub(super) struct PairTile {
+pub(super) struct Panel(pub(super) *const bf16);
+
+impl Weights for Panel {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
+        for pair in 0..pairs {
+            // SAFETY: the caller's promise. The vectors are 32 bf16 numbers whatever their type.
+            let load = |at: usize| unsafe {
+                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(self.0.add(pair * 64 + at).cast()))
+            };
+            emit(pair, [load(0), load(32)]);
+        }
+    }
+}
+
+/// `out[r][c] (+)= Σ_p x[r][p] · weights[p][c]` over pairs p, each sum one chain in order of p.
+#[derive(Clone, Copy)]
+pub(super) struct PairTile<W> {
     /// Rows `stride` pairs apart.
     pub(super) x: *const u32,
     pub(super) stride: usize,
-    /// (pairs, 32) pairs.
-    pub(super) panel: *const u32,
+    pub(super) weights: W,
     pub(super) pairs: usize,
     /// Columns to store, 1..=32.
     pub(super) columns: usize,
@@ -78,10 +103,18 @@ pub(super) struct PairTile {
     pub(super) add: bool,
 }
 
-impl PairTile {
+impl<N> PairTile<N> {
+    /// The same tile with these weights.
+    pub(super) fn of<W: Weights>(&self, weights: W) -> PairTile<W> {
+        let PairTile { x, stride, pairs, columns, add, .. } = *self;
+        PairTile { x, stride, weights, pairs, columns, add }
+    }
+}
+
+impl<W: Weights> PairTile<W> {
     /// # Safety
     /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; the
-    /// processor has AVX-512F and AVX-512-BF16.
+    /// processor has AVX-512F, AVX-512BW and AVX-512-BF16.
     pub(super) unsafe fn run(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
@@ -105,7 +138,7 @@ impl PairTile {
     /// M rows; gives M.
     /// # Safety
     /// As [`Self::run`].
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn some<const M: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
         let mask = |columns: usize| if columns >= 16 { 0xffff_u16 } else { (1 << columns) - 1 };
         let masks = [mask(self.columns), mask(self.columns.saturating_sub(16))];
@@ -119,20 +152,16 @@ impl PairTile {
                 }
             }
         }
-        for pair in 0..self.pairs {
-            // SAFETY: pair < self.pairs and r < M: what the fields say is there. The vectors are 32 bf16 numbers whatever their type.
-            unsafe {
-                let load = |at: usize| {
-                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(self.panel.add(pair * 32 + at).cast()))
-                };
-                let weights = [load(0), load(16)];
+        // SAFETY: pair < self.pairs and r < M: what the fields say is there.
+        unsafe {
+            self.weights.each(self.pairs, |pair, weights| {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let value = _mm512_set1_epi32(*self.x.add(r * self.stride + pair) as i32);
                     let value = std::mem::transmute::<__m512i, __m512bh>(value);
                     sums[0] = _mm512_dpbf16_ps(sums[0], value, weights[0]);
                     sums[1] = _mm512_dpbf16_ps(sums[1], value, weights[1]);
                 }
-            }
+            });
         }
         for (r, sums) in sums.iter().enumerate() {
             for v in 0..2 {

@@ -95,6 +95,74 @@ fn plain_matrices_multiply_from_both_sides() {
     }
 }
 
+/// Codes of every layout, and the numbers they stand for in bf16.
+fn coded(n: usize, k: usize) -> Vec<(Codes, Vec<bf16>)> {
+    let layouts = [(true, 32, true), (true, 16, true), (true, 32, false), (false, 32, false), (false, 16, true)];
+    let make = |(four_bits, group, has_offsets): (bool, usize, bool)| {
+        let low = if four_bits { 0 } else { -128 };
+        let span = if four_bits { 16.0 } else { 256.0 };
+        let code = |value: f32| (low as f32 + (value + 1.0) / 2.0 * (span - 0.01)) as i8;
+        let codes: Vec<i8> = numbers(n * k, 1).into_iter().map(code).collect();
+        let small = |seed, by: f32| numbers(n * k / group, seed).into_iter().map(|x| f16::from_f32(x / by)).collect();
+        let scales: Vec<f16> = small(2, span);
+        let offsets: Option<Vec<f16>> = has_offsets.then(|| small(3, 1.0));
+        let number = |(at, code): (usize, &i8)| {
+            let offset = offsets.as_ref().map_or(0.0, |offsets| offsets[at / group].to_f32());
+            bf16::from_f32(scales[at / group].to_f32() * f32::from(*code) + offset)
+        };
+        let plain = codes.iter().enumerate().map(number).collect();
+        (Codes { four_bits, group, codes, scales, offsets }, plain)
+    };
+    layouts.into_iter().map(make).collect()
+}
+
+#[test]
+fn codes_have_the_bits_of_their_numbers_in_bf16() {
+    for (n, k) in [(70, 32), (33, 576), (64, 288)] {
+        for (codes, plain) in coded(n, k) {
+            let layout = (codes.four_bits, codes.group, codes.offsets.is_some());
+            let (coded, plain) = (Packed::new(&Width::Codes(codes), n, k), Packed::new(&Width::Bf16(plain), n, k));
+            assert!(coded.bytes() < plain.bytes());
+            let rows = |packed: &Packed| {
+                let mut rows = vec![0f32; n * k];
+                rows.chunks_mut(k).enumerate().for_each(|(row, out)| packed.row(row, out));
+                rows
+            };
+            assert_eq!(rows(&coded), rows(&plain), "{layout:?}");
+            for (mode, m) in modes().into_iter().flat_map(|mode| [1, 2, 3, 4, 5, 13, 100].map(|m| (mode, m))) {
+                let (x, dy) = (numbers(m * k, 4), numbers(m * n, 5));
+                // SAFETY: both write all numbers.
+                let products = |packed: &Packed| unsafe {
+                    let y = filled(m * n, |y| packed.forward_to(&x, y, false, mode));
+                    let twice = {
+                        let mut twice = y.clone();
+                        packed.forward_to(&x, Out(twice.as_mut_ptr()), true, mode);
+                        twice
+                    };
+                    (y, twice, filled(m * k, |dx| packed.backward_to(&dy, dx, mode)))
+                };
+                assert!(products(&coded) == products(&plain), "{layout:?} {mode:?} {m} rows");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_processor_unpacks_the_same_numbers() {
+    let (n, k) = (70, 64);
+    for (codes, plain) in coded(n, k) {
+        let panels = CodePanels::new(&codes, n, k);
+        let Panels::Bf16(expected) = Packed::new(&Width::Bf16(plain), n, k).panels else { unreachable!() };
+        for panel in 0..n.div_ceil(PANEL) {
+            let mut found = vec![bf16::ZERO; k * PANEL];
+            for (block, to) in found.chunks_exact_mut(coded::BLOCK * PANEL).enumerate() {
+                coded::unpack_plain(&panels, panels.block(panel, block), to);
+            }
+            assert_eq!(found, panel_of(&expected, panel, k));
+        }
+    }
+}
+
 #[test]
 fn avx2_has_the_bits_of_avx512() {
     #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,289 @@
+//! Weights that stay quantized: codes of 4 or 8 bits with a scale and an offset for every 32 (or 16) numbers of a row.
+//!
+//! A number is `scale·code + offset` in f32, rounded to bf16 as it is read. A product has the bits of the same product over the numbers
+//! in bf16, whatever the rows: codes cost a fraction of the memory traffic and change nothing else.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::tile::PANEL;
+use crate::kernels::cpu::rowwise::at_every_level;
+
+/// Numbers of a row that are read at a time.
+pub(super) const BLOCK: usize = 32;
+/// Bytes of a line.
+const LINE: usize = 64;
+
+/// A quantized W: (N, K), row-major; K is a multiple of 32.
+#[derive(Clone, Debug)]
+pub struct Codes {
+    /// Whether codes are 0..16 (4 bits), not -128..128 (8 bits).
+    pub four_bits: bool,
+    /// Numbers of a row that share a scale: 32, or 16.
+    pub group: usize,
+    /// (N, K).
+    pub codes: Vec<i8>,
+    /// (N, K / group).
+    pub scales: Vec<f16>,
+    /// (N, K / group), where the format has offsets.
+    pub offsets: Option<Vec<f16>>,
+}
+
+/// One cache line.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Line([u8; LINE]);
+
+/// Panels of 32 rows of W, cut into blocks of 32 columns. A block is for each group a line of 32 scales (and one of offsets), then
+/// codes: lines that take turns between the first and the second 16 rows. A line holds its codes in sets of 16, code `2i + c` of a
+/// set from column `c` of two and row i of eight: rows 0..8 and 8..16 in turn, and two columns after the other. Eight sets of 4 bits
+/// lie in 16 words, the first in the low bits of each; four sets of 8 bits one behind the other.
+#[derive(Clone, Debug)]
+pub(super) struct CodePanels {
+    bits: usize,
+    /// Groups in a block.
+    groups: usize,
+    has_offsets: bool,
+    /// Blocks in a panel.
+    blocks: usize,
+    lines: Vec<Line>,
+}
+
+impl CodePanels {
+    pub(super) fn new(codes: &Codes, n: usize, k: usize) -> Self {
+        let (bits, groups) = (if codes.four_bits { 4 } else { 8 }, BLOCK / codes.group);
+        let mut panels =
+            CodePanels { bits, groups, has_offsets: codes.offsets.is_some(), blocks: k / BLOCK, lines: Vec::new() };
+        let (length, heads) = (panels.block_lines(), panels.heads());
+        let mut lines = vec![Line([0; LINE]); n.div_ceil(PANEL) * panels.blocks * length];
+        lines.par_chunks_mut(length).enumerate().for_each(|(at, lines)| {
+            let (panel, block) = (at / panels.blocks, at % panels.blocks);
+            for column in 0..PANEL.min(n - panel * PANEL) {
+                let from = (panel * PANEL + column) * k + block * BLOCK;
+                for group in 0..groups {
+                    let of_group = from / codes.group + group;
+                    let mut put = |line: usize, value: f16| {
+                        lines[line].0[2 * column..][..2].copy_from_slice(&value.to_le_bytes());
+                    };
+                    put(group * heads / groups, codes.scales[of_group]);
+                    if let Some(offsets) = &codes.offsets {
+                        put(group * heads / groups + 1, offsets[of_group]);
+                    }
+                }
+                for row in 0..BLOCK {
+                    let (line, byte, shift) = panels.place(row, column);
+                    lines[line].0[byte] |= (codes.codes[from + row] as u8) << shift;
+                }
+            }
+        });
+        panels.lines = lines;
+        panels
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.lines.len() * LINE
+    }
+
+    /// Lines of scales and offsets in a block.
+    fn heads(&self) -> usize {
+        self.groups * (1 + usize::from(self.has_offsets))
+    }
+
+    fn block_lines(&self) -> usize {
+        self.heads() + 2 * self.bits
+    }
+
+    /// Line, byte and bit of a code in its block.
+    fn place(&self, row: usize, column: usize) -> (usize, usize, usize) {
+        let rows = BLOCK / self.bits;
+        let line = self.heads() + row / rows * 2 + column / 16;
+        let word = column % 8 * 2 + row % 2;
+        let at = row % rows / 2 * 2 + column % 16 / 8;
+        if self.bits == 4 { (line, word * 4 + at / 2, at % 2 * 4) } else { (line, at * 16 + word, 0) }
+    }
+
+    pub(super) fn block(&self, panel: usize, block: usize) -> &[Line] {
+        &self.lines[(panel * self.blocks + block) * self.block_lines()..][..self.block_lines()]
+    }
+
+    /// Row `n` of W.
+    pub(super) fn row(&self, n: usize, out: &mut [f32]) {
+        let (panel, column) = (n / PANEL, n % PANEL);
+        for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            let lines = self.block(panel, block);
+            let head = |line: usize| f16::from_le_bytes([lines[line].0[2 * column], lines[line].0[2 * column + 1]]);
+            for (row, value) in out.iter_mut().enumerate() {
+                let first = row / (BLOCK / self.groups) * self.heads() / self.groups;
+                let offset = if self.has_offsets { head(first + 1).to_f32() } else { 0.0 };
+                let (line, byte, shift) = self.place(row, column);
+                let code = match self.bits {
+                    4 => f32::from(lines[line].0[byte] >> shift & 15),
+                    _ => f32::from(lines[line].0[byte] as i8),
+                };
+                *value = bf16::from_f32(head(first).to_f32() * code + offset).to_f32();
+            }
+        }
+    }
+
+    /// Blocks of a panel as pairs: (16·blocks, 32, 2).
+    pub(super) fn unpack(&self, panel: usize, blocks: std::ops::Range<usize>, to: &mut [bf16]) {
+        for (block, to) in blocks.zip(to.chunks_exact_mut(BLOCK * PANEL)) {
+            #[cfg(target_arch = "x86_64")]
+            if super::has_bf16_products() {
+                // SAFETY: the processor has the instructions, and `to` has room for 16 pairs of 32.
+                unsafe {
+                    let to = to.as_mut_ptr();
+                    self.walk(panel, block, |pair, weights| {
+                        for (half, weights) in weights.into_iter().enumerate() {
+                            let weights = std::mem::transmute::<__m512bh, __m512i>(weights);
+                            _mm512_storeu_si512(to.add(pair * PANEL * 2 + half * 32).cast(), weights);
+                        }
+                    });
+                }
+                continue;
+            }
+            unpack_plain(self, self.block(panel, block), to);
+        }
+    }
+
+    /// 32 columns from `k` on of one panel, as pairs: (16, 32, 2).
+    pub(super) fn square(&self, panel: usize, k: usize) -> [bf16; BLOCK * PANEL] {
+        let mut square = [bf16::ZERO; BLOCK * PANEL];
+        self.unpack(panel, k / BLOCK..k / BLOCK + 1, &mut square);
+        square
+    }
+
+    /// The pairs of one block in order, each as two vectors of 16 columns.
+    /// # Safety
+    /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn walk(&self, panel: usize, block: usize, emit: impl FnMut(usize, [__m512bh; 2])) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => self.walk_bits::<4>(panel, block, emit),
+                _ => self.walk_bits::<8>(panel, block, emit),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::walk`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn walk_bits<const BITS: usize>(
+        &self,
+        panel: usize,
+        block: usize,
+        mut emit: impl FnMut(usize, [__m512bh; 2]),
+    ) {
+        let lines = self.block(panel, block);
+        let (per_group, pairs) = (BITS / self.groups, 16 / BITS);
+        let numbers = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+        let code = |line: &Line, at: usize| {
+            // SAFETY: a line is 64 bytes.
+            unsafe {
+                if BITS == 4 {
+                    // The low four bits of a word choose the number.
+                    let words = _mm512_load_si512(line.0.as_ptr().cast());
+                    _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_set1_epi32(4 * at as i32)), numbers)
+                } else {
+                    let bytes = _mm_load_si128(line.0.as_ptr().add(16 * at).cast());
+                    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+                }
+            }
+        };
+        let (heads, codes) = lines.split_at(self.heads());
+        for group in 0..self.groups {
+            let heads = &heads[group * heads.len() / self.groups..];
+            let scales = doubled(&heads[0]);
+            let offsets = if self.has_offsets { doubled(&heads[1]) } else { [_mm512_setzero_ps(); 4] };
+            for step in group * per_group..(group + 1) * per_group {
+                let lines = [&codes[2 * step], &codes[2 * step + 1]];
+                for pair in 0..pairs {
+                    let half = |h: usize| {
+                        let of = |part: usize| {
+                            let at = 2 * h + part;
+                            _mm512_fmadd_ps(code(lines[h], 2 * pair + part), scales[at], offsets[at])
+                        };
+                        _mm512_cvtne2ps_pbh(of(1), of(0))
+                    };
+                    emit(step * pairs + pair, [half(0), half(1)]);
+                }
+            }
+        }
+    }
+}
+
+/// 32 numbers as four vectors of eight, each twice.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn doubled(line: &Line) -> [__m512; 4] {
+    let low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    let mut all = [_mm512_setzero_ps(); 4];
+    for half in 0..2 {
+        // SAFETY: a line is 64 bytes.
+        let numbers = _mm512_cvtph_ps(unsafe { _mm256_load_si256(line.0.as_ptr().add(32 * half).cast()) });
+        all[2 * half] = _mm512_permutexvar_ps(low, numbers);
+        all[2 * half + 1] = _mm512_permutexvar_ps(high, numbers);
+    }
+    all
+}
+
+at_every_level! {
+    /// One block as pairs, for any processor.
+    pub(super) fn unpack_plain(panels: &CodePanels, lines: &[Line], to: &mut [bf16]) {
+        let (heads, codes) = lines.split_at(panels.heads());
+        let doubled = |line: &Line| -> [f32; 2 * PANEL] {
+            std::array::from_fn(|at| f16::from_le_bytes([line.0[at / 2 * 2], line.0[at / 2 * 2 + 1]]).to_f32())
+        };
+        let (per_group, per_word) = (2 * panels.bits / panels.groups, BLOCK / panels.bits);
+        for (group, codes) in codes.chunks_exact(per_group).enumerate() {
+            let heads = &heads[group * heads.len() / panels.groups..];
+            let scales = doubled(&heads[0]);
+            let offsets = if panels.has_offsets { doubled(&heads[1]) } else { [0.0; 2 * PANEL] };
+            for (line, words) in codes.iter().enumerate() {
+                let first = (group * per_group + line) / 2 * per_word / 2;
+                for at in 0..per_word {
+                    let column = line % 2 * 16 + at % 2 * 8;
+                    let to = &mut to[((first + at / 2) * PANEL + column) * 2..][..16];
+                    for (word, to) in to.iter_mut().enumerate() {
+                        let code = if panels.bits == 4 {
+                            f32::from(words.0[word * 4 + at / 2] >> (at % 2 * 4) & 15)
+                        } else {
+                            f32::from(words.0[at * 16 + word] as i8)
+                        };
+                        let value = (code * scales[column * 2 + word] + offsets[column * 2 + word]).to_bits();
+                        // To the nearest bf16, ties to even; weights are no NaN.
+                        *to = bf16::from_bits((value.wrapping_add(0x7fff + (value >> 16 & 1)) >> 16) as u16);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A panel that is unpacked as it is multiplied.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize);
+
+#[cfg(target_arch = "x86_64")]
+impl super::pairs::Weights for CodedPanel<'_> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
+        for block in 0..pairs / (BLOCK / 2) {
+            // SAFETY: the caller's promise.
+            unsafe { self.0.walk(self.1, block, |pair, weights| emit(block * (BLOCK / 2) + pair, weights)) };
+        }
+    }
+}
