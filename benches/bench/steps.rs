@@ -70,7 +70,7 @@ fn sampler(criterion: &mut Criterion) {
             bencher.iter(|| {
                 seed += 1;
                 row.copy_from_slice(&logits);
-                sample(&mut row, &Draw { params, prompt: &[1, 2], output: &[3], seed, banned: &[] })
+                sample(&mut row, &Draw { params, prompt: &[1, 2], output: &[3], seed, banned: &[], mask: None })
             });
         });
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::error::{Code, Error, Result};
 use crate::model::Adapter;
+use crate::text::Grammar;
 
 /// Sampling parameters, named as vLLM names them; the defaults are OpenAI's.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +46,14 @@ pub struct SamplingParams {
     pub logprobs: Option<usize>,
     /// The same for the prompt's tokens.
     pub prompt_logprobs: Option<usize>,
+    /// What the text must be; the answer ends where nothing more may follow.
+    pub grammar: Option<Arc<Grammar>>,
+    /// Runs of tokens that may not come.
+    pub bad_words: Vec<Vec<u32>>,
+    /// The only tokens that may come.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Lower goes first, and is the last to be put back when the cache is full.
+    pub priority: i64,
 }
 
 impl Default for SamplingParams {
@@ -68,6 +77,10 @@ impl Default for SamplingParams {
             skip_special_tokens: true,
             logprobs: None,
             prompt_logprobs: None,
+            grammar: None,
+            bad_words: Vec::new(),
+            allowed_token_ids: None,
+            priority: 0,
         }
     }
 }
@@ -103,7 +116,8 @@ pub struct Request {
 pub struct TokenLogprob {
     /// Token id.
     pub id: u32,
-    /// Natural log, of the distribution before temperature and truncation (vLLM's `raw_logprobs`).
+    /// Natural log, of the model's own distribution: before penalties, grammar, temperature and truncation (vLLM's
+    /// `raw_logprobs`).
     pub logprob: f32,
     /// `(id, logprob)`.
     pub top: Vec<(u32, f32)>,
@@ -197,6 +211,12 @@ impl SamplingParams {
                 return Err(Error::invalid(field, format!("`{field}` must be at most 20")));
             }
         }
+        if self.allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
+            return Err(Error::invalid("allowed_token_ids", "`allowed_token_ids` is empty: no token could come"));
+        }
+        if self.bad_words.iter().any(Vec::is_empty) {
+            return Err(Error::invalid("bad_words", "`bad_words` has an empty word"));
+        }
         if self.max_tokens.is_some_and(|max| self.min_tokens > max) {
             return Err(Error::invalid("min_tokens", "`min_tokens` is larger than `max_tokens`"));
         }
@@ -217,6 +237,8 @@ impl Request {
         };
         params.logit_bias.keys().try_for_each(|id| known("logit_bias", *id))?;
         params.stop_token_ids.iter().try_for_each(|id| known("stop_token_ids", *id))?;
+        params.allowed_token_ids.iter().flatten().try_for_each(|id| known("allowed_token_ids", *id))?;
+        params.bad_words.iter().flatten().try_for_each(|id| known("bad_words", *id))?;
         self.prompt.iter().try_for_each(|id| known("prompt", *id))?;
         if let Task::NextToken(ids) = &self.task {
             ids.iter().try_for_each(|id| known("logprob_token_ids", *id))?;

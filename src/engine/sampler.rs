@@ -5,6 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::request::{SamplingParams, TokenLogprob};
+use crate::text::TokenMask;
 
 /// Tokens sorted at first when looking for a nucleus.
 const NUCLEUS: usize = 256;
@@ -19,11 +20,13 @@ pub struct Draw<'a> {
     pub output: &'a [u32],
     /// Seed of the request; each position draws from its own stream.
     pub seed: u64,
-    /// Ids that may not come yet (`min_tokens`).
+    /// Ids that may not come now (`min_tokens`, `bad_words`).
     pub banned: &'a [u32],
+    /// What the grammar allows.
+    pub mask: Option<&'a TokenMask>,
 }
 
-/// Draws the next token. logits: V values, changed in place.
+/// Draws the next token. logits: V values, changed in place; where no token may come, that of the returned id is minus infinity.
 pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>) {
     let params = draw.params;
     let raw = params.logprobs.map(|top| (log_sum_exp(logits), top_of(logits, top), logits.to_vec()));
@@ -31,11 +34,7 @@ pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>
     for (id, bias) in &params.logit_bias {
         logits[*id as usize] += bias;
     }
-    for id in draw.banned {
-        if let Some(logit) = logits.get_mut(*id as usize) {
-            *logit = f32::NEG_INFINITY;
-        }
-    }
+    restrict(logits, draw);
     let id = if params.temperature < 1e-5 { argmax(logits) } else { draw_from(logits, draw) };
     let logprob = raw.map(|(total, top, raw)| describe(&raw, id, total, &top));
     (id, logprob)
@@ -104,6 +103,32 @@ fn penalize(logits: &mut [f32], draw: &Draw<'_>) {
     }
 }
 
+/// Minus infinity for every token that may not come.
+fn restrict(logits: &mut [f32], draw: &Draw<'_>) {
+    if let Some(allowed) = &draw.params.allowed_token_ids {
+        let kept: Vec<f32> = allowed.iter().map(|id| logits[*id as usize]).collect();
+        logits.fill(f32::NEG_INFINITY);
+        allowed.iter().zip(kept).for_each(|(id, logit)| logits[*id as usize] = logit);
+    }
+    for id in draw.banned {
+        if let Some(logit) = logits.get_mut(*id as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    if let Some(mask) = draw.mask {
+        mask.apply(logits);
+    }
+}
+
+/// Last tokens of the runs in `words` that would be complete now.
+pub(super) fn ends_of(words: &[Vec<u32>], output: &[u32]) -> impl Iterator<Item = u32> {
+    words
+        .iter()
+        .filter_map(|word| word.split_last())
+        .filter(|(_, start)| output.ends_with(start))
+        .map(|(last, _)| *last)
+}
+
 /// Temperature, then min-p, top-k and top-p, then one draw from what is left.
 fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
@@ -167,7 +192,7 @@ mod tests {
     fn draw_many(params: &SamplingParams, draws: u64) -> [f64; 5] {
         let mut counts = [0.0; 5];
         for seed in 0..draws {
-            let draw = Draw { params, prompt: &[], output: &[], seed, banned: &[] };
+            let draw = Draw { params, prompt: &[], output: &[], seed, banned: &[], mask: None };
             counts[sample(&mut LOGITS.clone(), &draw).0 as usize] += 1.0;
         }
         counts
@@ -221,7 +246,7 @@ mod tests {
                 .collect();
             let params = SamplingParams { top_p, ..SamplingParams::default() };
             for seed in 0..300 {
-                let draw = Draw { params: &params, prompt: &[], output: &[], seed, banned: &[] };
+                let draw = Draw { params: &params, prompt: &[], output: &[], seed, banned: &[], mask: None };
                 let id = sample(&mut logits.clone(), &draw).0 as usize;
                 assert!(nucleus.contains(&id), "{id} is outside the nucleus of {top_p}");
             }
@@ -232,7 +257,7 @@ mod tests {
     fn greedy_bias_bans_and_penalties() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let pick = |params: &SamplingParams, output: &[u32], banned: &[u32]| {
-            sample(&mut LOGITS.clone(), &Draw { params, prompt: &[], output, seed: 1, banned }).0
+            sample(&mut LOGITS.clone(), &Draw { params, prompt: &[], output, seed: 1, banned, mask: None }).0
         };
         assert_eq!(pick(&greedy, &[], &[]), 0);
         assert_eq!(pick(&greedy, &[], &[0]), 1);
@@ -245,6 +270,21 @@ mod tests {
     }
 
     #[test]
+    fn allowed_tokens_and_bad_words() {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let only = SamplingParams { allowed_token_ids: Some(vec![3, 4]), ..greedy };
+        let mut logits = LOGITS;
+        let draw = |banned| Draw { params: &only, prompt: &[], output: &[], seed: 1, banned, mask: None };
+        assert_eq!(sample(&mut logits, &draw(&[])).0, 4);
+        let mut logits = LOGITS;
+        let nothing = sample(&mut logits, &draw(&[3, 4])).0;
+        assert_eq!(logits[nothing as usize], f32::NEG_INFINITY, "no token is left");
+        let words = [vec![1, 2, 3], vec![7], vec![]];
+        let ends = |output: &[u32]| ends_of(&words, output).collect::<Vec<_>>();
+        assert_eq!((ends(&[1, 2]), ends(&[2, 1]), ends(&[])), (vec![3, 7], vec![7], vec![7]));
+    }
+
+    #[test]
     fn logprobs_are_of_the_raw_distribution() {
         let params = SamplingParams {
             temperature: 0.0,
@@ -252,7 +292,7 @@ mod tests {
             logit_bias: [(3, 10.0)].into(),
             ..SamplingParams::default()
         };
-        let draw = Draw { params: &params, prompt: &[], output: &[], seed: 1, banned: &[] };
+        let draw = Draw { params: &params, prompt: &[], output: &[], seed: 1, banned: &[], mask: None };
         let logprob = sample(&mut LOGITS.clone(), &draw).1.unwrap_or_else(|| unreachable!("asked for"));
         let total: f64 = LOGITS.iter().map(|logit| f64::from(*logit).exp()).sum();
         let expected = |id: usize| (f64::from(LOGITS[id]) - total.ln()) as f32;

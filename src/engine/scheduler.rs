@@ -1,5 +1,5 @@
 //! Which tokens of which sequences run in the next step: decode first, then chunks of prompts, then new admissions, within a
-//! token budget. Pure: no tensor, no clock, no channel.
+//! token budget. A prompt that begins like one being computed waits for those blocks. Pure: no tensor, no clock, no channel.
 
 use std::collections::VecDeque;
 
@@ -24,6 +24,8 @@ pub struct Sequence {
     pub generation: Option<String>,
     /// May begin with cached blocks.
     pub reuse: bool,
+    /// Lower goes first; among equals the order of ids, which is that of arrival.
+    pub priority: i64,
     sealed: usize,
     chain: Chain,
     admitted_before: bool,
@@ -42,6 +44,7 @@ impl Sequence {
             blocks: Vec::new(),
             generation,
             reuse,
+            priority: 0,
             sealed: 0,
             chain,
             admitted_before: false,
@@ -50,6 +53,10 @@ impl Sequence {
 
     fn pending(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    fn rank(&self) -> (i64, u64) {
+        (self.priority, self.id)
     }
 }
 
@@ -79,8 +86,8 @@ pub struct Limits {
 pub struct Scheduler {
     limits: Limits,
     pub(super) blocks: BlockManager,
+    /// By rank.
     waiting: VecDeque<Sequence>,
-    /// Oldest first.
     running: Vec<Sequence>,
     pub(super) preemptions: usize,
 }
@@ -92,9 +99,10 @@ impl Scheduler {
         Scheduler { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0 }
     }
 
-    /// Queues a sequence.
+    /// Queues a sequence, behind those of its priority that came before.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        let at = self.waiting.partition_point(|other| other.rank() < sequence.rank());
+        self.waiting.insert(at, sequence);
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -129,11 +137,11 @@ impl Scheduler {
     pub fn schedule(&mut self) -> Vec<Scheduled> {
         let mut budget = self.limits.max_batch_tokens;
         let mut step: Vec<Scheduled> = Vec::new();
-        // Sequences that decode come before those still reading their prompt, the oldest first.
-        let mut order: Vec<(bool, u64)> =
-            self.running.iter().map(|sequence| (sequence.pending() > 1, sequence.id)).collect();
-        order.sort_by_key(|(prefilling, _)| *prefilling);
-        for (_, id) in order {
+        // Sequences that decode come before those still reading their prompt.
+        let mut order: Vec<(bool, (i64, u64))> =
+            self.running.iter().map(|sequence| (sequence.pending() > 1, sequence.rank())).collect();
+        order.sort_unstable();
+        for (_, (_, id)) in order {
             if budget == 0 {
                 break;
             }
@@ -145,17 +153,20 @@ impl Scheduler {
                 budget -= len;
             }
         }
-        while budget > 0 && self.running.len() < self.limits.max_sequences {
-            let Some(mut sequence) = self.waiting.pop_front() else { break };
+        let mut next = 0;
+        while budget > 0 && next < self.waiting.len() && self.running.len() < self.limits.max_sequences {
+            if self.waits_for_blocks(&self.waiting[next]) {
+                next += 1;
+                continue;
+            }
+            let Some(mut sequence) = self.waiting.remove(next) else { break };
             self.reuse_prefix(&mut sequence);
             let len = sequence.pending().min(budget);
             // The whole prompt and one token must fit beside what runs, or it would be put back at once. A prompt that is only
             // read may fill the pool to its last token.
             let wanted = blocks_for(sequence.tokens.len() + 1, self.limits.block_size).min(self.blocks.total());
             if wanted.saturating_sub(sequence.blocks.len()) > self.blocks.available() {
-                release_all(&mut self.blocks, &sequence);
-                restart(&mut sequence);
-                self.waiting.push_front(sequence);
+                self.put_back(sequence);
                 break;
             }
             grow(&mut self.blocks, &mut sequence, len, self.limits.block_size);
@@ -185,24 +196,48 @@ impl Scheduler {
         self.get(id).and_then(|sequence| sequence.generation.as_ref())
     }
 
-    /// Blocks for `len` more tokens of a running sequence, preempting the newest others; false if it was itself put back.
+    /// Whether a running sequence is computing more of this one's prompt than the cache has: several answers to one prompt, or
+    /// prompts that begin alike, compute what they share once.
+    fn waits_for_blocks(&self, sequence: &Sequence) -> bool {
+        let size = self.limits.block_size;
+        if !self.limits.prefix_caching || !sequence.reuse || sequence.tokens.len() <= size {
+            return false;
+        }
+        // The last token is always computed.
+        let own = &sequence.tokens[..sequence.tokens.len() - 1];
+        let coming = |other: &Sequence| {
+            let alike = own.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
+            other.generation == sequence.generation && alike / size > other.computed / size
+        };
+        self.running.iter().filter(|other| other.pending() > 1).any(coming)
+    }
+
+    /// Blocks for `len` more tokens of a running sequence, preempting those of the last rank; false if it was itself put back.
     fn make_room(&mut self, id: u64, len: usize, step: &mut Vec<Scheduled>, budget: &mut usize) -> bool {
         loop {
             let Some(at) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
             if grow(&mut self.blocks, &mut self.running[at], len, self.limits.block_size) {
                 return true;
             }
-            let Some(mut victim) = self.running.pop() else { return false };
-            release_all(&mut self.blocks, &victim);
-            restart(&mut victim);
+            let last = (0..self.running.len()).max_by_key(|at| self.running[*at].rank()).unwrap_or(at);
+            let victim = self.running.remove(last);
             self.preemptions += 1;
             step.retain(|scheduled| {
                 let keep = scheduled.id != victim.id;
                 *budget += if keep { 0 } else { scheduled.len };
                 keep
             });
-            self.waiting.push_front(victim);
+            self.put_back(victim);
         }
+    }
+
+    /// Back into the queue, without its blocks.
+    fn put_back(&mut self, mut sequence: Sequence) {
+        release_all(&mut self.blocks, &sequence);
+        sequence.blocks.clear();
+        (sequence.computed, sequence.sealed) = (0, 0);
+        sequence.chain = root(sequence.generation.as_deref());
+        self.add(sequence);
     }
 
     fn reuse_prefix(&mut self, sequence: &mut Sequence) {
@@ -238,13 +273,8 @@ fn release_all(blocks: &mut BlockManager, sequence: &Sequence) {
     sequence.blocks.iter().rev().for_each(|id| blocks.release(*id));
 }
 
-fn restart(sequence: &mut Sequence) {
-    sequence.blocks.clear();
-    (sequence.computed, sequence.sealed) = (0, 0);
-    sequence.chain = root(sequence.generation.as_deref());
-}
-
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
 
@@ -288,6 +318,69 @@ mod tests {
         assert_eq!(scheduler.schedule(), [Scheduled { id: 1, len: 8 }]);
     }
 
+    /// Runs the scheduler to the end, one token an answer; returns the ids in the order they began and the tokens computed.
+    fn drain(scheduler: &mut Scheduler) -> (Vec<u64>, usize) {
+        let (mut began, mut computed) = (Vec::new(), 0);
+        while !scheduler.is_idle() {
+            let step = scheduler.schedule();
+            assert!(!step.is_empty(), "a step always makes progress");
+            scheduler.complete(&step);
+            for scheduled in &step {
+                computed += scheduled.len;
+                if !began.contains(&scheduled.id) {
+                    began.push(scheduled.id);
+                }
+                if scheduler.get(scheduled.id).unwrap().pending() == 0 {
+                    scheduler.remove(scheduled.id);
+                }
+            }
+            check(scheduler);
+        }
+        (began, computed)
+    }
+
+    #[test]
+    fn answers_to_one_prompt_compute_its_full_blocks_once() {
+        for (len, alone, each) in [(3, 3, 3), (4, 4, 4), (5, 5, 1), (10, 10, 2), (12, 12, 4)] {
+            let mut scheduler = scheduler(64, 8);
+            for id in 0..4 {
+                scheduler.add(Sequence::new(id, vec![5; len], None, true));
+            }
+            // Another adapter's blocks are of no use.
+            scheduler.add(Sequence::new(4, vec![5; len], Some("x".into()), true));
+            let (_, computed) = drain(&mut scheduler);
+            assert_eq!(computed, 2 * alone + 3 * each, "a prompt of {len} tokens in blocks of 4");
+        }
+    }
+
+    #[test]
+    fn who_waits_for_blocks_holds_up_nobody() {
+        let mut scheduler = scheduler(64, 16);
+        for (id, prompt) in [(1, vec![5; 10]), (2, vec![5; 10]), (3, vec![6; 3])] {
+            scheduler.add(Sequence::new(id, prompt, None, true));
+        }
+        assert_eq!(drain(&mut scheduler).0, [1, 3, 2]);
+    }
+
+    #[test]
+    fn lower_priority_goes_first_and_is_put_back_last() {
+        let mut scheduler = scheduler(4, 64);
+        for (id, priority) in [(1, 0), (2, 5), (3, -1), (4, 0)] {
+            scheduler.add(Sequence { priority, ..Sequence::new(id, vec![id as u32; 7], None, true) });
+        }
+        let step = scheduler.schedule();
+        assert_eq!(step.iter().map(|scheduled| scheduled.id).collect::<Vec<_>>(), [3, 1], "two fit");
+        scheduler.complete(&step);
+        // The pool is full and both need a third block; the one that matters less gives way.
+        for id in [1, 3] {
+            scheduler.push_token(id, 9);
+            scheduler.push_token(id, 9);
+        }
+        assert_eq!(scheduler.schedule(), [Scheduled { id: 3, len: 2 }]);
+        assert_eq!(scheduler.preemptions, 1);
+        assert_eq!(scheduler.waiting.iter().map(|sequence| sequence.id).collect::<Vec<_>>(), [1, 4, 2]);
+    }
+
     proptest! {
         #[test]
         fn random_schedules_lose_no_block_and_finish_everything(
@@ -296,7 +389,8 @@ mod tests {
         ) {
             let mut scheduler = scheduler(num_blocks, budget);
             for (id, prompt) in prompts.iter().enumerate() {
-                scheduler.add(Sequence::new(id as u64, prompt.clone(), None, id % 3 != 0));
+                let sequence = Sequence::new(id as u64, prompt.clone(), None, id % 3 != 0);
+                scheduler.add(Sequence { priority: id as i64 % 2, ..sequence });
             }
             let mut steps = 0;
             while !scheduler.is_idle() {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -15,10 +15,10 @@ use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
 use super::sampler::{self, Draw};
 use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::{EngineStats, GateGuard, Shared};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::{Attend, Decoder, KvPool, LoraRows, PagedBatch, PagedSequence, RowGroup};
 use crate::telemetry::metrics;
-use crate::text::StreamDecoder;
+use crate::text::{Matcher, StreamDecoder};
 
 /// Rows of logits held at once while a prompt's log-probabilities are read.
 const LOGIT_ROWS: usize = 64;
@@ -35,6 +35,8 @@ struct Live {
     request: Request,
     events: UnboundedSender<Event>,
     decoder: StreamDecoder,
+    /// Where the answer stands in its grammar; locked by the one thread that samples it.
+    matcher: Option<Mutex<Matcher>>,
     seed: u64,
     arrived: Instant,
     started: bool,
@@ -56,8 +58,9 @@ enum Outcome {
     NextToken(Vec<f32>),
     Score(f32),
     PromptRead,
-    /// Logits that are no numbers.
-    Broken,
+    /// The text is whole and no further token is allowed.
+    Complete,
+    Failed(Error),
 }
 
 impl Owner {
@@ -108,19 +111,31 @@ impl Owner {
         let generation = request.adapter.as_ref().map(|adapter| adapter.generation.clone());
         // Log-probabilities of the prompt need every row computed.
         let reuse = request.params.prompt_logprobs.is_none();
-        let sequence = Sequence::new(id, request.prompt.clone(), generation, reuse);
         let params = &request.params;
+        let mut sequence = Sequence::new(id, request.prompt.clone(), generation, reuse);
+        sequence.priority = params.priority;
         let decoder = StreamDecoder::new(
             self.shared.tokenizer.clone(),
             params.stop.clone(),
             params.include_stop_str_in_output,
             params.skip_special_tokens,
         );
+        let matcher = params.grammar.as_ref().map(|grammar| Mutex::new(grammar.matcher()));
         let seed = params.seed.unwrap_or_else(rand::random);
         let prompt_logprobs = if reuse { Vec::new() } else { vec![None; request.prompt.len()] };
         self.live.insert(
             id,
-            Live { request, events, decoder, seed, arrived, started: false, last_token: None, prompt_logprobs },
+            Live {
+                request,
+                events,
+                decoder,
+                matcher,
+                seed,
+                arrived,
+                started: false,
+                last_token: None,
+                prompt_logprobs,
+            },
         );
         self.scheduler.add(sequence);
     }
@@ -247,7 +262,8 @@ impl Owner {
         let (live, sequence) = (&self.live[&id], self.sequence(id));
         let params = &live.request.params;
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return Outcome::Broken;
+            let text = "the model's logits are not finite: its weights or the adapter are broken";
+            return Outcome::Failed(Error::internal(text));
         }
         match &live.request.task {
             Task::NextToken(ids) => {
@@ -257,16 +273,30 @@ impl Owner {
             Task::Score | Task::Generate if params.max_tokens == Some(0) => Outcome::PromptRead,
             Task::Score | Task::Generate => {
                 let (prompt, output) = sequence.tokens.split_at(sequence.prompt_len);
-                let banned: Vec<u32> = if output.len() < params.min_tokens {
-                    self.shared.tokenizer.eos_token_ids().iter().chain(&params.stop_token_ids).copied().collect()
-                } else {
-                    Vec::new()
-                };
-                let (id, logprob) =
-                    sampler::sample(logits, &Draw { params, prompt, output, seed: live.seed, banned: &banned });
-                Outcome::Token(id, logprob)
+                self.draw(live, prompt, output, logits).unwrap_or_else(Outcome::Failed)
             }
         }
+    }
+
+    /// One token, by the request's parameters and grammar.
+    fn draw(&self, live: &Live, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Result<Outcome> {
+        let params = &live.request.params;
+        let mut banned: Vec<u32> = sampler::ends_of(&params.bad_words, output).collect();
+        if output.len() < params.min_tokens {
+            banned.extend(self.shared.tokenizer.eos_token_ids().iter().chain(&params.stop_token_ids));
+        }
+        let mut matcher = live.matcher.as_ref().map(|matcher| matcher.lock().unwrap_or_else(PoisonError::into_inner));
+        let mask = matcher.as_mut().map(|matcher| matcher.mask()).transpose()?;
+        let draw = Draw { params, prompt, output, seed: live.seed, banned: &banned, mask: mask.as_ref() };
+        let (id, logprob) = sampler::sample(logits, &draw);
+        if logits[id as usize] > f32::NEG_INFINITY {
+            return Ok(Outcome::Token(id, logprob));
+        }
+        if matcher.is_some_and(|mut matcher| matcher.is_accepting()) {
+            return Ok(Outcome::Complete);
+        }
+        let text = "No token is left that the format, `allowed_token_ids`, `bad_words` and `min_tokens` all allow.";
+        Err(Error::new(Code::InvalidValue, text))
     }
 
     fn settle(&mut self, id: u64, outcome: Outcome) {
@@ -287,9 +317,10 @@ impl Owner {
                 let usage = self.usage(id);
                 return self.end(id, Event::Score(score, usage), "stop");
             }
-            Outcome::Broken => {
-                let error = Error::internal("the model's logits are not finite: its weights or the adapter are broken");
-                return self.end(id, Event::Failed(error), "error");
+            Outcome::Failed(error) => return self.end(id, Event::Failed(error), "error"),
+            Outcome::Complete => {
+                let text = live.decoder.finish();
+                return self.done(id, text, FinishReason::Stop { text: None, token: None });
             }
             Outcome::PromptRead => return self.done(id, String::new(), FinishReason::Length),
         };
@@ -305,8 +336,17 @@ impl Owner {
         }
         metrics().generation_tokens_total.with_label_values(&role).inc();
         self.scheduler.push_token(id, token);
+        let matcher = live.matcher.as_mut().map(|matcher| matcher.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let complete = match matcher {
+            None => false,
+            Some(matcher) => match matcher.commit(token) {
+                Ok(()) => matcher.is_complete(),
+                Err(error) => return self.end(id, Event::Failed(error), "error"),
+            },
+        };
         let params = &live.request.params;
-        let is_eos = !params.ignore_eos && self.shared.tokenizer.eos_token_ids().contains(&token);
+        let ends = complete || !params.ignore_eos;
+        let is_eos = ends && self.shared.tokenizer.eos_token_ids().contains(&token);
         let asked = params.stop_token_ids.contains(&token);
         if is_eos || asked {
             let _ = live.events.send(Event::Token { id: token, text: String::new(), logprob });
@@ -318,6 +358,10 @@ impl Owner {
         let _ = live.events.send(Event::Token { id: token, text, logprob });
         if let Some(stop) = stop {
             return self.done(id, String::new(), FinishReason::Stop { text: Some(stop), token: None });
+        }
+        if complete {
+            let text = live.decoder.finish();
+            return self.done(id, text, FinishReason::Stop { text: None, token: None });
         }
         let (total, prompt) = (self.sequence(id).tokens.len(), self.sequence(id).prompt_len);
         if max_tokens.is_some_and(|max| total - prompt >= max) || total >= self.shared.max_model_len {

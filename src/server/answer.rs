@@ -68,10 +68,10 @@ impl Head {
     }
 }
 
-/// OpenAI's counts; the prompt counts once however many choices there are.
+/// OpenAI's counts; the prompt counts once however many choices there are, and what they found of each other's is not cached.
 pub(super) fn usage_json(usages: &[Usage]) -> Value {
     let prompt = usages.iter().map(|usage| usage.prompt_tokens).max().unwrap_or(0);
-    let cached = usages.iter().map(|usage| usage.cached_tokens).max().unwrap_or(0);
+    let cached = usages.iter().map(|usage| usage.cached_tokens).min().unwrap_or(0);
     counted(prompt, cached, usages.iter().map(|usage| usage.completion_tokens).sum())
 }
 
@@ -147,7 +147,10 @@ impl Choices {
         for (at, prompt) in prompts.iter().enumerate() {
             for choice in 0..n {
                 let seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));
-                let events = target.generate(prompt.clone(), SamplingParams { seed, ..params.clone() })?;
+                // One reads the prompt's log-probabilities for all; the others then find the prompt in the cache.
+                let prompt_logprobs = params.prompt_logprobs.filter(|_| choice == 0);
+                let params = SamplingParams { seed, prompt_logprobs, ..params.clone() };
+                let events = target.generate(prompt.clone(), params)?;
                 let index = at * n + choice;
                 streams.push(Box::pin(UnboundedReceiverStream::new(events).map(move |event| (index, event))));
             }
@@ -177,6 +180,28 @@ pub(super) struct Collected {
     pub(super) reason: Option<FinishReason>,
     #[serde(skip)]
     pub(super) usage: Usage,
+}
+
+/// Of each `best_of` choices the `n` with the highest log-probability per token, best first. The first keeps what was read of
+/// the prompt.
+pub(super) fn best(all: Vec<Collected>, best_of: usize, n: usize) -> Vec<Collected> {
+    if n == best_of {
+        return all;
+    }
+    let mean = |choice: &Collected| {
+        let logprobs = choice.logprobs.iter().map(|token| f64::from(floor(token.logprob)));
+        logprobs.sum::<f64>() / choice.logprobs.len().max(1) as f64
+    };
+    let mut kept = Vec::with_capacity(all.len() / best_of * n);
+    for group in all.chunks(best_of) {
+        let mut ranked: Vec<Collected> = group.to_vec();
+        let prompt = std::mem::take(&mut ranked[0].prompt);
+        ranked.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        ranked.truncate(n);
+        ranked[0].prompt = prompt;
+        kept.append(&mut ranked);
+    }
+    kept
 }
 
 /// Waits for all choices.

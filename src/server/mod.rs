@@ -1,6 +1,7 @@
 //! HTTP: parse a request, call a role or a job, render the answer. Sees no tensor.
 
 mod answer;
+mod constrain;
 mod guard;
 pub mod openapi;
 mod reply;

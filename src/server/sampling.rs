@@ -1,15 +1,18 @@
 //! Sampling fields that chat and text completions share, as OpenAI and vLLM name them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::constrain::{self, ResponseFormat, StructuredOutputs};
 use super::reply::read_from_objects_only;
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Error, Result};
-use crate::roles::GenerationDefaults;
+use crate::roles::{GenerationDefaults, Target};
+use crate::text::Tokenizer;
 
 /// One stop string or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -53,6 +56,9 @@ pub(super) struct Sampling {
     /// Answers to give.
     #[schema(minimum = 1, maximum = 128)]
     pub(super) n: Option<usize>,
+    /// Answers to generate, of which the `n` with the highest mean log-probability are given.
+    #[schema(minimum = 1, maximum = 128)]
+    pub(super) best_of: Option<usize>,
     /// Strings that end the text.
     pub(super) stop: Option<Stop>,
     /// Same seed, same text.
@@ -87,37 +93,49 @@ pub(super) struct Sampling {
     /// Log-probabilities of the prompt's tokens with so many alternatives.
     #[schema(maximum = 20)]
     pub(super) prompt_logprobs: Option<usize>,
+    /// What the answer must be.
+    pub(super) response_format: Option<ResponseFormat>,
+    /// What the answer must be, in vLLM's words.
+    pub(super) structured_outputs: Option<StructuredOutputs>,
+    /// Words that may not come.
+    pub(super) bad_words: Option<Vec<String>>,
+    /// The only token ids that may come.
+    pub(super) allowed_token_ids: Option<Vec<u32>>,
+    /// Keep only so many of the prompt's last tokens; -1 keeps what leaves room for the answer.
+    #[schema(minimum = -1)]
+    pub(super) truncate_prompt_tokens: Option<i64>,
+    /// Lower goes first.
+    pub(super) priority: Option<i64>,
 }
 
 /// Fields that are refused wherever they mean something, because ignoring them would give wrong answers.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Refused {
-    response_format: Option<Value>,
-    structured_outputs: Option<Value>,
     tool_choice: Option<Value>,
     functions: Option<Value>,
     function_call: Option<Value>,
     audio: Option<Value>,
     modalities: Option<Vec<String>>,
     suffix: Option<String>,
-    best_of: Option<usize>,
-    bad_words: Option<Vec<String>>,
-    allowed_token_ids: Option<Vec<u32>>,
-    truncate_prompt_tokens: Option<i64>,
+    use_beam_search: Option<bool>,
+    logits_processors: Option<Value>,
+    logprob_token_ids: Option<Value>,
+    return_tokens_as_token_ids: Option<bool>,
+    cache_salt: Option<Value>,
+    prompt_embeds: Option<Value>,
+    guided_json: Option<Value>,
+    guided_regex: Option<Value>,
+    guided_choice: Option<Value>,
+    guided_grammar: Option<Value>,
 }
 
 impl Refused {
-    pub(super) fn check(&self, n: usize) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let plain = |value: &Value, allowed: &[&str]| {
             value.as_str().or(value["type"].as_str()).is_some_and(|kind| allowed.contains(&kind))
         };
         let set = |value: &Option<Value>| value.as_ref().is_some_and(|value| !value.is_null());
         let fields = [
-            (
-                "response_format",
-                self.response_format.as_ref().is_some_and(|value| !value.is_null() && !plain(value, &["text"])),
-            ),
-            ("structured_outputs", set(&self.structured_outputs)),
             (
                 "tool_choice",
                 self.tool_choice.as_ref().is_some_and(|value| !value.is_null() && !plain(value, &["none", "auto"])),
@@ -127,16 +145,24 @@ impl Refused {
             ("audio", set(&self.audio)),
             ("modalities", self.modalities.as_ref().is_some_and(|kinds| kinds.iter().any(|kind| kind != "text"))),
             ("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty())),
-            ("best_of", self.best_of.is_some_and(|best_of| best_of != n)),
-            ("bad_words", self.bad_words.as_ref().is_some_and(|words| !words.is_empty())),
-            ("allowed_token_ids", self.allowed_token_ids.is_some()),
-            ("truncate_prompt_tokens", self.truncate_prompt_tokens.is_some()),
+            ("use_beam_search", self.use_beam_search == Some(true)),
+            ("logits_processors", set(&self.logits_processors)),
+            ("logprob_token_ids", set(&self.logprob_token_ids)),
+            ("return_tokens_as_token_ids", self.return_tokens_as_token_ids == Some(true)),
+            ("cache_salt", set(&self.cache_salt)),
+            ("prompt_embeds", set(&self.prompt_embeds)),
+            // vLLM's old names for what is in `structured_outputs` now.
+            ("guided_json", set(&self.guided_json)),
+            ("guided_regex", set(&self.guided_regex)),
+            ("guided_choice", set(&self.guided_choice)),
+            ("guided_grammar", set(&self.guided_grammar)),
         ];
         match fields.iter().find(|(_, refused)| *refused) {
             None => Ok(()),
             Some((field, _)) => {
-                Err(Error::new(Code::UnsupportedParameter, format!("`{field}` is not supported by this server yet"))
-                    .at(*field))
+                let advice = if field.starts_with("guided_") { ": use `structured_outputs`" } else { "" };
+                let text = format!("`{field}` is not supported by this server{advice}");
+                Err(Error::new(Code::UnsupportedParameter, text).at(*field))
             }
         }
     }
@@ -152,6 +178,18 @@ impl Sampling {
         }
     }
 
+    /// Answers to generate, at least `n`.
+    pub(super) fn best_of(&self, n: usize) -> Result<usize> {
+        let best_of = self.best_of.unwrap_or(n);
+        if !(n..=128).contains(&best_of) {
+            return Err(Error::invalid("best_of", format!("`best_of` must be between `n` and 128, got {best_of}")));
+        }
+        if best_of > n && self.streams() {
+            return Err(Error::invalid("best_of", "`best_of` cannot be streamed: the best is known at the end"));
+        }
+        Ok(best_of)
+    }
+
     pub(super) fn streams(&self) -> bool {
         self.stream == Some(true)
     }
@@ -161,6 +199,43 @@ impl Sampling {
             return Err(Error::invalid("stream_options", "`stream_options` needs `stream: true`"));
         }
         Ok(self.stream_options.unwrap_or_default())
+    }
+
+    /// Adds to the parameters what needs the model's tokenizer: the words that may not come, and the grammar, compiled.
+    pub(super) async fn constrain(&self, tokenizer: &Arc<Tokenizer>, params: &mut SamplingParams) -> Result<()> {
+        for word in self.bad_words.iter().flatten() {
+            params.bad_words.extend(runs_of(tokenizer, word)?);
+        }
+        let format = self.response_format.as_ref().map(ResponseFormat::asked).transpose()?.flatten();
+        let structured = self.structured_outputs.as_ref().map(StructuredOutputs::asked).transpose()?.flatten();
+        let asked = match (format, structured) {
+            (Some(_), Some(_)) => {
+                let text = "`structured_outputs` and `response_format` both say what the answer must be: send one";
+                return Err(Error::invalid("structured_outputs", text));
+            }
+            (format, structured) => format.or(structured),
+        };
+        if let Some(asked) = asked {
+            params.grammar = Some(constrain::compile(tokenizer.clone(), asked).await?);
+        }
+        Ok(())
+    }
+
+    /// The prompt's last tokens, where fewer are asked for.
+    pub(super) fn truncate(&self, mut prompt: Vec<u32>, target: &Target, params: &SamplingParams) -> Result<Vec<u32>> {
+        let field = "truncate_prompt_tokens";
+        let context = target.engine()?.max_model_len();
+        let kept = match self.truncate_prompt_tokens.map(usize::try_from) {
+            None => return Ok(prompt),
+            Some(Err(_)) => context.saturating_sub(params.max_tokens.unwrap_or(1)).max(1),
+            Some(Ok(kept)) if (1..=context).contains(&kept) => kept,
+            Some(Ok(kept)) => {
+                let text = format!("`{field}` must be -1 or between 1 and the context's {context} tokens, got {kept}");
+                return Err(Error::invalid(field, text));
+            }
+        };
+        prompt.drain(..prompt.len().saturating_sub(kept));
+        Ok(prompt)
     }
 
     /// Engine parameters, their ranges checked; what the body leaves out comes from the checkpoint's defaults, then OpenAI's.
@@ -203,8 +278,27 @@ impl Sampling {
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
             logprobs: None,
             prompt_logprobs: self.prompt_logprobs,
+            grammar: None,
+            bad_words: Vec::new(),
+            allowed_token_ids: self.allowed_token_ids.clone(),
+            priority: self.priority.unwrap_or(0),
         };
         params.check()?;
+        if self.truncate_prompt_tokens.is_some_and(|kept| kept < -1) {
+            return Err(Error::invalid("truncate_prompt_tokens", "`truncate_prompt_tokens` must be -1 or more"));
+        }
         Ok(params)
     }
+}
+
+/// A word's tokens at the start of a text and, where that is another single run of the same length, in the middle of one
+/// (vLLM's rule).
+fn runs_of(tokenizer: &Tokenizer, word: &str) -> Result<Vec<Vec<u32>>> {
+    let word = word.trim_start();
+    if word.is_empty() {
+        return Err(Error::invalid("bad_words", "`bad_words` has an empty word"));
+    }
+    let (first, inner) = (tokenizer.encode(word, false)?, tokenizer.encode(&format!(" {word}"), false)?);
+    let differs = inner.first() != first.first() && inner.len() == first.len();
+    Ok(if differs { vec![first, inner] } else { vec![first] })
 }

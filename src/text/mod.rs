@@ -1,9 +1,11 @@
-//! Text and token ids: tokenizer, chat template, streaming decoder. Knows no tensor and no file.
+//! Text and token ids: tokenizer, chat template, grammars, streaming decoder. Knows no tensor and no file.
 
 mod chat_template;
+mod grammar;
 mod stream_decoder;
 mod tokenizer;
 
 pub use chat_template::{Message, RenderOptions};
+pub use grammar::{Constraint, Grammar, Matcher, TokenMask};
 pub use stream_decoder::StreamDecoder;
 pub use tokenizer::{Tokenizer, TokenizerOptions};

@@ -1,11 +1,13 @@
 //! The model's tokenizer with its special tokens and chat template.
 
 use std::collections::HashSet;
+use std::sync::OnceLock;
 
+use llguidance::ParserFactory;
 use serde_json::Value;
 
 use super::chat_template::ChatTemplate;
-use super::{Message, RenderOptions};
+use super::{Message, RenderOptions, grammar};
 use crate::error::{Error, Result};
 
 /// What a tokenizer is built from, in Hugging Face's forms.
@@ -36,6 +38,10 @@ pub struct Tokenizer {
     special: HashSet<u32>,
     /// Byte-level alphabets write bytes as printable characters; sentencepiece writes `<0x0A>` and `▁`.
     byte_level: bool,
+    /// One more than the largest id.
+    id_limit: u32,
+    /// Compiles grammars for this vocabulary; made when the first is asked for.
+    grammars: OnceLock<Result<ParserFactory>>,
 }
 
 impl Tokenizer {
@@ -55,7 +61,8 @@ impl Tokenizer {
         let template = options.chat_template.as_deref().map(ChatTemplate::new).transpose()?;
         let bos_id = options.bos_token.as_deref().and_then(|token| inner.token_to_id(token));
         let byte_level = json["decoder"].to_string().contains("ByteLevel");
-        Ok(Tokenizer { inner, template, options, bos_id, special, byte_level })
+        let id_limit = inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
+        Ok(Tokenizer { inner, template, options, bos_id, special, byte_level, id_limit, grammars: OnceLock::new() })
     }
 
     /// Ids of plain text; `add_special_tokens` puts BOS in front where the model wants one (never twice).
@@ -114,6 +121,15 @@ impl Tokenizer {
     /// Ids that end generation.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.options.eos_token_ids
+    }
+
+    /// One more than the largest id: ids may have gaps.
+    pub(super) fn id_limit(&self) -> u32 {
+        self.id_limit
+    }
+
+    pub(super) fn grammar_factory(&self) -> Result<&ParserFactory> {
+        self.grammars.get_or_init(|| grammar::factory(self)).as_ref().map_err(Clone::clone)
     }
 
     /// Number of ids.

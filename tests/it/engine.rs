@@ -23,7 +23,7 @@ fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(format!("tiny-{name}"))
 }
 
-fn options() -> EngineOptions {
+pub(super) fn options() -> EngineOptions {
     EngineOptions {
         name: "tiny".into(),
         block_size: 4,
@@ -36,7 +36,7 @@ fn options() -> EngineOptions {
     }
 }
 
-fn start(name: &str, options: EngineOptions) -> Engine {
+pub(super) fn start(name: &str, options: EngineOptions) -> Engine {
     let checkpoint = Checkpoint::open(&folder(name)).unwrap();
     let load = LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) };
     let model = Arc::new(Decoder::load(&checkpoint, &load).unwrap());
@@ -54,7 +54,7 @@ fn start(name: &str, options: EngineOptions) -> Engine {
 }
 
 /// A pool of so many blocks of the tiny Llama, f32: 2 layers · (k, v) · 4 tokens · 2 heads · 8 values.
-fn pool_of(blocks: usize) -> usize {
+pub(super) fn pool_of(blocks: usize) -> usize {
     blocks * 2 * 2 * 4 * 2 * 8 * 4
 }
 
@@ -83,18 +83,18 @@ fn sampled(max_tokens: usize, seed: u64) -> SamplingParams {
     SamplingParams { temperature: 0.9, top_p: 0.95, seed: Some(seed), ..greedy(max_tokens) }
 }
 
-fn request(prompt: &[u32], params: SamplingParams) -> Request {
+pub(super) fn request(prompt: &[u32], params: SamplingParams) -> Request {
     Request { prompt: prompt.to_vec(), params, adapter: None, task: Task::Generate, role: "student" }
 }
 
 #[derive(Debug, Default, PartialEq)]
-struct Answer {
-    ids: Vec<u32>,
-    text: String,
+pub(super) struct Answer {
+    pub(super) ids: Vec<u32>,
+    pub(super) text: String,
     logprobs: Vec<TokenLogprob>,
     prompt: Vec<Option<TokenLogprob>>,
-    reason: Option<FinishReason>,
-    usage: Usage,
+    pub(super) reason: Option<FinishReason>,
+    pub(super) usage: Usage,
 }
 
 impl Answer {
@@ -110,7 +110,7 @@ impl Answer {
     }
 }
 
-fn answer(mut stream: EventStream) -> Answer {
+pub(super) fn answer(mut stream: EventStream) -> Answer {
     let mut answer = Answer::default();
     loop {
         match stream.blocking_recv().expect("a stream ends with an event") {
@@ -130,7 +130,7 @@ fn answer(mut stream: EventStream) -> Answer {
     }
 }
 
-fn run(engine: &Engine, request: Request) -> Answer {
+pub(super) fn run(engine: &Engine, request: Request) -> Answer {
     answer(engine.submit(request).unwrap())
 }
 

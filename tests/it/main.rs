@@ -7,6 +7,7 @@ mod engine;
 mod evaluation;
 mod gguf;
 mod gradients;
+mod grammar;
 mod hot_swap;
 mod jobs;
 mod method;

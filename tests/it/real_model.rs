@@ -33,7 +33,7 @@ fn load(dtype: &str) -> Decoder {
     Decoder::load(&checkpoint(), &LoadOptions { device: Device::Cpu, weights }).unwrap()
 }
 
-fn tokenizer() -> Tokenizer {
+pub(super) fn tokenizer() -> Tokenizer {
     let files = checkpoint().tokenizer().unwrap();
     Tokenizer::new(TokenizerOptions {
         tokenizer_json: files.tokenizer_json,

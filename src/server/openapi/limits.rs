@@ -27,6 +27,10 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         ("Part", "text", json!({"type": "string"})),
         ("ChatRequest", "max_completion_tokens", at_least_one.clone()),
         ("ChatRequest", "max_tokens", at_least_one.clone()),
+        ("ResponseFormat", "type", json!({"enum": ["text", "json_object", "json_schema"]})),
+        ("NamedSchema", "schema", json!({"type": ["object", "boolean"]})),
+        ("StructuredOutputs", "json", json!({"type": ["object", "boolean", "string", "null"]})),
+        ("StructuredOutputs", "choice", json!({"minItems": 1, "items": {"type": "string", "minLength": 1}})),
         ("DetokenizeRequest", "tokens", token_ids.clone()),
         (
             "ScoreRequest",
@@ -109,6 +113,11 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
             json!({"propertyNames": {"type": "string", "pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
         ));
         rules.push((name, "stop_token_ids", token_ids.clone()));
+        let some_ids = json!({"minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
+        rules.push((name, "allowed_token_ids", some_ids));
+        rules.push((name, "bad_words", json!({"items": {"type": "string", "pattern": r"\S"}})));
+        rules.push((name, "truncate_prompt_tokens", json!({"not": {"const": 0}, "maximum": i64::MAX})));
+        rules.push((name, "priority", json!({"minimum": i64::MIN, "maximum": i64::MAX})));
     }
     rules
 }
@@ -171,14 +180,25 @@ pub(super) fn apply(schemas: &mut Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// Fields of OpenAI's and vLLM's bodies that would change the answer and are not there yet: only what asks for nothing is taken.
+/// Fields of OpenAI's and vLLM's bodies that would change the answer and are not there: only what asks for nothing is taken.
 pub(super) fn refused_fields() -> Map<String, Value> {
-    let nothing = |name: &str| (name.to_owned(), json!({"type": "null", "description": "Refused: not there yet."}));
-    let mut fields: Map<String, Value> =
-        ["structured_outputs", "functions", "function_call", "audio", "allowed_token_ids", "truncate_prompt_tokens"]
-            .map(nothing)
-            .into_iter()
-            .collect();
+    let nothing = |name: &str| (name.to_owned(), json!({"type": "null", "description": "Refused."}));
+    let mut fields: Map<String, Value> = [
+        "functions",
+        "function_call",
+        "audio",
+        "logits_processors",
+        "logprob_token_ids",
+        "cache_salt",
+        "prompt_embeds",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+    ]
+    .map(nothing)
+    .into_iter()
+    .collect();
     let of_type = |kinds: Value| json!({"type": "object", "required": ["type"], "properties": {"type": {"type": "string", "enum": kinds}}});
     let mut add = |name: &str, text: &str, schema: Value| {
         let mut schema = schema;
@@ -186,23 +206,15 @@ pub(super) fn refused_fields() -> Map<String, Value> {
         fields.insert(name.to_owned(), schema);
     };
     add(
-        "response_format",
-        "Only text.",
-        json!({"oneOf": [{"type": "null"}, {"type": "string", "enum": ["text"]}, of_type(json!(["text"]))]}),
-    );
-    add(
         "tool_choice",
         "Tools go to the template; a choice is not enforced.",
         json!({"oneOf": [{"type": "null"}, {"type": "string", "enum": ["none", "auto"]}, of_type(json!(["none", "auto"]))]}),
     );
     add("modalities", "Only text.", json!({"type": ["array", "null"], "items": {"type": "string", "enum": ["text"]}}));
     add("suffix", "Only the empty one.", json!({"type": ["string", "null"], "maxLength": 0}));
-    add("best_of", "Only the value of `n`.", json!({"type": ["integer", "null"], "minimum": 1, "maximum": 128}));
-    add(
-        "bad_words",
-        "Only the empty list.",
-        json!({"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 0}),
-    );
+    for name in ["use_beam_search", "return_tokens_as_token_ids"] {
+        add(name, "Only false.", json!({"type": ["boolean", "null"], "enum": [false, null]}));
+    }
     fields
 }
 

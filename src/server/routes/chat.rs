@@ -138,6 +138,7 @@ struct Ask {
     ids: bool,
     stream: StreamOptions,
     n: usize,
+    best_of: usize,
     metadata: Option<Map<String, Value>>,
 }
 
@@ -145,7 +146,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: ChatRequest = parse(&body)?;
     let sampling: Sampling = parse(&body)?;
     let n = sampling.n()?;
-    parse::<Refused>(&body)?.check(n)?;
+    let best_of = sampling.best_of(n)?;
+    parse::<Refused>(&body)?.check()?;
     let target = state.roles.resolve(&request.model)?;
     let turns = messages(&request.messages)?;
     let mut params = sampling.params(&target.defaults)?;
@@ -182,15 +184,21 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
         template: request.chat_template.clone(),
     };
-    let prompt = target.tokenizer()?.encode_chat(&turns, &render)?;
+    let tokenizer = target.tokenizer()?;
+    let prompt = sampling.truncate(tokenizer.encode_chat(&turns, &render)?, &target, &params)?;
+    sampling.constrain(tokenizer, &mut params).await?;
     let ask = Ask {
         logprobs: params.logprobs.is_some(),
         ids: sampling.return_token_ids.unwrap_or(false),
         stream,
         n,
+        best_of,
         metadata: request.metadata.clone(),
     };
-    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, n).map_err(about_messages)?;
+    if best_of > n {
+        params.logprobs = params.logprobs.or(Some(0));
+    }
+    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of).map_err(about_messages)?;
     if sampling.streams() {
         streamed(target, choices, ask, prompt.len())
     } else {
@@ -206,7 +214,9 @@ fn about_messages(error: Error) -> Error {
 async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> Reply {
     let head = Head::new("chatcmpl", "chat.completion", &target);
     let tokenizer = target.tokenizer()?;
-    let all = answer::collect(choices, ask.n).await?;
+    let all = answer::collect(choices, ask.best_of).await?;
+    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
+    let all = answer::best(all, ask.best_of, ask.n);
     let mut rendered = Vec::with_capacity(all.len());
     for (index, choice) in all.iter().enumerate() {
         let logprobs = ask.logprobs.then(|| {
@@ -227,7 +237,6 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
         }
         rendered.push(body);
     }
-    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
     let mut fields = json!({"choices": rendered, "usage": answer::usage_json(&usages)});
     if ask.ids {
         fields["prompt_token_ids"] = json!(prompt);

@@ -54,7 +54,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: CompletionRequest = parse(&body)?;
     let sampling: Sampling = parse(&body)?;
     let n = sampling.n()?;
-    parse::<Refused>(&body)?.check(n)?;
+    let best_of = sampling.best_of(n)?;
+    parse::<Refused>(&body)?.check()?;
     let target = state.roles.resolve(&request.model)?;
     let tokenizer = target.tokenizer()?.clone();
     let special = request.add_special_tokens.unwrap_or(true);
@@ -77,12 +78,18 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if echo && request.logprobs.is_some() {
         params.prompt_logprobs = request.logprobs;
     }
+    let prompts: Vec<Vec<u32>> =
+        prompts.into_iter().map(|prompt| sampling.truncate(prompt, &target, &params)).collect::<Result<_>>()?;
+    sampling.constrain(&tokenizer, &mut params).await?;
     let options = sampling.stream_options()?;
     if sampling.streams() && echo {
         return Err(Error::invalid("echo", "`echo` cannot be streamed").into());
     }
     let ids = sampling.return_token_ids.unwrap_or(false);
-    let choices = Choices::submit(&target, &prompts, &params, n)?;
+    if best_of > n {
+        params.logprobs = params.logprobs.or(Some(0));
+    }
+    let choices = Choices::submit(&target, &prompts, &params, best_of)?;
     if sampling.streams() {
         return streamed(
             &target,
@@ -91,15 +98,18 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         );
     }
     let head = Head::new("cmpl", "text_completion", &target);
-    let all = answer::collect(choices, prompts.len() * n).await?;
+    let all = answer::collect(choices, prompts.len() * best_of).await?;
+    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
+    let all = answer::best(all, best_of, n);
     let mut rendered = Vec::with_capacity(all.len());
     for (index, choice) in all.iter().enumerate() {
-        let prompt = &prompts[index / n];
+        // The first choice of a prompt has read it.
+        let (prompt, read) = (&prompts[index / n], &all[index / n * n].prompt);
         let before = if echo { tokenizer.decode(prompt, false)? } else { String::new() };
         let mut body = json!({
             "index": index,
             "text": format!("{before}{}", choice.text),
-            "logprobs": request.logprobs.map(|_| logprobs(&tokenizer, choice, if echo { prompt } else { &[] })),
+            "logprobs": request.logprobs.map(|_| logprobs(&tokenizer, choice, if echo { prompt } else { &[] }, read)),
             "finish_reason": choice.reason.as_ref().map(answer::finish_reason),
             "stop_reason": choice.reason.as_ref().map_or(Value::Null, answer::stop_reason),
         });
@@ -108,12 +118,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             body["prompt_token_ids"] = json!(prompt);
         }
         if sampling.prompt_logprobs.is_some() {
-            body["prompt_logprobs"] = answer::prompt_logprobs_json(&tokenizer, &choice.prompt);
+            body["prompt_logprobs"] = answer::prompt_logprobs_json(&tokenizer, read);
         }
         rendered.push(body);
     }
-    let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
-    let usage = counted(&usages, n);
+    let usage = counted(&usages, best_of);
     let mut response = HttpResponse::Ok();
     head.headers(&mut response);
     Ok(response.json(head.body(json!({"choices": rendered, "usage": usage}))))
@@ -129,10 +138,10 @@ fn counted(usages: &[Usage], n: usize) -> Value {
     )
 }
 
-/// The classic four lists; `echoed` are the prompt's tokens that stand before the answer.
-fn logprobs(tokenizer: &Tokenizer, choice: &Collected, echoed: &[u32]) -> Value {
+/// The classic four lists; `echoed` are the prompt's tokens that stand before the answer, and `read` what was read of them.
+fn logprobs(tokenizer: &Tokenizer, choice: &Collected, echoed: &[u32], read: &[Option<TokenLogprob>]) -> Value {
     let mut lists = Lists::default();
-    for (id, known) in echoed.iter().zip(choice.prompt.iter().map(Option::as_ref).chain(std::iter::repeat(None))) {
+    for (id, known) in echoed.iter().zip(read.iter().map(Option::as_ref).chain(std::iter::repeat(None))) {
         lists.push(tokenizer, *id, known);
     }
     for token in &choice.logprobs {
@@ -195,7 +204,7 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
                     }
                     let logprobs = logprob.map(|token| {
                         let one = Collected { logprobs: vec![token], ..Collected::default() };
-                        logprobs(&tokenizer, &one, &[])
+                        logprobs(&tokenizer, &one, &[], &[])
                     });
                     let mut choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null});
                     if ask.ids {
