@@ -7,9 +7,10 @@ use std::hash::{Hash, Hasher};
 /// Hash of a block and of everything before it; [`root`] starts a chain.
 pub(super) type Chain = u64;
 
-/// The start of all chains of one adapter generation: KV of one is wrong for another.
-pub(super) fn root(generation: Option<&str>) -> Chain {
-    chain(0, &generation.unwrap_or("base"))
+/// The start of all chains of one adapter generation: KV of one is wrong for another. Who sends a salt shares with nobody who
+/// does not know it.
+pub(super) fn root(generation: Option<&str>, salt: Option<&str>) -> Chain {
+    chain(0, &(generation.unwrap_or("base"), salt))
 }
 
 fn chain(parent: Chain, content: &impl Hash) -> Chain {
@@ -158,12 +159,14 @@ mod tests {
     fn a_prefix_is_found_under_its_own_adapter_only_and_never_whole() {
         let mut manager = BlockManager::new(4, 2);
         let tokens = [1, 2, 3, 4];
-        let base = root(None);
+        let base = root(None, None);
         let blocks = [manager.allocate(), manager.allocate()].map(Option::unwrap_or_default);
         let first = manager.seal(blocks[0], base, &tokens[..2]);
         manager.seal(blocks[1], first, &tokens[2..]);
         assert_eq!(manager.find_prefix(base, &tokens).0, blocks[..1], "the last token is left to compute");
-        assert_eq!(manager.find_prefix(root(Some("other")), &tokens).0, [0u32; 0]);
+        for other in [root(Some("other"), None), root(None, Some("salt"))] {
+            assert_eq!(manager.find_prefix(other, &tokens).0, [0u32; 0]);
+        }
         manager.check_integrity(&[blocks.to_vec(), vec![blocks[0]]]);
         for id in [blocks[0], blocks[1], blocks[0]] {
             manager.release(id);

@@ -54,6 +54,8 @@ pub struct SamplingParams {
     pub allowed_token_ids: Option<Vec<u32>>,
     /// Lower goes first, and is the last to be put back when the cache is full.
     pub priority: i64,
+    /// Share cached blocks only with requests of the same salt: nobody else can find out by timing what was asked.
+    pub cache_salt: Option<String>,
 }
 
 impl Default for SamplingParams {
@@ -81,6 +83,7 @@ impl Default for SamplingParams {
             bad_words: Vec::new(),
             allowed_token_ids: None,
             priority: 0,
+            cache_salt: None,
         }
     }
 }

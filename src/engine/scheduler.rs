@@ -27,6 +27,8 @@ pub struct Sequence {
     /// Lower goes first; among equals the order of ids, which is that of arrival.
     pub priority: i64,
     sealed: usize,
+    /// Where its chain of blocks starts: what it can share with others.
+    root: Chain,
     chain: Chain,
     admitted_before: bool,
 }
@@ -34,7 +36,7 @@ pub struct Sequence {
 impl Sequence {
     /// A sequence that has not begun.
     pub fn new(id: u64, prompt: Vec<u32>, generation: Option<String>, reuse: bool) -> Self {
-        let chain = root(generation.as_deref());
+        let root = root(generation.as_deref(), None);
         Sequence {
             id,
             prompt_len: prompt.len(),
@@ -46,9 +48,16 @@ impl Sequence {
             reuse,
             priority: 0,
             sealed: 0,
-            chain,
+            root,
+            chain: root,
             admitted_before: false,
         }
+    }
+
+    /// Shares blocks with those of the same salt only.
+    pub(super) fn salt(&mut self, salt: &str) {
+        self.root = root(self.generation.as_deref(), Some(salt));
+        self.chain = self.root;
     }
 
     fn pending(&self) -> usize {
@@ -207,7 +216,7 @@ impl Scheduler {
         let own = &sequence.tokens[..sequence.tokens.len() - 1];
         let coming = |other: &Sequence| {
             let alike = own.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
-            other.generation == sequence.generation && alike / size > other.computed / size
+            other.root == sequence.root && alike / size > other.computed / size
         };
         self.running.iter().filter(|other| other.pending() > 1).any(coming)
     }
@@ -236,7 +245,7 @@ impl Scheduler {
         release_all(&mut self.blocks, &sequence);
         sequence.blocks.clear();
         (sequence.computed, sequence.sealed) = (0, 0);
-        sequence.chain = root(sequence.generation.as_deref());
+        sequence.chain = sequence.root;
         self.add(sequence);
     }
 

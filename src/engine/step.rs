@@ -114,6 +114,9 @@ impl Owner {
         let params = &request.params;
         let mut sequence = Sequence::new(id, request.prompt.clone(), generation, reuse);
         sequence.priority = params.priority;
+        if let Some(salt) = &params.cache_salt {
+            sequence.salt(salt);
+        }
         let decoder = StreamDecoder::new(
             self.shared.tokenizer.clone(),
             params.stop.clone(),

@@ -106,6 +106,8 @@ pub(super) struct Sampling {
     pub(super) truncate_prompt_tokens: Option<i64>,
     /// Lower goes first.
     pub(super) priority: Option<i64>,
+    /// Share cached prompts only with requests of the same salt.
+    pub(super) cache_salt: Option<String>,
 }
 
 /// Fields that are refused wherever they mean something, because ignoring them would give wrong answers.
@@ -121,7 +123,7 @@ pub(super) struct Refused {
     logits_processors: Option<Value>,
     logprob_token_ids: Option<Value>,
     return_tokens_as_token_ids: Option<bool>,
-    cache_salt: Option<Value>,
+    max_repetition_pattern_size: Option<Value>,
     prompt_embeds: Option<Value>,
     guided_json: Option<Value>,
     guided_regex: Option<Value>,
@@ -149,7 +151,10 @@ impl Refused {
             ("logits_processors", set(&self.logits_processors)),
             ("logprob_token_ids", set(&self.logprob_token_ids)),
             ("return_tokens_as_token_ids", self.return_tokens_as_token_ids == Some(true)),
-            ("cache_salt", set(&self.cache_salt)),
+            (
+                "max_repetition_pattern_size",
+                self.max_repetition_pattern_size.as_ref().is_some_and(|size| !size.is_null() && *size != 0),
+            ),
             ("prompt_embeds", set(&self.prompt_embeds)),
             // vLLM's old names for what is in `structured_outputs` now.
             ("guided_json", set(&self.guided_json)),
@@ -282,8 +287,12 @@ impl Sampling {
             bad_words: Vec::new(),
             allowed_token_ids: self.allowed_token_ids.clone(),
             priority: self.priority.unwrap_or(0),
+            cache_salt: self.cache_salt.clone(),
         };
         params.check()?;
+        if self.streams() && self.prompt_logprobs.is_some() {
+            return Err(Error::invalid("prompt_logprobs", "`prompt_logprobs` cannot be streamed"));
+        }
         if self.truncate_prompt_tokens.is_some_and(|kept| kept < -1) {
             return Err(Error::invalid("truncate_prompt_tokens", "`truncate_prompt_tokens` must be -1 or more"));
         }

@@ -448,3 +448,31 @@ fn bad_parameters_are_named() {
     fails("prompt", &|request| request.prompt.push(288));
     fails("min_tokens", &|request| (request.params.min_tokens, request.params.max_tokens) = (5, Some(4)));
 }
+
+/// With one place: of the two that wait, the one that came later and matters more is answered first.
+#[test]
+fn lower_priority_goes_first() {
+    let engine = start("llama", EngineOptions { max_sequences: 1, ..options() });
+    let submit = |priority, max_tokens| {
+        let params = SamplingParams { priority, ..greedy(max_tokens) };
+        engine.submit(request(&[5, 6, 7], params)).unwrap()
+    };
+    let (now, mut later, sooner) = (submit(0, 120), submit(5, 120), submit(-1, 3));
+    assert_eq!(answer(sooner).ids.len(), 3);
+    let before = std::iter::from_fn(|| later.try_recv().ok()).count();
+    assert!(before < 120, "the one of higher number was answered before");
+    assert_eq!((answer(now).ids.len(), before + answer(later).ids.len()), (120, 120));
+}
+
+/// Several answers to one prompt: the blocks that are full are computed by one of them.
+#[test]
+fn answers_to_one_prompt_share_it() {
+    let engine = start("llama", options());
+    let prompt: Vec<u32> = (10..40).collect();
+    let alone = run(&engine, request(&(50..80).collect::<Vec<_>>(), greedy(4)));
+    assert_eq!(alone.usage.cached_tokens, 0);
+    let streams: Vec<_> = (0..4).map(|seed| engine.submit(request(&prompt, sampled(6, seed))).unwrap()).collect();
+    let mut cached: Vec<usize> = streams.into_iter().map(|stream| answer(stream).usage.cached_tokens).collect();
+    cached.sort_unstable();
+    assert_eq!(cached, [0, 28, 28, 28], "30 tokens in blocks of 4");
+}

@@ -189,7 +189,6 @@ pub(super) fn refused_fields() -> Map<String, Value> {
         "audio",
         "logits_processors",
         "logprob_token_ids",
-        "cache_salt",
         "prompt_embeds",
         "guided_json",
         "guided_regex",
@@ -212,6 +211,7 @@ pub(super) fn refused_fields() -> Map<String, Value> {
     );
     add("modalities", "Only text.", json!({"type": ["array", "null"], "items": {"type": "string", "enum": ["text"]}}));
     add("suffix", "Only the empty one.", json!({"type": ["string", "null"], "maxLength": 0}));
+    add("max_repetition_pattern_size", "Only 0.", json!({"type": ["integer", "null"], "enum": [0, null]}));
     for name in ["use_beam_search", "return_tokens_as_token_ids"] {
         add(name, "Only false.", json!({"type": ["boolean", "null"], "enum": [false, null]}));
     }

@@ -79,6 +79,15 @@ pub(crate) struct ChatRequest {
     pub(crate) add_generation_prompt: Option<bool>,
     /// Go on with the last message.
     pub(crate) continue_final_message: Option<bool>,
+    /// Put the last message before the answer where both are the assistant's.
+    pub(crate) echo: Option<bool>,
+    /// Put BOS before what the template wrote.
+    pub(crate) add_special_tokens: Option<bool>,
+    /// Documents, passed to the chat template.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub(crate) documents: Option<Vec<Map<String, Value>>>,
+    /// How long to think, passed to the chat template; `none` turns thinking off where the template can.
+    pub(crate) reasoning_effort: Option<String>,
     /// Template instead of the model's.
     pub(crate) chat_template: Option<String>,
     /// Extra variables of the template.
@@ -139,6 +148,8 @@ struct Ask {
     stream: StreamOptions,
     n: usize,
     best_of: usize,
+    /// What the answer goes on from, with `echo`.
+    before: String,
     metadata: Option<Map<String, Value>>,
 }
 
@@ -181,11 +192,15 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         add_generation_prompt: !continues && request.add_generation_prompt.unwrap_or(true),
         continue_final_message: continues,
         tools: request.tools.as_ref().map(|tools| json!(tools)),
-        kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
+        kwargs: template_variables(&request),
         template: request.chat_template.clone(),
     };
     let tokenizer = target.tokenizer()?;
-    let prompt = sampling.truncate(tokenizer.encode_chat(&turns, &render)?, &target, &params)?;
+    let rendered = tokenizer.render(&turns, &render)?;
+    let prompt = tokenizer.encode(&rendered, request.add_special_tokens.unwrap_or(false))?;
+    let prompt = sampling.truncate(prompt, &target, &params)?;
+    let last = turns.last().filter(|turn| request.echo == Some(true) && turn.role == "assistant");
+    let before = last.map_or_else(String::new, |turn| turn.content.clone());
     sampling.constrain(tokenizer, &mut params).await?;
     let ask = Ask {
         logprobs: params.logprobs.is_some(),
@@ -193,6 +208,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         stream,
         n,
         best_of,
+        before,
         metadata: request.metadata.clone(),
     };
     if best_of > n {
@@ -200,10 +216,23 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of).map_err(about_messages)?;
     if sampling.streams() {
-        streamed(target, choices, ask, prompt.len())
+        streamed(target, choices, ask, prompt)
     } else {
         whole(target, choices, &ask, &prompt).await
     }
+}
+
+/// What the template can read besides the turns.
+fn template_variables(request: &ChatRequest) -> Map<String, Value> {
+    let mut variables = request.chat_template_kwargs.clone().unwrap_or_default();
+    if let Some(documents) = &request.documents {
+        variables.entry("documents").or_insert_with(|| json!(documents));
+    }
+    if let Some(effort) = &request.reasoning_effort {
+        variables.entry("reasoning_effort").or_insert_with(|| json!(effort));
+        variables.entry("enable_thinking").or_insert_with(|| json!(effort != "none"));
+    }
+    variables
 }
 
 /// The engine's `prompt` is this route's `messages`.
@@ -227,7 +256,7 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
         let reason = choice.reason.as_ref();
         let mut body = json!({
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": null},
+            "message": {"role": "assistant", "content": format!("{}{}", ask.before, choice.text), "refusal": null},
             "logprobs": logprobs,
             "finish_reason": reason.map(answer::finish_reason),
             "stop_reason": reason.map_or(Value::Null, answer::stop_reason),
@@ -252,7 +281,7 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
     Ok(response.json(head.body(fields)))
 }
 
-fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt_tokens: usize) -> Reply {
+fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt: Vec<u32>) -> Reply {
     let head = Head::new("chatcmpl", "chat.completion.chunk", &target);
     let tokenizer = target.tokenizer()?.clone();
     let named = head.clone();
@@ -263,15 +292,20 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt_tokens: usize
             if ask.stream.include_usage {
                 fields["usage"] = usage;
             }
-            event(&head.body(fields))
+            fields
         };
         let so_far = |completion: usize| match ask.stream.continuous_usage_stats {
-            true => answer::counted(prompt_tokens, 0, completion),
+            true => answer::counted(prompt.len(), 0, completion),
             false => Value::Null,
         };
         for index in 0..ask.n {
-            let delta = json!({"role": "assistant", "content": ""});
-            yield chunk(json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}), so_far(0));
+            let delta = json!({"role": "assistant", "content": ask.before});
+            let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
+            let mut fields = chunk(choice, so_far(0));
+            if ask.ids && index == 0 {
+                fields["prompt_token_ids"] = json!(prompt);
+            }
+            yield event(&head.body(fields));
         }
         let (mut usages, mut generated) = (Vec::new(), 0);
         while let Some((index, next)) = choices.next().await {
@@ -286,19 +320,17 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt_tokens: usize
                     if ask.ids {
                         choice["token_ids"] = json!([id]);
                     }
-                    yield chunk(choice, so_far(generated));
+                    yield event(&head.body(chunk(choice, so_far(generated))));
                 }
                 Event::Done { text, reason, usage } => {
                     if !text.is_empty() {
                         let choice = json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null});
-                        yield chunk(choice, so_far(generated));
+                        yield event(&head.body(chunk(choice, so_far(generated))));
                     }
                     usages.push(usage);
-                    yield chunk(
-                        json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
-                            "stop_reason": answer::stop_reason(&reason)}),
-                        so_far(generated),
-                    );
+                    let choice = json!({"index": index, "delta": {}, "logprobs": null,
+                        "finish_reason": answer::finish_reason(&reason), "stop_reason": answer::stop_reason(&reason)});
+                    yield event(&head.body(chunk(choice, so_far(generated))));
                 }
                 Event::Failed(error) => {
                     yield event(&error_body(&error));
@@ -308,7 +340,7 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt_tokens: usize
             }
         }
         if ask.stream.include_usage {
-            yield chunk(Value::Null, answer::usage_json(&usages));
+            yield event(&head.body(chunk(Value::Null, answer::usage_json(&usages))));
         }
         yield web::Bytes::from_static(b"data: [DONE]\n\n");
     };

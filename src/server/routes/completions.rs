@@ -82,8 +82,9 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         prompts.into_iter().map(|prompt| sampling.truncate(prompt, &target, &params)).collect::<Result<_>>()?;
     sampling.constrain(&tokenizer, &mut params).await?;
     let options = sampling.stream_options()?;
-    if sampling.streams() && echo {
-        return Err(Error::invalid("echo", "`echo` cannot be streamed").into());
+    if sampling.streams() && echo && request.logprobs.is_some() {
+        let text = "`echo` with `logprobs` cannot be streamed: they are read before the answer begins";
+        return Err(Error::invalid("echo", text).into());
     }
     let ids = sampling.return_token_ids.unwrap_or(false);
     if best_of > n {
@@ -91,11 +92,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let choices = Choices::submit(&target, &prompts, &params, best_of)?;
     if sampling.streams() {
-        return streamed(
-            &target,
-            choices,
-            Ask { stream: options, ids, n, prompts: prompts.iter().map(Vec::len).collect() },
-        );
+        return streamed(&target, choices, Ask { stream: options, ids, echo, n, prompts });
     }
     let head = Head::new("cmpl", "text_completion", &target);
     let all = answer::collect(choices, prompts.len() * best_of).await?;
@@ -181,9 +178,9 @@ impl Lists {
 struct Ask {
     stream: StreamOptions,
     ids: bool,
+    echo: bool,
     n: usize,
-    /// Tokens of each prompt.
-    prompts: Vec<usize>,
+    prompts: Vec<Vec<u32>>,
 }
 
 fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
@@ -193,7 +190,24 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
     let chunks = async_stream::stream! {
         let mut usages = vec![Usage::default(); ask.prompts.len() * ask.n];
         for (index, usage) in usages.iter_mut().enumerate() {
-            usage.prompt_tokens = ask.prompts[index / ask.n];
+            usage.prompt_tokens = ask.prompts[index / ask.n].len();
+        }
+        let chunk = |choice: Value, usages: &[Usage]| {
+            let mut fields = json!({"choices": [choice]});
+            if ask.stream.include_usage {
+                fields["usage"] = if ask.stream.continuous_usage_stats { counted(usages, ask.n) } else { Value::Null };
+            }
+            event(&head.body(fields))
+        };
+        let opening = if ask.echo || ask.ids { usages.len() } else { 0 };
+        for index in 0..opening {
+            let prompt = &ask.prompts[index / ask.n];
+            let text = if ask.echo { tokenizer.decode(prompt, false).unwrap_or_default() } else { String::new() };
+            let mut choice = json!({"index": index, "text": text, "logprobs": null, "finish_reason": null});
+            if ask.ids {
+                choice["prompt_token_ids"] = json!(prompt);
+            }
+            yield chunk(choice, &usages);
         }
         while let Some((index, next)) = choices.next().await {
             let choice = match next {
@@ -223,11 +237,7 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
                 }
                 Event::Prompt(_) | Event::NextToken(..) | Event::Score(..) => continue,
             };
-            let mut fields = json!({"choices": [choice]});
-            if ask.stream.include_usage {
-                fields["usage"] = if ask.stream.continuous_usage_stats { counted(&usages, ask.n) } else { Value::Null };
-            }
-            yield event(&head.body(fields));
+            yield chunk(choice, &usages);
         }
         if ask.stream.include_usage {
             yield event(&head.body(json!({"choices": [], "usage": counted(&usages, ask.n)})));

@@ -1,0 +1,80 @@
+"""The table of `docs/api.md` is true: every parameter is sent and does what its row says, and no parameter is missing."""
+
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+ROOT = Path(os.environ["RDPO_TEST_FIXTURES"]).parent.parent
+HERE = Path(__file__).parent
+BODIES = {
+    "chat": {"model": "student", "messages": [{"role": "user", "content": "Say hello"}], "max_tokens": 6, "temperature": 0},
+    "completions": {"model": "student", "prompt": "Hello, my name", "max_tokens": 6, "temperature": 0},
+}
+# What an example needs beside it.
+WITH = {"top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}, "continue_final_message": {"add_generation_prompt": False}}
+
+
+def rows():
+    for line in (ROOT / "docs/api.md").read_text().splitlines():
+        if line.startswith("| `"):
+            name, chat, completions, example, _, test = [cell.strip() for cell in line.strip("|").split(" | ")]
+            yield name.strip("`"), {"chat": chat, "completions": completions}, json.loads(example.strip("`")), test.strip("` |")
+
+
+ROWS = list(rows())
+
+
+def send(client, route, fields):
+    create = client.chat.completions.create if route == "chat" else client.completions.create
+    body = {**BODIES[route], **fields}
+    # `extra_body` sends any field as it is.
+    own = {key: body.pop(key) for key in list(body) if key in ("model", "messages", "prompt", "stream")}
+    reply = create(**own, extra_body=body)
+    return list(reply) if own.get("stream") else reply
+
+
+def text(route, reply):
+    return reply.choices[0].message.content if route == "chat" else reply.choices[0].text
+
+
+@pytest.mark.parametrize("route", BODIES)
+@pytest.mark.parametrize("name, says, example, test", ROWS, ids=[row[0] for row in ROWS])
+def test_a_row_is_true(real, route, name, says, example, test):
+    if says[route] == "—":
+        return
+    if name == "logprobs" and route == "chat":
+        example = True
+    fields = {**WITH.get(name, {}), name: example}
+    if says[route] == "refused":
+        with pytest.raises(openai.BadRequestError) as refused:
+            send(real, route, fields)
+        assert refused.value.param == name and name in refused.value.message
+        assert text(route, send(real, route, {name: None})) == text(route, send(real, route, {}))
+        return
+    reply = send(real, route, fields)
+    assert reply
+    if says[route] == "ignored":
+        assert text(route, reply) == text(route, send(real, route, {})), "the answer is the same"
+    else:
+        assert says[route] == "honoured"
+        file, _, function = test.partition("::")
+        source = (HERE / f"{file}.py").read_text()
+        body = re.search(rf"def {function or 'test_a_row_is_true'}\(.*?(?=\n(?:def |@|class )|\Z)", source, re.DOTALL)
+        assert body, f"{test} is not there"
+
+
+def test_the_table_is_complete(real):
+    named = {route: {name for name, says, _, _ in ROWS if says[route] != "—"} for route in BODIES}
+    transport = {"extra_headers", "extra_query", "extra_body", "timeout"}
+    for route, create in [("chat", real.chat.completions.create), ("completions", real.completions.create)]:
+        assert set(inspect.signature(create).parameters) - transport - named[route] == set()
+    schemas = yaml.safe_load((ROOT / "openapi.yaml").read_text())["components"]["schemas"]
+    for route, schema in [("chat", "ChatRequest"), ("completions", "CompletionRequest")]:
+        assert set(schemas[schema]["properties"]) - named[route] == set()
+    assert len(ROWS) == len({row[0] for row in ROWS}), "a parameter has two rows"
