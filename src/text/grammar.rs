@@ -18,10 +18,12 @@ const MOST_BYTES: usize = 256 << 10;
 /// Deepest brackets of a Lark grammar; JSON and expressions have limits of their own.
 const MOST_DEPTH: usize = 100;
 /// Rules that refer to rules are followed by recursion: what [`MOST_BYTES`] can hold needs more stack than a thread has.
-const STACK_BYTES: usize = 256 << 20;
+const STACK_BYTES: usize = 64 << 20;
 /// Between two tokens of JSON: a space, or a new line and its indent. Any run of spaces would be valid too, and a small model
 /// that has nothing to say writes them without end.
 const WHITESPACE: &str = r"\x20|\r?\n[\x20\t]{0,20}";
+/// Most states one answer's lexer may have, at one or two kilobytes each; common schemas take hundreds.
+const MOST_STATES: usize = 50_000;
 /// Most characters of an error: the parser repeats what it was given.
 const LONGEST_REASON: usize = 400;
 /// A longer token is never allowed: the trie has no room for it.
@@ -56,16 +58,20 @@ impl Grammar {
         let factory = tokenizer.grammar_factory()?;
         let compile = || {
             let parser = panic_utils::catch_unwind(std::panic::AssertUnwindSafe(|| factory.create_parser(source)));
-            parser.map(|parser| llguidance::Matcher::new(Ok(parser))).map_err(|error| invalid(&format!("{error:#}")))
+            let mut fresh = llguidance::Matcher::new(parser);
+            // A form that nothing has, such as a reference to itself, shows at the first token.
+            let empty = fresh.compute_mask_or_eos().is_ok_and(|mask| mask.is_zero());
+            match fresh.get_error() {
+                Some(error) if !error.starts_with("NoExtension") => Err(invalid(&error)),
+                error if empty || error.is_some() => Err(invalid("no text has this form")),
+                _ => Ok(fresh),
+            }
         };
         let fresh = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, compile)?;
             thread.join().unwrap_or_else(|_| Err(Error::internal("compiling the grammar panicked. This is a bug.")))
         })?;
-        match fresh.get_error() {
-            Some(error) => Err(invalid(&error)),
-            None => Ok(Grammar { constraint, fresh }),
-        }
+        Ok(Grammar { constraint, fresh })
     }
 
     /// The state of one answer, at its beginning.
@@ -225,7 +231,8 @@ pub(super) fn factory(tokenizer: &Tokenizer) -> Result<ParserFactory> {
     )
     .map_err(|error| Error::internal(error.to_string()))?;
     factory.quiet();
-    *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
+    *factory.limits_mut() =
+        ParserLimits { max_lexer_states: MOST_STATES, verbose_errors: false, ..ParserLimits::default() };
     Ok(factory)
 }
 

@@ -34,6 +34,28 @@ def plain(client, route, /, **body):
     return client.post(route, body=body, cast_to=str)
 
 
+@pytest.mark.parametrize("route", ["chat", "completions"])
+def test_every_reply_says_which_adapter_made_it(tiny, route):
+    if "heads" not in {model.id for model in tiny.models.list()}:
+        plain(tiny, "/load_lora_adapter", lora_name="heads", lora_path="incoming/first")
+    ask = {"chat": {"messages": [{"role": "user", "content": "Hi"}]}, "completions": {"prompt": "Hi"}}[route]
+    resource = {"chat": tiny.chat.completions, "completions": tiny.completions}[route]
+    for model, version in [("heads", 1), ("student:base", 0)]:
+        fields = {"model": model, "max_tokens": 3, "temperature": 0, **ask}
+        raw = resource.with_raw_response.create(**fields)
+        whole = raw.parse()
+        assert whole.adapter_version == version and bool(whole.adapter_generation) == bool(version)
+        assert raw.headers["x-adapter-version"] == str(version)
+        assert raw.headers.get("x-adapter-generation") == whole.adapter_generation
+        with resource.with_streaming_response.create(**fields, stream=True, stream_options={"include_usage": True}) as raw:
+            assert raw.headers["x-adapter-version"] == str(version)
+            assert raw.headers.get("x-adapter-generation") == whole.adapter_generation
+            chunks = list(raw.parse())
+        assert len(chunks) > 2
+        said = {(chunk.adapter_version, chunk.adapter_generation, chunk.system_fingerprint) for chunk in chunks}
+        assert said == {(version, whole.adapter_generation, whole.system_fingerprint)}
+
+
 def text(client, model):
     reply = client.completions.create(model=model, prompt="Hello there", max_tokens=12, temperature=0)
     return reply.choices[0].text, reply.adapter_version, reply.adapter_generation
