@@ -59,13 +59,16 @@ pub(super) type Asked = (&'static str, Constraint);
 impl ResponseFormat {
     /// What it asks for; nothing for `text`.
     pub(super) fn asked(&self) -> Result<Option<Asked>> {
+        let field = "response_format.json_schema.schema";
+        let schema =
+            self.json_schema.as_ref().and_then(|named| named.schema.clone()).filter(|schema| !schema.is_null());
+        if schema.as_ref().is_some_and(|schema| !schema.is_object() && !schema.is_boolean()) {
+            return Err(Error::invalid(field, format!("`{field}`: a JSON schema is an object")));
+        }
         match self.kind.as_str() {
             "text" => Ok(None),
             "json_object" => Ok(Some(("response_format", Constraint::JsonObject))),
             "json_schema" => {
-                let schema = self.json_schema.as_ref().and_then(|named| named.schema.clone());
-                let field = "response_format.json_schema.schema";
-                let schema = schema.filter(|schema| !schema.is_null());
                 let schema = schema.ok_or_else(|| Error::invalid(field, format!("`{field}` is missing")))?;
                 Ok(Some((field, Constraint::JsonSchema(schema))))
             }

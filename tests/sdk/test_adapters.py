@@ -51,7 +51,7 @@ def test_every_reply_says_which_adapter_made_it(tiny, route):
             assert raw.headers["x-adapter-version"] == str(version)
             assert raw.headers.get("x-adapter-generation") == whole.adapter_generation
             chunks = list(raw.parse())
-        assert len(chunks) > 2
+        assert len(chunks) >= 2
         said = {(chunk.adapter_version, chunk.adapter_generation, chunk.system_fingerprint) for chunk in chunks}
         assert said == {(version, whole.adapter_generation, whole.system_fingerprint)}
 

@@ -171,6 +171,7 @@ def test_logprobs_are_the_models_own(real):
     ({"response_format": schema({"type": "object", "if": {}, "then": {}})}, "response_format.json_schema.schema", "if"),
     ({"response_format": schema({"type": "strin"})}, "response_format.json_schema.schema", "strin"),
     ({"response_format": schema({"$ref": "http://localhost/x"})}, "response_format.json_schema.schema", "localhost"),
+    ({"response_format": {**schema([1]), "type": "text"}}, "response_format.json_schema.schema", "object"),
     ({"response_format": schema([1])}, "response_format.json_schema.schema", "object"),
     (structured(json={"type": "nothing"}), "structured_outputs.json", "nothing"),
     (structured(json="{"), "structured_outputs.json", "JSON"),
