@@ -177,7 +177,8 @@ fn tojson(value: &Value, kwargs: Kwargs) -> std::result::Result<Value, minijinja
     Ok(Value::from_safe_string(text))
 }
 
-fn write_json(out: &mut String, json: &serde_json::Value, indent: Option<usize>, depth: usize) {
+/// JSON the way Python's `json.dumps` spaces it.
+pub(super) fn write_json(out: &mut String, json: &serde_json::Value, indent: Option<usize>, depth: usize) {
     let mut items = |open: char, close: char, parts: Vec<(Option<&String>, &serde_json::Value)>| {
         out.push(open);
         let empty = parts.is_empty();

@@ -140,6 +140,17 @@ impl TokenMask {
     }
 }
 
+/// The schema with what may stand between tokens.
+pub(super) fn spaced(schema: &Value) -> Result<Value> {
+    let mut schema = match schema {
+        Value::Object(fields) => fields.clone(),
+        Value::Bool(true) => serde_json::Map::new(),
+        _ => return Err(invalid("a JSON schema is an object")),
+    };
+    schema.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": WHITESPACE}));
+    Ok(Value::Object(schema))
+}
+
 /// The parser's form of a constraint.
 fn source(constraint: &Constraint) -> Result<TopLevelGrammar> {
     let bounded = |text: &str| {
@@ -151,13 +162,7 @@ fn source(constraint: &Constraint) -> Result<TopLevelGrammar> {
     match constraint {
         Constraint::JsonSchema(schema) => {
             bounded(&schema.to_string())?;
-            let mut schema = match schema {
-                Value::Object(fields) => fields.clone(),
-                Value::Bool(true) => serde_json::Map::new(),
-                _ => return Err(invalid("a JSON schema is an object")),
-            };
-            schema.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": WHITESPACE}));
-            Ok(TopLevelGrammar::from_json_schema(Value::Object(schema)))
+            Ok(TopLevelGrammar::from_json_schema(spaced(schema)?))
         }
         Constraint::JsonObject => source(&Constraint::JsonSchema(json!({"type": "object"}))),
         Constraint::Regex(expression) => {

@@ -7,7 +7,7 @@ use llguidance::ParserFactory;
 use serde_json::Value;
 
 use super::chat_template::ChatTemplate;
-use super::{Message, RenderOptions, grammar};
+use super::{Message, RenderOptions, ToolStyle, grammar, tools};
 use crate::error::{Error, Result};
 
 /// What a tokenizer is built from, in Hugging Face's forms.
@@ -118,6 +118,11 @@ impl Tokenizer {
         self.special.contains(&id)
     }
 
+    /// The special token with this text.
+    pub(super) fn special_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text).filter(|id| self.is_special(*id))
+    }
+
     /// Ids that end generation.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.options.eos_token_ids
@@ -161,7 +166,17 @@ impl Tokenizer {
                 ));
             }
         };
-        template.render(messages, options, self.options.bos_token.as_deref(), self.options.eos_token.as_deref())
+        let messages = tools::prepared(self.template_source(options), messages, options.tools.as_ref());
+        template.render(&messages, options, self.options.bos_token.as_deref(), self.options.eos_token.as_deref())
+    }
+
+    /// How the model writes tool calls, as far as its template tells.
+    pub fn tool_style(&self, options: &RenderOptions) -> ToolStyle {
+        ToolStyle::of(self.template_source(options))
+    }
+
+    fn template_source<'a>(&'a self, options: &'a RenderOptions) -> &'a str {
+        options.template.as_deref().or(self.options.chat_template.as_deref()).unwrap_or_default()
     }
 
     /// Renders and encodes a conversation, with no BOS beyond what the template wrote.
