@@ -4,7 +4,8 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use actix_web::HttpResponseBuilder;
+use actix_web::HttpResponse;
+use actix_web::http::header::{HeaderName, HeaderValue};
 use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -12,8 +13,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
 use crate::error::{Error, Result};
-use crate::roles::Target;
-use crate::text::Tokenizer;
+use crate::roles::{Score, Target};
+use crate::text::{Message, Tokenizer};
 
 /// Lowest log-probability in JSON, which has no infinity.
 const FLOOR: f32 = -9999.0;
@@ -33,7 +34,7 @@ impl Head {
     pub(super) fn new(prefix: &str, object: &'static str, target: &Target) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Head {
-            id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+            id: format!("{prefix}{}", uuid::Uuid::new_v4().simple()),
             object,
             created: now.map_or(0, |now| now.as_secs()),
             model: target.model.clone(),
@@ -44,27 +45,38 @@ impl Head {
 
     /// The body with these fields after the head's.
     pub(super) fn body(&self, fields: Value) -> Value {
-        let mut body = Map::new();
-        body.insert("id".into(), json!(self.id));
-        body.insert("object".into(), json!(self.object));
-        body.insert("created".into(), json!(self.created));
-        body.insert("model".into(), json!(self.model));
-        let generation = self.adapter_generation.as_deref().unwrap_or("base");
-        body.insert("system_fingerprint".into(), json!(format!("rdpo-{}", &generation[..generation.len().min(12)])));
-        body.insert("adapter_version".into(), json!(self.adapter_version));
-        body.insert("adapter_generation".into(), json!(self.adapter_generation));
-        if let Value::Object(fields) = fields {
+        let mut body = json!({"id": self.id, "object": self.object, "created": self.created, "model": self.model});
+        if let (Value::Object(body), Value::Object(fields)) = (&mut body, fields) {
+            body.extend(self.maker());
             body.extend(fields);
         }
-        Value::Object(body)
+        body
+    }
+
+    /// Which adapter answers.
+    pub(super) fn maker(&self) -> Map<String, Value> {
+        let generation = self.adapter_generation.as_deref().unwrap_or("base");
+        let fields = [
+            ("system_fingerprint", json!(format!("rdpo-{}", &generation[..generation.len().min(12)]))),
+            ("adapter_version", json!(self.adapter_version)),
+            ("adapter_generation", json!(self.adapter_generation)),
+        ];
+        fields.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }
 
     /// The same facts as headers.
-    pub(super) fn headers(&self, response: &mut HttpResponseBuilder) {
-        response.insert_header(("x-adapter-version", self.adapter_version.to_string()));
+    pub(super) fn headers(&self, mut response: HttpResponse) -> HttpResponse {
+        let version = self.adapter_version.to_string();
+        let mut add = |name: &'static str, value: &str| {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                response.headers_mut().insert(HeaderName::from_static(name), value);
+            }
+        };
+        add("x-adapter-version", &version);
         if let Some(generation) = &self.adapter_generation {
-            response.insert_header(("x-adapter-generation", generation.as_str()));
+            add("x-adapter-generation", generation);
         }
+        response
     }
 }
 
@@ -84,8 +96,10 @@ pub(super) fn counted(prompt: usize, cached: usize, completion: usize) -> Value 
     })
 }
 
-pub(super) fn finish_reason(reason: &FinishReason) -> &'static str {
+/// `calls`: how many were made.
+pub(super) fn finish_reason(reason: &FinishReason, calls: usize) -> &'static str {
     match reason {
+        FinishReason::Stop { .. } if calls > 0 => "tool_calls",
         FinishReason::Stop { .. } => "stop",
         FinishReason::Length => "length",
     }
@@ -125,6 +139,31 @@ pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<Token
         Value::Object(map)
     };
     prompt.iter().map(|token| token.as_ref().map_or(Value::Null, one)).collect()
+}
+
+/// The engine's `prompt` is this `field` of the route.
+pub(super) fn about(field: &'static str) -> impl Fn(Error) -> Error {
+    move |error| if error.param.as_deref() == Some("prompt") { error.at(field) } else { error }
+}
+
+/// What the reward role answers: `reward:<float>`, and the score once more as one entry of log-probabilities (the convention of
+/// hosted reward models).
+pub(super) struct Scored {
+    pub(super) text: String,
+    pub(super) logprobs: Vec<Value>,
+    pub(super) score: Score,
+}
+
+/// Lets the reward role score the last assistant turn; `field` is where the turns were given.
+pub(super) async fn score(target: &Target, turns: &[Message], field: &'static str) -> Result<Scored> {
+    if turns.last().is_none_or(|turn| turn.role != "assistant") {
+        let text = "the reward model scores the last assistant message; the conversation ends with another turn";
+        return Err(Error::invalid(field, text));
+    }
+    let reward = target.reward.as_ref().ok_or_else(|| Error::no_model(&target.model))?;
+    let score = reward.score(turns, None).await.map_err(about(field))?;
+    let entry = json!({"token": "reward", "logprob": score.value, "bytes": null, "top_logprobs": []});
+    Ok(Scored { text: format!("reward:{}", score.value), logprobs: vec![entry], score })
 }
 
 type Indexed = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;

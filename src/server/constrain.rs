@@ -60,23 +60,31 @@ impl ResponseFormat {
     /// What it asks for; nothing for `text`.
     pub(super) fn asked(&self) -> Result<Option<Asked>> {
         let field = "response_format.json_schema.schema";
-        let schema =
-            self.json_schema.as_ref().and_then(|named| named.schema.clone()).filter(|schema| !schema.is_null());
-        if schema.as_ref().is_some_and(|schema| !schema.is_object() && !schema.is_boolean()) {
-            return Err(Error::invalid(field, format!("`{field}`: a JSON schema is an object")));
-        }
+        let missing = || Error::invalid(field, format!("`{field}` is missing"));
+        // A schema that is given is checked whether the type asks for it or not.
+        let schema = match &self.json_schema {
+            None => None,
+            Some(NamedSchema { schema: None }) => return Err(missing()),
+            Some(NamedSchema { schema: Some(schema) }) => Some(schema_form(field, schema)?.ok_or_else(missing)?),
+        };
         match self.kind.as_str() {
             "text" => Ok(None),
             "json_object" => Ok(Some(("response_format", Constraint::JsonObject))),
-            "json_schema" => {
-                let schema = schema.ok_or_else(|| Error::invalid(field, format!("`{field}` is missing")))?;
-                Ok(Some((field, Constraint::JsonSchema(schema))))
-            }
+            "json_schema" => Ok(Some((field, Constraint::JsonSchema(schema.ok_or_else(missing)?)))),
             other => {
                 let text = format!("`{other}` is not a format: text, json_object and json_schema are");
                 Err(Error::invalid("response_format.type", text))
             }
         }
+    }
+}
+
+/// A JSON schema as it was given, if it was: an object or a boolean.
+pub(super) fn schema_form(field: &str, schema: &Value) -> Result<Option<Value>> {
+    match schema {
+        Value::Null => Ok(None),
+        Value::Object(_) | Value::Bool(_) => Ok(Some(schema.clone())),
+        _ => Err(Error::invalid(field, format!("`{field}` is no JSON schema: that is an object"))),
     }
 }
 

@@ -3,10 +3,12 @@
 mod answer;
 mod constrain;
 mod guard;
+mod messages;
 pub mod openapi;
 mod reply;
 mod routes;
 mod sampling;
+mod tools;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -39,6 +41,8 @@ pub struct AppState {
     pub jobs: Jobs,
     /// Limits.
     pub limits: ServerLimits,
+    /// Answers that can be gone on from.
+    responses: routes::StoredResponses,
 }
 
 impl AppState {
@@ -58,7 +62,7 @@ impl AppState {
             Arc::new(move |context| crate::rdpo::run(context, &roles, runtime.handle()))
         };
         let jobs = Jobs::start(store, body)?;
-        Ok(Arc::new(AppState { roles, jobs, limits }))
+        Ok(Arc::new(AppState { roles, jobs, limits, responses: routes::StoredResponses::default() }))
     }
 }
 

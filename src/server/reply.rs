@@ -160,6 +160,11 @@ pub(super) fn event(value: &impl Serialize) -> web::Bytes {
     web::Bytes::from(format!("data: {}\n\n", serde_json::to_string(value).unwrap_or_default()))
 }
 
+/// One event with its type's name.
+pub(super) fn named_event(name: &str, value: &impl Serialize) -> web::Bytes {
+    web::Bytes::from(format!("event: {name}\ndata: {}\n\n", serde_json::to_string(value).unwrap_or_default()))
+}
+
 /// An event stream, with the headers that keep proxies from holding it back.
 pub(super) fn sse(stream: impl Stream<Item = web::Bytes> + 'static) -> HttpResponse {
     HttpResponse::Ok()
@@ -177,10 +182,12 @@ pub(super) async fn no_route(request: HttpRequest) -> Reply {
 }
 
 /// The path is served, the method is not; `allowed` are those it has.
-pub(super) fn no_method(request: &HttpRequest, allowed: &'static str) -> HttpResponse {
+pub(super) fn no_method(request: &HttpRequest, allowed: &str) -> HttpResponse {
     let text = format!("{} does not take {}, only {allowed}.", request.path(), request.method());
     let mut response = ApiError(Error::new(Code::MethodNotAllowed, text)).error_response();
-    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+    if let Ok(allowed) = HeaderValue::from_str(allowed) {
+        response.headers_mut().insert(ALLOW, allowed);
+    }
     response
 }
 

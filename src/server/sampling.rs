@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::constrain::{self, ResponseFormat, StructuredOutputs};
+use super::constrain::{self, Asked, ResponseFormat, StructuredOutputs};
 use super::reply::read_from_objects_only;
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Error, Result};
@@ -113,7 +113,6 @@ pub(super) struct Sampling {
 /// Fields that are refused wherever they mean something, because ignoring them would give wrong answers.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Refused {
-    tool_choice: Option<Value>,
     functions: Option<Value>,
     function_call: Option<Value>,
     audio: Option<Value>,
@@ -133,15 +132,8 @@ pub(super) struct Refused {
 
 impl Refused {
     pub(super) fn check(&self) -> Result<()> {
-        let plain = |value: &Value, allowed: &[&str]| {
-            value.as_str().or(value["type"].as_str()).is_some_and(|kind| allowed.contains(&kind))
-        };
         let set = |value: &Option<Value>| value.as_ref().is_some_and(|value| !value.is_null());
         let fields = [
-            (
-                "tool_choice",
-                self.tool_choice.as_ref().is_some_and(|value| !value.is_null() && !plain(value, &["none", "auto"])),
-            ),
             ("functions", set(&self.functions)),
             ("function_call", set(&self.function_call)),
             ("audio", set(&self.audio)),
@@ -206,20 +198,27 @@ impl Sampling {
         Ok(self.stream_options.unwrap_or_default())
     }
 
+    /// What the answer must be, if anything.
+    pub(super) fn asked(&self) -> Result<Option<Asked>> {
+        let format = self.response_format.as_ref().map(ResponseFormat::asked).transpose()?.flatten();
+        let structured = self.structured_outputs.as_ref().map(StructuredOutputs::asked).transpose()?.flatten();
+        if format.is_some() && structured.is_some() {
+            let text = "`structured_outputs` and `response_format` both say what the answer must be: send one";
+            return Err(Error::invalid("structured_outputs", text));
+        }
+        Ok(format.or(structured))
+    }
+
     /// Adds to the parameters what needs the model's tokenizer: the words that may not come, and the grammar, compiled.
-    pub(super) async fn constrain(&self, tokenizer: &Arc<Tokenizer>, params: &mut SamplingParams) -> Result<()> {
+    pub(super) async fn constrain(
+        &self,
+        tokenizer: &Arc<Tokenizer>,
+        asked: Option<Asked>,
+        params: &mut SamplingParams,
+    ) -> Result<()> {
         for word in self.bad_words.iter().flatten() {
             params.bad_words.extend(runs_of(tokenizer, word)?);
         }
-        let format = self.response_format.as_ref().map(ResponseFormat::asked).transpose()?.flatten();
-        let structured = self.structured_outputs.as_ref().map(StructuredOutputs::asked).transpose()?.flatten();
-        let asked = match (format, structured) {
-            (Some(_), Some(_)) => {
-                let text = "`structured_outputs` and `response_format` both say what the answer must be: send one";
-                return Err(Error::invalid("structured_outputs", text));
-            }
-            (format, structured) => format.or(structured),
-        };
         if let Some(asked) = asked {
             params.grammar = Some(constrain::compile(tokenizer.clone(), asked).await?);
         }

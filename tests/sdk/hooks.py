@@ -22,6 +22,9 @@ def map_body(context, body):
             body["max_tokens"] = 8
         if isinstance(body.get("n"), int) and 3 < body["n"] <= 128:
             body["n"] = 3
+    if path == "/v1/responses" and (not isinstance(body.get("max_output_tokens"), int) or body["max_output_tokens"] > 8):
+        if body.get("max_output_tokens") is None or isinstance(body["max_output_tokens"], int):
+            body["max_output_tokens"] = 8
     if path.startswith("/v1/rdpo"):
         if isinstance(body.get("prompts"), list) and 3 < len(body["prompts"]) <= 256:
             body["prompts"] = body["prompts"][:3]

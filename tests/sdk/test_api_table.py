@@ -21,7 +21,8 @@ WITH = {"top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}, 
 
 
 def rows():
-    for line in (ROOT / "docs/api.md").read_text().splitlines():
+    table = (ROOT / "docs/api.md").read_text().partition("\n## ")[0]
+    for line in table.splitlines():
         if line.startswith("| `"):
             name, chat, completions, example, _, test = [cell.strip() for cell in line.strip("|").split(" | ")]
             yield name.strip("`"), {"chat": chat, "completions": completions}, json.loads(example.strip("`")), test.strip("` |")

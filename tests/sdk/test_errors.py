@@ -71,6 +71,15 @@ def fails(server, method, path, body=None, status=400, **headers):
     ({"use_beam_search": True}, "use_beam_search"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": 3}, "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]}]},
+     "messages[1].tool_calls[0].function.arguments"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[1].tool_calls[0]"),
     ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
     ({"min_p": 2}, "min_p"),
     ({"top_k": -2}, "top_k"),
@@ -161,12 +170,12 @@ def test_streams_are_not_compressed_and_the_rest_is():
     assert head["content-encoding"] == "gzip" and b"rdpo_build_info" in gzip.decompress(content)
 
 
-def raw(server, body):
-    """A connection with a chat request on it."""
+def raw(server, body, path=CHAT):
+    """A connection with a request on it."""
     where = urllib.parse.urlsplit(URLS[server])
     connection = socket.create_connection((where.hostname, where.port))
     text = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
     connection.sendall(head.encode() + text)
     return connection
 

@@ -10,6 +10,29 @@ pub(super) fn alias() -> Value {
     json!({"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"})
 }
 
+/// `tool_choice`, in the form of chats and of responses.
+fn tool_choice() -> Value {
+    let text = json!({"type": "string", "minLength": 1});
+    let kind = |name: &str| json!({"type": "string", "enum": [name]});
+    let object =
+        |required: Value, properties: Value| json!({"type": "object", "required": required, "properties": properties});
+    let nested = object(json!(["name"]), json!({"name": text}));
+    let function = json!({"anyOf": [
+        object(json!(["type", "function"]), json!({"type": kind("function"), "function": nested})),
+        object(json!(["type", "name"]), json!({"type": kind("function"), "name": text})),
+    ]});
+    let allowed = json!({"mode": {"type": "string", "enum": ["auto", "required"]}, "tools": {"type": "array", "minItems": 1, "items": function}});
+    let mut flat = allowed.clone();
+    flat["type"] = kind("allowed_tools");
+    let allowed = object(json!(["mode", "tools"]), allowed);
+    json!({"type": null, "anyOf": [
+        {"type": ["string", "null"], "enum": ["none", "auto", "required", null]},
+        function,
+        object(json!(["type", "allowed_tools"]), json!({"type": kind("allowed_tools"), "allowed_tools": allowed})),
+        object(json!(["type", "mode", "tools"]), flat),
+    ]})
+}
+
 /// What is added to the schema of a type's field.
 fn rules() -> Vec<(&'static str, &'static str, Value)> {
     // Every linear that can have an adapter has one by default.
@@ -20,10 +43,13 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
     let at_least_one = json!({"minimum": 1});
     let messages = json!({"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}});
     let token_ids = json!({"items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
+    let function_name = json!({"type": "string", "pattern": r"^[^\u0000-\u001f\u007f-\u009f]+$"});
+    let items = json!({"type": "array", "items": {"$ref": "#/components/schemas/InputItem"}});
+    let input = json!({"type": null, "oneOf": [{"type": "string"}, items]});
     let mut rules = vec![
         ("ChatMessage", "role", json!({"enum": ["system", "developer", "user", "assistant", "tool"]})),
         ("ChatRequest", "messages", messages),
-        ("Part", "type", json!({"enum": ["text", "refusal"]})),
+        ("Part", "type", json!({"enum": ["text", "input_text", "output_text", "refusal"]})),
         ("Part", "text", json!({"type": "string"})),
         ("ChatRequest", "max_completion_tokens", at_least_one.clone()),
         ("ChatRequest", "max_tokens", at_least_one.clone()),
@@ -31,6 +57,33 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         ("NamedSchema", "schema", json!({"type": ["object", "boolean"]})),
         ("StructuredOutputs", "json", json!({"type": ["object", "boolean", "string", "null"]})),
         ("StructuredOutputs", "choice", json!({"minItems": 1, "items": {"type": "string", "minLength": 1}})),
+        ("ChatRequest", "tool_choice", tool_choice()),
+        ("ChatTool", "type", json!({"enum": ["function"]})),
+        ("ChatTool", "function", json!({"oneOf": null, "$ref": "#/components/schemas/Function"})),
+        ("FlatTool", "type", json!({"enum": ["function"]})),
+        ("FlatTool", "name", function_name.clone()),
+        ("Function", "name", function_name),
+        ("CalledFunction", "arguments", json!({"type": ["string", "object", "null"]})),
+        ("ResponseRequest", "input", input),
+        ("ResponseRequest", "tool_choice", tool_choice()),
+        ("ResponseRequest", "max_output_tokens", at_least_one.clone()),
+        ("ResponseRequest", "max_tokens", at_least_one.clone()),
+        ("ResponseRequest", "n", json!({"maximum": 1})),
+        ("ResponseRequest", "best_of", json!({"maximum": 1})),
+        ("ResponseRequest", "background", json!({"enum": [false, null]})),
+        ("ResponseRequest", "conversation", json!({"type": "null"})),
+        ("ResponseRequest", "prompt", json!({"type": "null"})),
+        (
+            "TextOptions",
+            "format",
+            json!({"required": ["type"], "properties": {
+                "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
+                "schema": {"type": ["object", "boolean", "null"]},
+            }}),
+        ),
+        ("InputItem", "type", json!({"enum": ["message", "function_call", "function_call_output", "reasoning", null]})),
+        ("InputItem", "role", json!({"enum": ["system", "developer", "user", "assistant", null]})),
+        ("ResponseObject", "tool_choice", json!({"type": ["string", "object"]})),
         ("DetokenizeRequest", "tokens", token_ids.clone()),
         (
             "ScoreRequest",
@@ -102,7 +155,7 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
     for field in ["chosen", "rejected"] {
         rules.push(("PairInput", field, text.clone()));
     }
-    for name in ["ChatRequest", "CompletionRequest"] {
+    for name in ["ChatRequest", "CompletionRequest", "ResponseRequest"] {
         let stop = json!({"type": "string", "minLength": 1});
         let stops = json!({"type": "array", "maxItems": 16, "items": stop});
         rules.push((name, "stop", json!({"oneOf": [{"type": "null"}, stop, stops]})));
@@ -136,8 +189,12 @@ pub(super) fn apply(schemas: &mut Map<String, Value>) -> Result<()> {
             };
         }
     }
-    if let Some(part) = schemas.get_mut("Part") {
-        part["required"] = json!(["type", "text"]);
+    for (name, required) in
+        [("Part", ["type", "text"]), ("ChatTool", ["type", "function"]), ("FlatTool", ["type", "name"])]
+    {
+        if let Some(schema) = schemas.get_mut(name) {
+            schema["required"] = json!(required);
+        }
     }
     let turn = json!({
         "type": "object",
@@ -198,17 +255,11 @@ pub(super) fn refused_fields() -> Map<String, Value> {
     .map(nothing)
     .into_iter()
     .collect();
-    let of_type = |kinds: Value| json!({"type": "object", "required": ["type"], "properties": {"type": {"type": "string", "enum": kinds}}});
     let mut add = |name: &str, text: &str, schema: Value| {
         let mut schema = schema;
         schema["description"] = json!(text);
         fields.insert(name.to_owned(), schema);
     };
-    add(
-        "tool_choice",
-        "Tools go to the template; a choice is not enforced.",
-        json!({"oneOf": [{"type": "null"}, {"type": "string", "enum": ["none", "auto"]}, of_type(json!(["none", "auto"]))]}),
-    );
     add("modalities", "Only text.", json!({"type": ["array", "null"], "items": {"type": "string", "enum": ["text"]}}));
     add("suffix", "Only the empty one.", json!({"type": ["string", "null"], "maxLength": 0}));
     add("max_repetition_pattern_size", "Only 0.", json!({"type": ["integer", "null"], "enum": [0, null]}));

@@ -5,6 +5,7 @@
 mod limits;
 mod operations;
 mod replies;
+mod response_replies;
 
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
@@ -12,7 +13,7 @@ use utoipa::openapi::{OpenApi, RefOr, Schema};
 
 use super::reply::ErrorReply;
 pub use super::routes::configured_routes;
-use super::routes::{adapters, chat, completions, models, rdpo, score, status, tokenize};
+use super::routes::{adapters, chat, completions, models, rdpo, responses, score, status, tokenize};
 use super::sampling::Sampling;
 use crate::error::{Error, Result};
 use crate::jobs::EventRow;
@@ -74,6 +75,12 @@ fn schemas() -> Result<Map<String, Value>> {
     add::<replies::ChatChunk>(&mut all);
     add::<replies::Completion>(&mut all);
     add::<replies::CompletionChunk>(&mut all);
+    add::<responses::ResponseRequest>(&mut all);
+    add::<responses::InputItem>(&mut all);
+    add::<response_replies::ResponseObject>(&mut all);
+    add::<response_replies::ResponseEvent>(&mut all);
+    add::<response_replies::ResponseDeleted>(&mut all);
+    add::<response_replies::InputItemList>(&mut all);
     add::<models::Model>(&mut all);
     add::<tokenize::TokenizeRequest>(&mut all);
     add::<tokenize::Tokens>(&mut all);
@@ -107,12 +114,15 @@ fn schemas() -> Result<Map<String, Value>> {
     schemas.remove("Stop");
     // A completion's body is read in two parts, its own fields and the sampling fields; the client sees one object.
     let sampling = schemas.remove("Sampling").unwrap_or_default();
-    for name in ["ChatRequest", "CompletionRequest"] {
+    for name in ["ChatRequest", "CompletionRequest", "ResponseRequest"] {
         let Some(properties) = schemas.get_mut(name).and_then(|schema| schema["properties"].as_object_mut()) else {
             continue;
         };
         properties.extend(sampling["properties"].as_object().cloned().unwrap_or_default());
         properties.extend(limits::refused_fields());
+        if name == "ResponseRequest" {
+            properties.retain(|field, _| !["prompt_logprobs", "return_token_ids"].contains(&field.as_str()));
+        }
     }
     schemas.sort_keys();
     Ok(schemas)

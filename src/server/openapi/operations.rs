@@ -73,7 +73,7 @@ fn one_or_stream(name: &str, piece: &str) -> Value {
 fn events(piece: &str) -> Value {
     let text = format!(
         "`data` is a JSON object of the form `#/components/schemas/{piece}`, or an `ErrorReply` where something fails on the way; \
-         the last is `[DONE]`."
+         the last is `[DONE]`, except of a response."
     );
     let event = json!({
         "type": "object",
@@ -106,6 +106,10 @@ fn id_of(what: &str) -> Value {
     parameter("path", "id", what, json!({"type": "string", "minLength": 1}))
 }
 
+fn response_id() -> Value {
+    id_of("The response, `resp_…`")
+}
+
 fn job() -> Value {
     id_of("The job, `rdpo-…`")
 }
@@ -134,6 +138,7 @@ fn route(
 fn operations() -> Vec<Operation> {
     let ask = json!({"model": "student", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 16});
     let judge = json!({"model": "reward", "messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]});
+    let respond = json!({"model": "student", "input": "What is the capital of France?", "temperature": 0, "max_output_tokens": 16});
     let complete = json!({"model": "student", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0});
     let weigh = json!({"model": "student", "prompt": "The capital of France is Paris.", "echo": true, "logprobs": 0, "max_tokens": 0});
     let score = json!({"prompt": "What is 2 + 2?", "responses": ["4", "5"]});
@@ -166,6 +171,67 @@ fn operations() -> Vec<Operation> {
                 inference,
                 "Go on with a text; `echo` with `max_tokens: 0` weighs the text itself",
                 one_or_stream("Completion", "CompletionChunk"),
+            )
+        },
+        Operation {
+            body: body("ResponseRequest", true, &[("ask", respond)]),
+            headers: ADAPTER_HEADERS,
+            ..route(
+                "post",
+                "/v1/responses",
+                "create_response",
+                inference,
+                "Answer as a response; the role `reward` scores its last turn",
+                one_or_stream("ResponseObject", "ResponseEvent"),
+            )
+        },
+        Operation {
+            parameters: vec![response_id(), parameter("query", "stream", "Only `false`", json!({"type": "boolean"}))],
+            ..route("get", "/v1/responses/{id}", "retrieve_response", inference, "One response", one("ResponseObject"))
+        },
+        Operation {
+            parameters: vec![response_id()],
+            errors: &[404, 500],
+            ..route(
+                "delete",
+                "/v1/responses/{id}",
+                "delete_response",
+                inference,
+                "Forget a response",
+                one("ResponseDeleted"),
+            )
+        },
+        Operation {
+            parameters: vec![response_id()],
+            errors: READS,
+            ..route(
+                "post",
+                "/v1/responses/{id}/cancel",
+                "cancel_response",
+                inference,
+                "Always refused: only responses in the background could be cancelled",
+                one("ResponseObject"),
+            )
+        },
+        Operation {
+            parameters: vec![
+                response_id(),
+                parameter("query", "after", "Id of the last item seen", json!({"type": "string"})),
+                parameter(
+                    "query",
+                    "order",
+                    "By age",
+                    json!({"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
+                ),
+                limit(20, 100),
+            ],
+            ..route(
+                "get",
+                "/v1/responses/{id}/input_items",
+                "list_input_items",
+                inference,
+                "Items of the request of a response",
+                one("InputItemList"),
             )
         },
         route(

@@ -68,11 +68,36 @@ pub(super) struct ChatChoice {
 pub(super) struct AnswerMessage {
     /// `assistant`.
     pub(super) role: String,
-    /// The text; the reward role writes `reward:<number>`.
-    pub(super) content: String,
+    /// The text; the reward role writes `reward:<number>`. Null where there are only calls.
+    #[schema(required)]
+    pub(super) content: Option<String>,
     /// Always null.
     #[schema(required)]
     pub(super) refusal: Option<String>,
+    /// The calls, where there are some.
+    #[schema(nullable = false)]
+    pub(super) tool_calls: Option<Vec<ToolCalled>>,
+}
+
+/// A call.
+#[derive(ToSchema)]
+pub(super) struct ToolCalled {
+    /// `call_…`; the result names it.
+    pub(super) id: String,
+    /// `function`.
+    #[schema(rename = "type")]
+    pub(super) kind: String,
+    /// What is called.
+    pub(super) function: FunctionCalled,
+}
+
+/// A function with its arguments.
+#[derive(ToSchema)]
+pub(super) struct FunctionCalled {
+    /// The function.
+    pub(super) name: String,
+    /// The text of a JSON object.
+    pub(super) arguments: String,
 }
 
 /// Why an answer ended.
@@ -83,6 +108,8 @@ pub(super) enum FinishedFor {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
+    /// It made calls.
+    ToolCalls,
 }
 
 /// What ended an answer.
@@ -217,6 +244,34 @@ pub(super) struct DeltaMessage {
     /// The text.
     #[schema(nullable = false)]
     pub(super) content: Option<String>,
+    /// One call: first its id and name, then its arguments.
+    #[schema(nullable = false)]
+    pub(super) tool_calls: Option<Vec<ToolCallDelta>>,
+}
+
+/// What is new of a call.
+#[derive(ToSchema)]
+pub(super) struct ToolCallDelta {
+    /// Which call, from 0.
+    pub(super) index: usize,
+    /// In the first piece.
+    #[schema(nullable = false)]
+    pub(super) id: Option<String>,
+    /// `function`, in the first piece.
+    #[schema(nullable = false, rename = "type")]
+    pub(super) kind: Option<String>,
+    /// Its name in the first piece, more of its arguments in every one.
+    pub(super) function: FunctionDelta,
+}
+
+/// What is new of a called function.
+#[derive(ToSchema)]
+pub(super) struct FunctionDelta {
+    /// In the first piece.
+    #[schema(nullable = false)]
+    pub(super) name: Option<String>,
+    /// More of the text of a JSON object.
+    pub(super) arguments: String,
 }
 
 /// A text completion.

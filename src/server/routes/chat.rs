@@ -8,55 +8,19 @@ use utoipa::ToSchema;
 
 use super::Routes;
 use crate::engine::request::{Event, Usage};
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
-use crate::server::reply::{Reply, error_body, event, parse, read_from_objects_only, sse};
+use crate::server::messages::{ChatMessage, messages};
+use crate::server::reply::{Reply, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
-use crate::text::{Message, RenderOptions};
+use crate::server::tools::{ChatTool, Offer, call_id, chat_functions};
+use crate::text::{CallReader, Message, RenderOptions, Said, ToolCall};
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
     routes.post("/v1/chat/completions", create);
 }
-
-/// Text, parts of text, or null.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
-pub(crate) enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-/// A part of a message's content; only text is read.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
-pub(crate) struct Part {
-    /// `text`.
-    #[serde(rename = "type")]
-    pub(crate) kind: String,
-    /// The text.
-    pub(crate) text: Option<String>,
-}
-
-/// One turn.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(remote = "Self")]
-pub(crate) struct ChatMessage {
-    /// `system`, `developer`, `user`, `assistant` or `tool`.
-    pub(crate) role: String,
-    /// The text.
-    pub(crate) content: Option<Content>,
-    /// Name of the speaker.
-    pub(crate) name: Option<String>,
-    /// Tool calls of an assistant turn.
-    #[schema(value_type = Option<Vec<Object>>)]
-    pub(crate) tool_calls: Option<Vec<Map<String, Value>>>,
-    /// The call a tool turn answers.
-    pub(crate) tool_call_id: Option<String>,
-}
-
-read_from_objects_only!(Part, ChatMessage);
 
 /// Body of a chat completion, besides the sampling fields.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -72,9 +36,13 @@ pub(crate) struct ChatRequest {
     /// Alternatives per token, with `logprobs`.
     #[schema(maximum = 20)]
     pub(crate) top_logprobs: Option<usize>,
-    /// Tools, passed to the chat template.
-    #[schema(value_type = Option<Vec<Object>>)]
-    pub(crate) tools: Option<Vec<Map<String, Value>>>,
+    /// Functions the model may call.
+    pub(crate) tools: Option<Vec<ChatTool>>,
+    /// Whether it may, or must, and which.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) tool_choice: Option<Value>,
+    /// Several calls in one turn (the default).
+    pub(crate) parallel_tool_calls: Option<bool>,
     /// End with the header of an assistant turn (the default).
     pub(crate) add_generation_prompt: Option<bool>,
     /// Go on with the last message.
@@ -98,49 +66,6 @@ pub(crate) struct ChatRequest {
     pub(crate) metadata: Option<Map<String, Value>>,
 }
 
-/// Turns as the template sees them; parts that are not text are a 400.
-pub(crate) fn messages(given: &[ChatMessage]) -> Result<Vec<Message>> {
-    if given.is_empty() {
-        return Err(Error::invalid("messages", "`messages` is empty"));
-    }
-    given.iter().enumerate().map(|(index, message)| one_message(index, message)).collect()
-}
-
-fn one_message(index: usize, message: &ChatMessage) -> Result<Message> {
-    let role = match message.role.as_str() {
-        "developer" => "system",
-        role @ ("system" | "user" | "assistant" | "tool") => role,
-        other => {
-            let text = format!("`{other}` is not a role: system, developer, user, assistant and tool are");
-            return Err(Error::invalid(format!("messages[{index}].role"), text));
-        }
-    };
-    let content = match &message.content {
-        Some(Content::Text(text)) => text.clone(),
-        Some(Content::Parts(parts)) => {
-            let mut joined = Vec::with_capacity(parts.len());
-            for (at, part) in parts.iter().enumerate() {
-                match &part.text {
-                    Some(text) if ["text", "refusal"].contains(&part.kind.as_str()) => joined.push(text.as_str()),
-                    _ => {
-                        let path = format!("messages[{index}].content[{at}]");
-                        return Err(Error::invalid(
-                            path,
-                            format!("parts of type `{}` cannot be read, only text can", part.kind),
-                        ));
-                    }
-                }
-            }
-            joined.join("\n")
-        }
-        None if message.tool_calls.is_some() => String::new(),
-        None => return Err(Error::invalid(format!("messages[{index}].content"), "the message has no content")),
-    };
-    let (tool_calls, tool_call_id) =
-        (message.tool_calls.as_ref().map(|calls| json!(calls)), message.tool_call_id.clone());
-    Ok(Message { role: role.to_owned(), content, name: message.name.clone(), tool_calls, tool_call_id })
-}
-
 /// What a request asks of the rendering.
 struct Ask {
     logprobs: bool,
@@ -151,6 +76,8 @@ struct Ask {
     /// What the answer goes on from, with `echo`.
     before: String,
     metadata: Option<Map<String, Value>>,
+    /// Reads one choice.
+    reader: CallReader,
 }
 
 async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
@@ -188,20 +115,26 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         let text = "`continue_final_message` and `add_generation_prompt` exclude each other";
         return Err(Error::invalid("continue_final_message", text).into());
     }
-    let render = RenderOptions {
+    let offer = Offer::read(chat_functions(request.tools)?, request.tool_choice.as_ref(), request.parallel_tool_calls)?;
+    let mut render = RenderOptions {
         add_generation_prompt: !continues && request.add_generation_prompt.unwrap_or(true),
         continue_final_message: continues,
-        tools: request.tools.as_ref().map(|tools| json!(tools)),
-        kwargs: template_variables(&request),
-        template: request.chat_template.clone(),
+        tools: None,
+        kwargs: template_variables(
+            request.chat_template_kwargs,
+            request.documents.map(|documents| json!(documents)),
+            request.reasoning_effort.as_deref(),
+        ),
+        template: request.chat_template,
     };
     let tokenizer = target.tokenizer()?;
+    let (reader, asked) = offer.apply(tokenizer, sampling.asked()?, &mut render, &mut params)?;
     let rendered = tokenizer.render(&turns, &render)?;
     let prompt = tokenizer.encode(&rendered, request.add_special_tokens.unwrap_or(false))?;
     let prompt = sampling.truncate(prompt, &target, &params)?;
     let last = turns.last().filter(|turn| request.echo == Some(true) && turn.role == "assistant");
     let before = last.map_or_else(String::new, |turn| turn.content.clone());
-    sampling.constrain(tokenizer, &mut params).await?;
+    sampling.constrain(tokenizer, asked, &mut params).await?;
     let ask = Ask {
         logprobs: params.logprobs.is_some(),
         ids: sampling.return_token_ids.unwrap_or(false),
@@ -209,12 +142,14 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         n,
         best_of,
         before,
-        metadata: request.metadata.clone(),
+        metadata: request.metadata,
+        reader,
     };
     if best_of > n {
         params.logprobs = params.logprobs.or(Some(0));
     }
-    let choices = Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of).map_err(about_messages)?;
+    let choices =
+        Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of).map_err(answer::about("messages"))?;
     if sampling.streams() {
         streamed(target, choices, ask, prompt)
     } else {
@@ -223,25 +158,24 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
 }
 
 /// What the template can read besides the turns.
-fn template_variables(request: &ChatRequest) -> Map<String, Value> {
-    let mut variables = request.chat_template_kwargs.clone().unwrap_or_default();
-    if let Some(documents) = &request.documents {
-        variables.entry("documents").or_insert_with(|| json!(documents));
+pub(super) fn template_variables(
+    kwargs: Option<Map<String, Value>>,
+    documents: Option<Value>,
+    effort: Option<&str>,
+) -> Map<String, Value> {
+    let mut variables = kwargs.unwrap_or_default();
+    if let Some(documents) = documents {
+        variables.entry("documents").or_insert(documents);
     }
-    if let Some(effort) = &request.reasoning_effort {
+    if let Some(effort) = effort {
         variables.entry("reasoning_effort").or_insert_with(|| json!(effort));
         variables.entry("enable_thinking").or_insert_with(|| json!(effort != "none"));
     }
     variables
 }
 
-/// The engine's `prompt` is this route's `messages`.
-fn about_messages(error: Error) -> Error {
-    if error.param.as_deref() == Some("prompt") { error.at("messages") } else { error }
-}
-
 async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> Reply {
-    let head = Head::new("chatcmpl", "chat.completion", &target);
+    let head = Head::new("chatcmpl-", "chat.completion", &target);
     let tokenizer = target.tokenizer()?;
     let all = answer::collect(choices, ask.best_of).await?;
     let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
@@ -254,11 +188,20 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
             json!({"content": content, "refusal": null})
         });
         let reason = choice.reason.as_ref();
+        let (text, calls) = parts_of(ask.reader.clone(), &choice.text);
+        let text = format!("{}{text}", ask.before);
+        // There is no text where it only calls.
+        let content = (!text.is_empty() || calls.is_empty()).then_some(text);
+        let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+        let finish_reason = reason.map(|reason| answer::finish_reason(reason, calls.len()));
+        if !calls.is_empty() {
+            message["tool_calls"] = Value::Array(calls);
+        }
         let mut body = json!({
             "index": index,
-            "message": {"role": "assistant", "content": format!("{}{}", ask.before, choice.text), "refusal": null},
+            "message": message,
             "logprobs": logprobs,
-            "finish_reason": reason.map(answer::finish_reason),
+            "finish_reason": finish_reason,
             "stop_reason": reason.map_or(Value::Null, answer::stop_reason),
         });
         if ask.ids {
@@ -276,13 +219,44 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
     if let Some(metadata) = &ask.metadata {
         fields["metadata"] = json!(metadata);
     }
-    let mut response = HttpResponse::Ok();
-    head.headers(&mut response);
-    Ok(response.json(head.body(fields)))
+    Ok(head.headers(HttpResponse::Ok().json(head.body(fields))))
+}
+
+/// The text and the calls of a whole answer.
+fn parts_of(mut reader: CallReader, answer: &str) -> (String, Vec<Value>) {
+    let (mut content, mut calls) = (String::new(), Vec::new());
+    for said in reader.push(answer).into_iter().chain(reader.finish()) {
+        match said {
+            Said::Text(text) => content.push_str(&text),
+            Said::Call(ToolCall { name, arguments }) => {
+                let function = json!({"name": name, "arguments": arguments});
+                calls.push(json!({"id": call_id(), "type": "function", "function": function}));
+            }
+        }
+    }
+    (content, calls)
+}
+
+/// The same as pieces of a stream: a call's id and name come first, then its arguments. `calls` were made before.
+fn deltas(said: Vec<Said>, mut calls: usize) -> Vec<Value> {
+    let mut deltas = Vec::with_capacity(said.len());
+    for said in said {
+        match said {
+            Said::Text(text) => deltas.push(json!({"content": text})),
+            Said::Call(ToolCall { name, arguments }) => {
+                let function = json!({"name": name, "arguments": ""});
+                let call = json!({"index": calls, "id": call_id(), "type": "function", "function": function});
+                deltas.push(json!({"tool_calls": [call]}));
+                deltas.push(json!({"tool_calls": [{"index": calls, "function": {"arguments": arguments}}]}));
+                calls += 1;
+            }
+        }
+    }
+    deltas
 }
 
 fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt: Vec<u32>) -> Reply {
-    let head = Head::new("chatcmpl", "chat.completion.chunk", &target);
+    let head = Head::new("chatcmpl-", "chat.completion.chunk", &target);
     let tokenizer = target.tokenizer()?.clone();
     let named = head.clone();
     let chunks = async_stream::stream! {
@@ -307,29 +281,38 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt: Vec<u32>) ->
             }
             yield event(&head.body(fields));
         }
-        let (mut usages, mut generated) = (Vec::new(), 0);
+        let (mut usages, mut generated, mut readers) = (Vec::new(), 0, vec![ask.reader.clone(); ask.n]);
         while let Some((index, next)) = choices.next().await {
             match next {
                 Event::Token { id, text, logprob } => {
                     generated += 1;
-                    if text.is_empty() && logprob.is_none() && !ask.ids {
-                        continue;
+                    let before = readers[index].calls();
+                    let mut deltas = deltas(readers[index].push(&text), before);
+                    if deltas.is_empty() && (logprob.is_some() || ask.ids) {
+                        deltas.push(json!({"content": ""}));
                     }
-                    let logprobs = logprob.map(|token| json!({"content": [answer::chat_logprob(&tokenizer, &token)], "refusal": null}));
-                    let mut choice = json!({"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": null});
-                    if ask.ids {
-                        choice["token_ids"] = json!([id]);
+                    // What belongs to the token goes with its first piece.
+                    let mut logprob = logprob;
+                    for (at, delta) in deltas.into_iter().enumerate() {
+                        let logprobs = logprob.take().map(|token| json!({"content": [answer::chat_logprob(&tokenizer, &token)], "refusal": null}));
+                        let mut choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null});
+                        if ask.ids && at == 0 {
+                            choice["token_ids"] = json!([id]);
+                        }
+                        yield event(&head.body(chunk(choice, so_far(generated))));
                     }
-                    yield event(&head.body(chunk(choice, so_far(generated))));
                 }
                 Event::Done { text, reason, usage } => {
-                    if !text.is_empty() {
-                        let choice = json!({"index": index, "delta": {"content": text}, "logprobs": null, "finish_reason": null});
+                    let reader = &mut readers[index];
+                    let before = reader.calls();
+                    let rest = reader.push(&text).into_iter().chain(reader.finish()).collect();
+                    for delta in deltas(rest, before) {
+                        let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
                         yield event(&head.body(chunk(choice, so_far(generated))));
                     }
                     usages.push(usage);
                     let choice = json!({"index": index, "delta": {}, "logprobs": null,
-                        "finish_reason": answer::finish_reason(&reason), "stop_reason": answer::stop_reason(&reason)});
+                        "finish_reason": answer::finish_reason(&reason, reader.calls()), "stop_reason": answer::stop_reason(&reason)});
                     yield event(&head.body(chunk(choice, so_far(generated))));
                 }
                 Event::Failed(error) => {
@@ -344,50 +327,25 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt: Vec<u32>) ->
         }
         yield web::Bytes::from_static(b"data: [DONE]\n\n");
     };
-    let mut response = sse(chunks);
-    add_headers(&mut response, &named);
-    Ok(response)
+    Ok(named.headers(sse(chunks)))
 }
 
-pub(super) fn add_headers(response: &mut HttpResponse, head: &Head) {
-    use actix_web::http::header::{HeaderName, HeaderValue};
-    let mut add = |name: &'static str, value: &str| {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            response.headers_mut().insert(HeaderName::from_static(name), value);
-        }
-    };
-    add("x-adapter-version", &head.adapter_version.to_string());
-    if let Some(generation) = &head.adapter_generation {
-        add("x-adapter-generation", generation);
-    }
-}
-
-/// The reward role scores the last assistant turn: `reward:<float>` as content, one entry of log-probabilities, and a top-level
-/// `reward` (the convention of hosted reward models).
+/// The reward role's answer, with a top-level `reward`.
 async fn reward(target: &Target, turns: &[Message], stream: Option<StreamOptions>) -> Reply {
-    if turns.last().is_none_or(|turn| turn.role != "assistant") {
-        let text = "the reward model scores the last assistant message; the conversation ends with another turn";
-        return Err(Error::invalid("messages", text).into());
-    }
-    let Some(reward) = &target.reward else { return Err(Error::no_model(&target.model).into()) };
-    let score = reward.score(turns, None).await.map_err(about_messages)?;
-    let content = format!("reward:{}", score.value);
-    let logprobs = json!({"content": [{"token": "reward", "logprob": score.value, "bytes": null, "top_logprobs": []}], "refusal": null});
+    let answer::Scored { text, logprobs, score } = answer::score(target, turns, "messages").await?;
+    let value = score.value;
+    let logprobs = json!({"content": logprobs, "refusal": null});
     let usage = answer::counted(score.prompt_tokens, 0, score.completion_tokens);
+    let choice = |key: &str, message: Value| json!({"index": 0, key: message, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": null});
     let Some(options) = stream else {
-        let head = Head::new("chatcmpl", "chat.completion", target);
-        let message = json!({"role": "assistant", "content": content, "refusal": null});
-        let choice =
-            json!({"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": null});
-        let mut response = HttpResponse::Ok();
-        head.headers(&mut response);
-        return Ok(response.json(head.body(json!({"choices": [choice], "usage": usage, "reward": score.value}))));
+        let head = Head::new("chatcmpl-", "chat.completion", target);
+        let choice = choice("message", json!({"role": "assistant", "content": text, "refusal": null}));
+        let body = head.body(json!({"choices": [choice], "usage": usage, "reward": value}));
+        return Ok(head.headers(HttpResponse::Ok().json(body)));
     };
-    let head = Head::new("chatcmpl", "chat.completion.chunk", target);
-    let delta = json!({"role": "assistant", "content": content});
-    let choice =
-        json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": null});
-    let mut fields = json!({"choices": [choice], "reward": score.value});
+    let head = Head::new("chatcmpl-", "chat.completion.chunk", target);
+    let choice = choice("delta", json!({"role": "assistant", "content": text}));
+    let mut fields = json!({"choices": [choice], "reward": value});
     let mut chunks = Vec::with_capacity(3);
     if options.include_usage {
         fields["usage"] = Value::Null;
@@ -395,7 +353,5 @@ async fn reward(target: &Target, turns: &[Message], stream: Option<StreamOptions
     }
     chunks.insert(0, event(&head.body(fields)));
     chunks.push(web::Bytes::from_static(b"data: [DONE]\n\n"));
-    let mut response = sse(futures_util::stream::iter(chunks));
-    add_headers(&mut response, &head);
-    Ok(response)
+    Ok(head.headers(sse(futures_util::stream::iter(chunks))))
 }

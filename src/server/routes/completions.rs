@@ -7,7 +7,6 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::Routes;
-use super::chat::add_headers;
 use crate::engine::request::{Event, TokenLogprob, Usage};
 use crate::error::{Error, Result};
 use crate::roles::Target;
@@ -80,7 +79,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let prompts: Vec<Vec<u32>> =
         prompts.into_iter().map(|prompt| sampling.truncate(prompt, &target, &params)).collect::<Result<_>>()?;
-    sampling.constrain(&tokenizer, &mut params).await?;
+    sampling.constrain(&tokenizer, sampling.asked()?, &mut params).await?;
     let options = sampling.stream_options()?;
     if sampling.streams() && echo && request.logprobs.is_some() {
         let text = "`echo` with `logprobs` cannot be streamed: they are read before the answer begins";
@@ -94,7 +93,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if sampling.streams() {
         return streamed(&target, choices, Ask { stream: options, ids, echo, n, prompts });
     }
-    let head = Head::new("cmpl", "text_completion", &target);
+    let head = Head::new("cmpl-", "text_completion", &target);
     let all = answer::collect(choices, prompts.len() * best_of).await?;
     let usages: Vec<Usage> = all.iter().map(|choice| choice.usage).collect();
     let all = answer::best(all, best_of, n);
@@ -107,7 +106,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             "index": index,
             "text": format!("{before}{}", choice.text),
             "logprobs": request.logprobs.map(|_| logprobs(&tokenizer, choice, if echo { prompt } else { &[] }, read)),
-            "finish_reason": choice.reason.as_ref().map(answer::finish_reason),
+            "finish_reason": choice.reason.as_ref().map(|reason| answer::finish_reason(reason, 0)),
             "stop_reason": choice.reason.as_ref().map_or(Value::Null, answer::stop_reason),
         });
         if ids {
@@ -120,9 +119,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         rendered.push(body);
     }
     let usage = counted(&usages, best_of);
-    let mut response = HttpResponse::Ok();
-    head.headers(&mut response);
-    Ok(response.json(head.body(json!({"choices": rendered, "usage": usage}))))
+    Ok(head.headers(HttpResponse::Ok().json(head.body(json!({"choices": rendered, "usage": usage})))))
 }
 
 /// Every prompt counts once, every answer counts. `usages` are in the order of the choices, `n` of each prompt.
@@ -184,7 +181,7 @@ struct Ask {
 }
 
 fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
-    let head = Head::new("cmpl", "text_completion", target);
+    let head = Head::new("cmpl-", "text_completion", target);
     let named = head.clone();
     let tokenizer = target.tokenizer()?.clone();
     let chunks = async_stream::stream! {
@@ -228,7 +225,7 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
                 }
                 Event::Done { text, reason, usage } => {
                     usages[index] = usage;
-                    json!({"index": index, "text": text, "logprobs": null, "finish_reason": answer::finish_reason(&reason),
+                    json!({"index": index, "text": text, "logprobs": null, "finish_reason": answer::finish_reason(&reason, 0),
                         "stop_reason": answer::stop_reason(&reason)})
                 }
                 Event::Failed(error) => {
@@ -244,7 +241,5 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
         }
         yield web::Bytes::from_static(b"data: [DONE]\n\n");
     };
-    let mut response = sse(chunks);
-    add_headers(&mut response, &named);
-    Ok(response)
+    Ok(named.headers(sse(chunks)))
 }

@@ -6,6 +6,7 @@ pub(super) mod completions;
 pub(super) mod models;
 pub(super) mod page;
 pub(super) mod rdpo;
+pub(super) mod responses;
 pub(super) mod score;
 pub(super) mod status;
 pub(super) mod tokenize;
@@ -13,10 +14,11 @@ pub(super) mod tokenize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use actix_web::web::ServiceConfig;
-use actix_web::{App, FromRequest, Handler, HttpRequest, Responder, web};
+use actix_web::{App, FromRequest, Handler, HttpRequest, Responder, Route, web};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+pub(super) use self::responses::StoredResponses;
 use super::reply::no_method;
 
 /// Where the resources put their routes: gives them to the app and keeps a list of them.
@@ -26,15 +28,29 @@ pub(super) struct Routes<'a> {
 }
 
 impl Routes<'_> {
+    /// A path with the methods it has.
+    fn on(&mut self, path: &str, methods: Vec<(&'static str, Route)>) {
+        let names: Vec<String> = methods.iter().map(|(method, _)| method.to_uppercase()).collect();
+        let allowed = names.join(", ");
+        let no_method = web::to(move |request: HttpRequest| {
+            let allowed = allowed.clone();
+            async move { no_method(&request, &allowed) }
+        });
+        let mut resource = web::resource(path).default_service(no_method);
+        for (method, route) in methods {
+            self.listed.push((method, path.to_owned()));
+            resource = resource.route(route);
+        }
+        self.app.service(resource);
+    }
+
     fn get<F, Args>(&mut self, path: &str, handler: F)
     where
         F: Handler<Args>,
         Args: FromRequest + 'static,
         F::Output: Responder + 'static,
     {
-        self.listed.push(("get", path.to_owned()));
-        let no_method = web::to(|request: HttpRequest| async move { no_method(&request, "GET") });
-        self.app.service(web::resource(path).route(web::get().to(handler)).default_service(no_method));
+        self.on(path, vec![("get", web::get().to(handler))]);
     }
 
     fn post<F, Args>(&mut self, path: &str, handler: F)
@@ -43,24 +59,7 @@ impl Routes<'_> {
         Args: FromRequest + 'static,
         F::Output: Responder + 'static,
     {
-        self.listed.push(("post", path.to_owned()));
-        let no_method = web::to(|request: HttpRequest| async move { no_method(&request, "POST") });
-        self.app.service(web::resource(path).route(web::post().to(handler)).default_service(no_method));
-    }
-
-    fn get_and_post<G, GArgs, P, PArgs>(&mut self, path: &str, get: G, post: P)
-    where
-        G: Handler<GArgs>,
-        GArgs: FromRequest + 'static,
-        G::Output: Responder + 'static,
-        P: Handler<PArgs>,
-        PArgs: FromRequest + 'static,
-        P::Output: Responder + 'static,
-    {
-        self.listed.extend([("get", path.to_owned()), ("post", path.to_owned())]);
-        let no_method = web::to(|request: HttpRequest| async move { no_method(&request, "GET, POST") });
-        let resource = web::resource(path).route(web::get().to(get)).route(web::post().to(post));
-        self.app.service(resource.default_service(no_method));
+        self.on(path, vec![("post", web::post().to(handler))]);
     }
 }
 
@@ -77,6 +76,7 @@ fn list(app: &mut ServiceConfig) -> Vec<(&'static str, String)> {
         models::configure,
         page::configure,
         rdpo::configure,
+        responses::configure,
         score::configure,
         tokenize::configure,
         status::configure,

@@ -27,7 +27,7 @@ const MOST_CONVERSATIONS: usize = 256;
 pub(super) fn configure(routes: &mut Routes<'_>) {
     routes.get("/v1/rdpo/behaviors", behaviors);
     routes.post("/v1/rdpo/synthesize", synthesize);
-    routes.get_and_post("/v1/rdpo/train", list, create);
+    routes.on("/v1/rdpo/train", vec![("get", web::get().to(list)), ("post", web::post().to(create))]);
     routes.get("/v1/rdpo/train/{id}", get);
     routes.get("/v1/rdpo/train/{id}/events", events);
     routes.get("/v1/rdpo/train/{id}/pairs", pairs);
@@ -38,11 +38,11 @@ pub(super) fn configure(routes: &mut Routes<'_>) {
 }
 
 /// The fields of a query.
-struct Query(BTreeMap<String, String>);
+pub(super) struct Query(BTreeMap<String, String>);
 
 impl Query {
     /// Reads them; one that is not `known` is an error naming it.
-    fn read(request: &HttpRequest, known: &[&str]) -> Result<Self> {
+    pub(super) fn read(request: &HttpRequest, known: &[&str]) -> Result<Self> {
         let fields = web::Query::<BTreeMap<String, String>>::from_query(request.query_string())
             .map_err(|error| Error::new(Code::InvalidValue, format!("the query cannot be read: {error}")))?
             .into_inner();
@@ -55,14 +55,16 @@ impl Query {
         }
     }
 
-    fn get<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>> {
+    /// One of them.
+    pub(super) fn get<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>> {
         let read =
             |text: &String| text.parse().map_err(|_| Error::invalid(name, format!("`{text}` is no value of `{name}`")));
         self.0.get(name).map(read).transpose()
     }
 }
 
-fn limit(given: Option<usize>, usual: usize, most: usize) -> Result<usize> {
+/// How many entries a list gets.
+pub(super) fn limit(given: Option<usize>, usual: usize, most: usize) -> Result<usize> {
     let limit = given.unwrap_or(usual);
     let message = || Error::invalid("limit", format!("must be in 1..={most}, not {limit}"));
     if (1..=most).contains(&limit) { Ok(limit) } else { Err(message()) }

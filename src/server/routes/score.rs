@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::chat::{ChatMessage, messages};
 use super::{Routes, TokensUsed, unix_now};
 use crate::error::{Error, Result};
 use crate::rdpo::{find_behavior, parse_behavior};
 use crate::server::AppState;
+use crate::server::messages::{ChatMessage, messages};
 use crate::server::reply::{Reply, parse};
 use crate::text::Message;
 

@@ -6,10 +6,11 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::Routes;
-use super::chat::{ChatMessage, messages};
 use crate::error::Error;
 use crate::server::AppState;
+use crate::server::messages::{ChatMessage, messages};
 use crate::server::reply::{Reply, parse};
+use crate::server::tools::{ChatTool, Offer, chat_functions};
 use crate::text::RenderOptions;
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
@@ -30,6 +31,8 @@ pub(crate) struct TokenizeRequest {
     pub(crate) add_special_tokens: Option<bool>,
     /// Header of an assistant turn after a conversation (the default).
     pub(crate) add_generation_prompt: Option<bool>,
+    /// Tools the conversation may use.
+    pub(crate) tools: Option<Vec<ChatTool>>,
     /// Extra variables of the template.
     #[schema(value_type = Option<Object>)]
     pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
@@ -62,12 +65,14 @@ async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: TokenizeRequest = parse(&body)?;
     let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
     let tokenizer = target.tokenizer()?;
+    let tools = Offer::read(chat_functions(request.tools)?, None, None)?.shown();
     let tokens = match (&request.prompt, &request.messages) {
         (Some(prompt), None) => tokenizer.encode(prompt, request.add_special_tokens.unwrap_or(true))?,
         (None, Some(turns)) => {
             let render = RenderOptions {
                 add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
                 kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
+                tools,
                 ..RenderOptions::default()
             };
             tokenizer.encode_chat(&messages(turns)?, &render)?
