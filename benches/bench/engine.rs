@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use rdpo::engine::{Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, Task};
 use rdpo::error::{Error, Result};
-use rdpo::model::{Decoder, LoadOptions, WeightFormat};
+use rdpo::model::{Adapter, Decoder, LoadOptions, LoraParams, WeightFormat};
+use rdpo::train::LoraOptions;
 use rdpo::weights::Checkpoint;
 
 const PROMPT_TOKENS: usize = 32;
@@ -51,13 +52,19 @@ fn times(mut stream: EventStream) -> Result<Vec<Instant>> {
 }
 
 /// Arrival times of the tokens of `count` answers that run at once.
-fn answers(engine: &Engine, count: usize, prompt_tokens: usize, params: &SamplingParams) -> Result<Vec<Vec<Instant>>> {
+fn answers(
+    engine: &Engine,
+    adapters: &[Arc<Adapter>],
+    count: usize,
+    prompt_tokens: usize,
+    params: &SamplingParams,
+) -> Result<Vec<Vec<Instant>>> {
     let running = (0..count)
         .map(|index| {
             let prompt = (0..prompt_tokens).map(|at| 100 + (index * 7919 + at * 104_729) as u32 % 200).collect();
             let params = SamplingParams { seed: Some(index as u64), ..params.clone() };
-            let stream =
-                engine.submit(Request { prompt, params, adapter: None, task: Task::Generate, role: "student" })?;
+            let adapter = (!adapters.is_empty()).then(|| adapters[index % adapters.len()].clone());
+            let stream = engine.submit(Request { prompt, params, adapter, task: Task::Generate, role: "student" })?;
             Ok(std::thread::spawn(move || times(stream)))
         })
         .collect::<Result<Vec<_>>>()?;
@@ -66,19 +73,20 @@ fn answers(engine: &Engine, count: usize, prompt_tokens: usize, params: &Samplin
 
 /// Seconds between the tokens of each of `count` answers that run at once.
 pub(crate) fn gaps(engine: &Engine, count: usize, prompt_tokens: usize, params: &SamplingParams) -> Result<Vec<f64>> {
-    let answers = answers(engine, count, prompt_tokens, params)?;
+    let answers = answers(engine, &[], count, prompt_tokens, params)?;
     Ok(answers.iter().flat_map(|times| times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64())).collect())
 }
 
 /// Runs `count` requests at once; `(time to the last first token, time from there to the end, tokens in that time)`.
 pub(crate) fn measure(
     engine: &Engine,
+    adapters: &[Arc<Adapter>],
     count: usize,
     prompt_tokens: usize,
     params: &SamplingParams,
 ) -> Result<(Duration, Duration, usize)> {
     let begin = Instant::now();
-    let answers = answers(engine, count, prompt_tokens, params)?;
+    let answers = answers(engine, adapters, count, prompt_tokens, params)?;
     let first = answers.iter().filter_map(|times| times.first()).max().copied().unwrap_or(begin);
     let last = answers.iter().filter_map(|times| times.last()).max().copied().unwrap_or(begin);
     let tokens = answers.iter().flatten().filter(|at| **at > first).count();
@@ -102,18 +110,54 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         ..SamplingParams::default()
     };
     let sampled = SamplingParams { temperature: 0.7, top_p: 0.9, ..greedy.clone() };
-    measure(&engine, 1, PROMPT_TOKENS, &greedy)?;
+    measure(&engine, &[], 1, PROMPT_TOKENS, &greedy)?;
     let batches = arguments.get(3).map_or("1,8,32", String::as_str).split(',').map(str::parse::<usize>);
     let batches = batches.collect::<std::result::Result<Vec<_>, _>>();
     let batches = batches.map_err(|_| Error::invalid("BATCHES", "must be numbers with commas between"))?;
     for (name, params) in [("greedy", &greedy), ("top_p 0.9", &sampled)] {
         for batch in batches.iter().copied() {
-            let (_, time, tokens) = measure(&engine, batch, PROMPT_TOKENS, params)?;
+            let (_, time, tokens) = measure(&engine, &[], batch, PROMPT_TOKENS, params)?;
             println!("decode, batch {batch:2}, {name:9}: {:8.1} tok/s", tokens as f64 / time.as_secs_f64());
         }
     }
     let one = SamplingParams { max_tokens: Some(1), ..greedy };
-    let (first, ..) = measure(&engine, 1, PREFILL_TOKENS, &one)?;
+    let (first, ..) = measure(&engine, &[], 1, PREFILL_TOKENS, &one)?;
     println!("prefill, {PREFILL_TOKENS} tokens:           {:8.1} tok/s", PREFILL_TOKENS as f64 / first.as_secs_f64());
+    Ok(())
+}
+
+/// The command line after `lora-run`: what adapters cost, all rows having one, of one or of four in turn.
+pub(crate) fn run_adapters(arguments: &[String]) -> Result<()> {
+    let argument = |index: usize, default: &'static str| arguments.get(index).map_or(default, String::as_str);
+    let rank = argument(1, "16").parse().map_err(|_| Error::invalid("RANK", "must be a number"))?;
+    let path = Path::new("models/smollm2-135m-instruct");
+    let (engine, model) = start_with(path, argument(0, "auto").parse()?, Arc::new(Gate::new(0.5)))?;
+    let config = LoraOptions { r: rank, ..LoraOptions::default() }.config(None);
+    let adapter = |seed| -> Result<Arc<Adapter>> {
+        let file = LoraParams::new(&config, &model, seed)?.to_file(model.config())?;
+        Ok(Arc::new(Adapter::from_file(&file, &model)?))
+    };
+    let adapters = (0..4).map(adapter).collect::<Result<Vec<_>>>()?;
+    let params =
+        SamplingParams { temperature: 0.0, max_tokens: Some(96), ignore_eos: true, ..SamplingParams::default() };
+    measure(&engine, &adapters, 4, PROMPT_TOKENS, &params)?;
+    for batch in [1, 8, 32] {
+        let mut rates = [Vec::new(), Vec::new(), Vec::new()];
+        for _ in 0..5 {
+            for (count, rates) in [0, 1, 4].into_iter().zip(&mut rates) {
+                let (_, time, tokens) = measure(&engine, &adapters[..count], batch, PROMPT_TOKENS, &params)?;
+                rates.push(tokens as f64 / time.as_secs_f64());
+            }
+        }
+        let [base, one, four] = rates.map(|mut rates| {
+            rates.sort_by(f64::total_cmp);
+            rates[2]
+        });
+        println!(
+            "batch {batch:2}: base {base:7.1} tok/s; rank {rank}: one adapter {one:7.1}, {:+.1} % a row; four {four:7.1}, {:+.1} %",
+            100.0 * (base / one - 1.0),
+            100.0 * (base / four - 1.0)
+        );
+    }
     Ok(())
 }

@@ -16,6 +16,7 @@ fn main() -> Result<()> {
     match arguments.split_first() {
         Some((first, rest)) if first == "engine-run" => engine::run(rest),
         Some((first, rest)) if first == "quality" => quality::run(rest),
+        Some((first, rest)) if first == "lora-run" => engine::run_adapters(rest),
         Some((first, rest)) if first == "share-run" => share::run(rest),
         Some((first, rest)) if first == "train-run" => train::run(rest),
         _ => {

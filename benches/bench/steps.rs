@@ -92,7 +92,7 @@ fn decode(criterion: &mut Criterion) -> Result<()> {
                     ignore_eos: true,
                     ..SamplingParams::default()
                 };
-                match engine::measure(&engine, batch as usize, 32, &params) {
+                match engine::measure(&engine, &[], batch as usize, 32, &params) {
                     Ok((_, time, made)) if made > 0 => time.mul_f64(steps as f64 * batch as f64 / made as f64),
                     _ => Duration::MAX,
                 }

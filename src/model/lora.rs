@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::layer::{block_sites, site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
-use crate::ops::{FrozenLinear, dropout, low_rank, served_low_rank};
+use crate::ops::{FrozenLinear, dropout, low_rank, served_linear};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -36,7 +36,7 @@ impl Adapter {
         for ((layer, site), (a, b)) in checked(file, model.config())? {
             let (_, scale) = file.config.rank_and_scale(&module_path(layer, site));
             let frozen = |tensor: &Tensor| {
-                let tensor = tensor.detach().copy()?.to_device(model.device())?.to_dtype(model.compute_dtype())?;
+                let tensor = tensor.detach().copy()?.to_device(model.device())?.to_dtype(model.float_dtype())?;
                 FrozenLinear::new(&tensor, None)
             };
             sites.insert((layer, site), (frozen(&a)?, frozen(&(b * scale)?)?));
@@ -245,7 +245,7 @@ impl LoraRows<'_> {
     pub fn linear(&self, layer: usize, site: usize, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
         match *self {
             LoraRows::Base => base.forward(x),
-            LoraRows::Served(groups) => served(groups, (layer, site), base.forward(x)?, x),
+            LoraRows::Served(groups) => served(groups, (layer, site), base, x),
             LoraRows::Train { params, dropout_seed } => {
                 let Some((a, b)) = params.sites.get(&(layer, site)) else { return base.forward(x) };
                 let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
@@ -261,8 +261,8 @@ impl LoraRows<'_> {
     }
 }
 
-/// y: (N, out), x: (N, in) → (N, out).
-fn served(groups: &[RowGroup], place: (usize, usize), y: Tensor, x: &Tensor) -> Result<Tensor> {
+/// x: (N, in) → (N, out).
+fn served(groups: &[RowGroup], place: (usize, usize), base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
     let mut parts = Vec::new();
     let mut covered = 0;
     for group in groups {
@@ -274,10 +274,10 @@ fn served(groups: &[RowGroup], place: (usize, usize), y: Tensor, x: &Tensor) -> 
             parts.push((group.start..covered, a, b));
         }
     }
-    if covered != y.dim(0)? {
+    if covered != x.dim(0)? {
         return Err(Error::internal("Row groups must cover all rows. This is a bug."));
     }
-    if parts.is_empty() { Ok(y) } else { served_low_rank(&y, x, &parts) }
+    if parts.is_empty() { base.forward(x) } else { served_linear(base, x, &parts) }
 }
 
 /// A dropout seed of its own for each site (SplitMix64's finalizer).

@@ -1,5 +1,6 @@
 //! Linear layer over a frozen weight: the backward gives `dX = dY·W` and nothing else.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
@@ -8,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Stor
 use super::cpu;
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Codes;
-use crate::kernels::cpu::{Packed, Width, add_row};
+use crate::kernels::cpu::{LowRank, Packed, Width, add_row};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
@@ -117,6 +118,23 @@ impl FrozenLinear {
                 }
                 Ok(())
             })?;
+        }
+        Ok(y)
+    }
+
+    /// [`FrozenLinear::on_cpu`] with `low·Bᵀ` added to some rows, after the bias.
+    pub(super) fn adapted_on_cpu<'a>(
+        &self,
+        x: &[f32],
+        parts: impl Iterator<Item = (Range<usize>, &'a [f32], &'a FrozenLinear)>,
+    ) -> candle_core::Result<Vec<f32>> {
+        if self.bias.is_none() {
+            let part = |(rows, low, b): (_, _, &'a FrozenLinear)| Ok(LowRank { rows, low, b: b.packed()? });
+            return Ok(self.packed()?.forward_adapted(x, &parts.map(part).collect::<candle_core::Result<Vec<_>>>()?));
+        }
+        let (mut y, out) = (self.on_cpu(x)?, self.out_features());
+        for (rows, low, b) in parts {
+            b.onto_cpu(low, &mut y[rows.start * out..rows.end * out])?;
         }
         Ok(y)
     }

@@ -26,21 +26,19 @@ pub fn low_rank(base: Option<&FrozenLinear>, x: &Tensor, a: &Tensor, b: &Tensor,
 /// Rows of a step with the A and B (scaled) of one adapter.
 pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
 
-/// y: (N, out) with the low-rank parts of some rows added. x: (N, in). Forward only.
-pub fn served_low_rank(y: &Tensor, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
-    let (out, width) = (y.dim(1)?, x.dim(1)?);
-    if y.device().is_cpu() {
-        let (y, x) = (y.contiguous()?, x.contiguous()?);
-        let sum = cpu::with_floats([&y, &x], |[y, x]| {
-            let mut y = y.to_vec();
-            for (rows, a, b) in parts {
-                let low = a.on_cpu(&x[rows.start * width..rows.end * width])?;
-                b.onto_cpu(&low, &mut y[rows.start * out..rows.end * out])?;
-            }
-            Ok(y)
+/// `base(x)` with the low-rank parts of some rows added. x: (N, in) → (N, out). Forward only.
+pub fn served_linear(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
+    let (n, width) = x.dims2()?;
+    if x.device().is_cpu() {
+        let x = x.contiguous()?;
+        let y = cpu::with_floats([&x], |[x]| {
+            let low = |(rows, a, _): &ServedRows<'_>| a.on_cpu(&x[rows.start * width..rows.end * width]);
+            let lows = parts.iter().map(low).collect::<candle_core::Result<Vec<_>>>()?;
+            base.adapted_on_cpu(x, parts.iter().zip(&lows).map(|((rows, _, b), low)| (rows.clone(), &low[..], *b)))
         })?;
-        return Ok(cpu::tensor(sum, y.shape())?);
+        return Ok(cpu::tensor(y, (n, base.out_features()))?);
     }
+    let y = base.forward(x)?;
     let mut pieces = Vec::with_capacity(2 * parts.len() + 1);
     let mut covered = 0;
     for (rows, a, b) in parts {
@@ -51,8 +49,8 @@ pub fn served_low_rank(y: &Tensor, x: &Tensor, parts: &[ServedRows<'_>]) -> Resu
         pieces.push((y.narrow(0, rows.start, rows.len())? + high)?);
         covered = rows.end;
     }
-    if covered < y.dim(0)? {
-        pieces.push(y.narrow(0, covered, y.dim(0)? - covered)?);
+    if covered < n {
+        pieces.push(y.narrow(0, covered, n - covered)?);
     }
     Ok(Tensor::cat(&pieces, 0)?)
 }

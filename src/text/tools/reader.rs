@@ -41,6 +41,8 @@ pub struct CallReader {
     held: String,
     /// Text was given out, so JSON without a mark is no call any more.
     spoke: bool,
+    /// No text has come since the last call.
+    after_call: bool,
     /// A call's closing mark is to come.
     closing: bool,
 }
@@ -55,6 +57,7 @@ impl CallReader {
             calls: 0,
             held: String::new(),
             spoke: false,
+            after_call: false,
             closing: false,
         }
     }
@@ -110,7 +113,7 @@ impl CallReader {
                         self.held.drain(..at + mark + length);
                         let room = self.most.saturating_sub(self.calls);
                         said.extend(calls.into_iter().take(room).map(Said::Call).inspect(|_| self.calls += 1));
-                        self.closing = !close.is_empty();
+                        (self.after_call, self.closing) = (true, !close.is_empty());
                     }
                     None => self.say(at + mark.max(1), &mut said),
                 },
@@ -118,7 +121,7 @@ impl CallReader {
             }
         }
         let blank = self.held.chars().all(|c| self.separates(c));
-        if end && blank && self.calls > 0 {
+        if end && blank && self.after_call {
             self.held.clear();
         }
         self.say(self.held.len() - if end { 0 } else { self.possible(open) }, &mut said);
@@ -150,7 +153,9 @@ impl CallReader {
     fn say(&mut self, length: usize, said: &mut Vec<Said>) {
         if length > 0 {
             let text: String = self.held.drain(..length).collect();
-            self.spoke |= !text.trim().is_empty();
+            if !text.trim().is_empty() {
+                (self.spoke, self.after_call) = (true, false);
+            }
             match said.last_mut() {
                 Some(Said::Text(last)) => last.push_str(&text),
                 _ => said.push(Said::Text(text)),

@@ -75,6 +75,24 @@ pub struct Packed {
     panels: Panels,
 }
 
+/// A low-rank part of some rows of a product.
+#[derive(Clone, Debug)]
+pub struct LowRank<'a> {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// x·Aᵀ: (rows, R).
+    pub low: &'a [f32],
+    /// B: (N, R).
+    pub b: &'a Packed,
+}
+
+/// Activations on their way into a product.
+enum Input<'a> {
+    Plain(&'a [f32], Level),
+    #[cfg(target_arch = "x86_64")]
+    Rounded(Pairs),
+}
+
 /// How a call multiplies.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
@@ -127,6 +145,16 @@ impl Packed {
         unsafe { filled(x.len() / self.k * self.n, |y| self.forward_to(x, y, false, Mode::best())) }
     }
 
+    /// `x·Wᵀ` with `low·Bᵀ` added to some of its rows, each sum going on where W's ended. x: (M, K) → (M, N); no row is in two parts.
+    pub fn forward_adapted(&self, x: &[f32], parts: &[LowRank<'_>]) -> Vec<f32> {
+        let m = x.len() / self.k;
+        for LowRank { rows, low, b } in parts {
+            assert!(b.n == self.n && low.len() == rows.len() * b.k && rows.end <= m, "a part that does not fit");
+        }
+        // SAFETY: the product without `add` writes every number of the (M, N).
+        unsafe { filled(m * self.n, |y| self.forward_with(x, y, parts, false, Mode::best())) }
+    }
+
     /// `y += x·Wᵀ`, the sums starting from y. x: (M, K), y: (M, N).
     pub fn forward_onto(&self, x: &[f32], y: &mut [f32]) {
         assert_eq!(y.len(), x.len() / self.k * self.n);
@@ -158,36 +186,74 @@ impl Packed {
 
     /// y: (M, N), all of it written (added to where `add`).
     fn forward_to(&self, x: &[f32], y: Out, add: bool, mode: Mode) {
+        self.forward_with(x, y, &[], add, mode);
+    }
+
+    fn forward_with(&self, x: &[f32], y: Out, parts: &[LowRank<'_>], add: bool, mode: Mode) {
         let m = x.len() / self.k;
         if let Some(whole) = self.whole(row_blocks(m, self.k).0) {
-            return whole.forward_to(x, y, add, mode);
+            return whole.forward_with(x, y, parts, add, mode);
         }
-        #[cfg(target_arch = "x86_64")]
-        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
-            // SAFETY: `pairs` says that the processor has the instructions.
-            let rounded = unsafe { Pairs::new(x, self.k) };
+        let input = self.input(x, mode);
+        let parts: Vec<_> = parts.iter().map(|part| (&part.rows, part.b.input(part.low, mode), part.b)).collect();
+        let multiply = |panel, rows: Range<usize>, columns, to: *mut f32| {
             // SAFETY: rows and columns are inside y and no other task has them.
-            let multiply = |panel, rows, columns, to| unsafe {
-                self.forward_pairs(&rounded, panel, rows, columns, add, to);
-            };
-            return self.forward_panels(m, multiply, y);
-        }
-        // SAFETY: as above.
-        let multiply = |panel, rows: Range<usize>, columns, to| unsafe {
-            let len = rows.len();
-            let x = x[rows.start * self.k..].as_ptr();
-            match &self.panels {
-                Panels::F32(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
-                Panels::Bf16(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
-                Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(mode.level, len, to, self.n),
-                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
-                    let add = add || k.start > 0;
-                    let tile = self.widened(unpacked, 0, x.add(k.start), columns, add);
-                    Tile { k: k.len(), ..tile }.run(mode.level, len, to, self.n);
-                }),
+            unsafe {
+                self.panel(&input, panel, rows.clone(), columns, add, to);
+                for (of_part, input, b) in &parts {
+                    let common = rows.start.max(of_part.start)..rows.end.min(of_part.end);
+                    if !common.is_empty() {
+                        let to = to.add((common.start - rows.start) * self.n);
+                        let rows = common.start - of_part.start..common.end - of_part.start;
+                        b.panel(input, panel, rows, columns, true, to);
+                    }
+                }
             }
         };
         self.forward_panels(m, multiply, y);
+    }
+
+    /// Activations as this weight takes them. x: (M, K).
+    fn input<'a>(&self, x: &'a [f32], mode: Mode) -> Input<'a> {
+        #[cfg(target_arch = "x86_64")]
+        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
+            // SAFETY: `pairs` says that the processor has the instructions.
+            return Input::Rounded(unsafe { Pairs::new(x, self.k) });
+        }
+        Input::Plain(x, mode.level)
+    }
+
+    /// One panel's columns of some rows of the input.
+    /// # Safety
+    /// `to` has room for them, rows N apart, and nobody else uses it.
+    unsafe fn panel(
+        &self,
+        input: &Input<'_>,
+        panel: usize,
+        rows: Range<usize>,
+        columns: usize,
+        add: bool,
+        to: *mut f32,
+    ) {
+        let len = rows.len();
+        // SAFETY: the caller's promise; the tiles say what is there.
+        unsafe {
+            let (x, level) = match input {
+                #[cfg(target_arch = "x86_64")]
+                Input::Rounded(x) => return self.panel_of_pairs(x, panel, rows, columns, add, to),
+                Input::Plain(x, level) => (x[rows.start * self.k..].as_ptr(), *level),
+            };
+            match &self.panels {
+                Panels::F32(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
+                Panels::Bf16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
+                Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
+                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
+                    let add = add || k.start > 0;
+                    let tile = self.widened(unpacked, 0, x.add(k.start), columns, add);
+                    Tile { k: k.len(), ..tile }.run(level, len, to, self.n);
+                }),
+            }
+        }
     }
 
     /// A quantized weight in bf16, for the time of one call, where its panels would be unpacked for several blocks of rows.
@@ -203,11 +269,10 @@ impl Packed {
         Some(Packed { n, k, panels: Panels::Bf16(numbers) })
     }
 
-    /// One panel's columns of some rows.
     /// # Safety
-    /// `to` has room for them; the processor has the instructions.
+    /// As [`Self::panel`]; the processor has the instructions.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn forward_pairs(
+    unsafe fn panel_of_pairs(
         &self,
         x: &Pairs,
         panel: usize,
