@@ -3,6 +3,7 @@
     compare.py export                     the GGUF file as a Hugging Face folder, for the peers (once)
     compare.py train [--runs 3]           TRL + PEFT against `train-run`: 16 pairs, two epochs, batch 4, rank 16
     compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
+    compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, several streams by its batch API
     compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
     compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
     compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
@@ -110,6 +111,54 @@ def peer_generate(arguments):
         start = time.time()
         model(ids, logits_to_keep=1)
         found["prefill 512"] = 512 / (time.time() - start)
+    return found
+
+
+def peer_llama(arguments):
+    import ctypes
+
+    import llama_cpp as api
+    import numpy
+
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    file = str(next(MODEL.glob("*.gguf"))).encode()
+    model = api.llama_model_load_from_file(file, api.llama_model_default_params())
+    size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    found = {}
+
+    def context(sequences, tokens):
+        options = api.llama_context_default_params()
+        options.n_ctx, options.n_seq_max, options.n_batch = sequences * tokens, sequences, 512
+        options.n_threads = options.n_threads_batch = os.cpu_count()
+        return api.llama_init_from_model(model, options)
+
+    def step(context, rows):
+        """Rows of (token, position, sequence, whether its logits are wanted)."""
+        batch.n_tokens = len(rows)
+        for index, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[index], batch.pos[index], batch.logits[index] = token, position, wanted
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+        assert api.llama_decode(context, batch) == 0
+
+    batch = api.llama_batch_init(512, 0, 32)
+    for streams in (1, 8, 32):
+        running = context(streams, 160)
+        for stream in range(streams):
+            step(running, [(100 + (stream * 7919 + at) % 200, at, stream, at == 31) for at in range(32)])
+        last = [5] * streams
+        start = time.time()
+        for at in range(96):
+            step(running, [(last[stream], 32 + at, stream, True) for stream in range(streams)])
+            for stream in range(streams):
+                logits = numpy.ctypeslib.as_array(api.llama_get_logits_ith(running, stream), shape=(size,))
+                last[stream] = int(logits.argmax())
+        found[f"decode {streams}"] = streams * 96 / (time.time() - start)
+        api.llama_free(running)
+    running = context(1, 1024)
+    start = time.time()
+    step(running, [(100 + at % 200, at, 0, at == 511) for at in range(512)])
+    found["prefill 512"] = 512 / (time.time() - start)
     return found
 
 
@@ -307,6 +356,9 @@ def own_generate(arguments):
     return found
 
 
+own_llama = own_generate
+
+
 def own_method(arguments):
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "rdpo.toml").write_text(
@@ -337,11 +389,11 @@ def peer(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["train", "generate", "method"]
+    kinds = ["train", "generate", "llama", "method"]
     parser.add_argument("what", choices=["export", "curve", "interop", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the peer")
-    parser.add_argument("--own-dtype", default="bf16", help="of rdpo")
+    parser.add_argument("--own-dtype", default="auto", help="of rdpo")
     parser.add_argument("--checkpointing", action="store_true", help="the peer recomputes layers and asks the reference on the fly")
     arguments = parser.parse_args()
     if arguments.what == "export":
