@@ -38,7 +38,7 @@ const TURNED: usize = 1024;
 /// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16.
 const UNPACKED: usize = 256;
 /// Most rows for which a quantized panel is unpacked on the way into the product, and not first into memory.
-const FEW_ROWS: usize = 4;
+const FEW_ROWS: usize = 8;
 /// Largest quantized weight that is unpacked whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
 /// Tasks a thread gets: enough to even out, few enough to cost nothing when one row is read.

@@ -129,7 +129,7 @@ fn codes_have_the_bits_of_their_numbers_in_bf16() {
                 rows
             };
             assert_eq!(rows(&coded), rows(&plain), "{layout:?}");
-            for (mode, m) in modes().into_iter().flat_map(|mode| [1, 2, 3, 4, 5, 13, 100].map(|m| (mode, m))) {
+            for (mode, m) in modes().into_iter().flat_map(|mode| [1, 2, 3, 4, 5, 8, 13, 100].map(|m| (mode, m))) {
                 let (x, dy) = (numbers(m * k, 4), numbers(m * n, 5));
                 // SAFETY: both write all numbers.
                 let products = |packed: &Packed| unsafe {
