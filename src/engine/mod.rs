@@ -9,7 +9,7 @@ mod scheduler;
 mod step;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -40,7 +40,7 @@ pub struct EngineOptions {
     pub max_batch_tokens: usize,
     /// Most sequences running at once.
     pub max_sequences: usize,
-    /// Most requests waiting before a 429.
+    /// Most requests of a role waiting before a 429.
     pub max_waiting: usize,
     /// Longest prompt + answer, tokens; the model's own limit when `None`.
     pub max_model_len: Option<usize>,
@@ -71,8 +71,8 @@ struct Shared {
     gate: Arc<Gate>,
     max_model_len: usize,
     max_waiting: usize,
-    /// Requests accepted and not yet begun.
-    waiting: AtomicUsize,
+    /// Requests accepted and not yet begun, by role: a flood of one leaves the others their room.
+    waiting: Mutex<HashMap<&'static str, usize>>,
     stats: Mutex<EngineStats>,
     /// What this engine last added to the gauges of a role, which all engines share.
     counted: Mutex<HashMap<&'static str, (i64, i64)>>,
@@ -90,6 +90,29 @@ impl Drop for Ending {
 }
 
 impl Shared {
+    fn waiting(&self) -> usize {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
+    /// A place in the queue; 429 where it is full.
+    fn enter_queue(&self, role: &'static str) -> Result<()> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_role = waiting.entry(role).or_default();
+        if *of_role >= self.max_waiting {
+            metrics().queue_rejections_total.with_label_values(&[role]).inc();
+            let text = format!("{of_role} requests are waiting already; try again in a moment");
+            return Err(Error::new(Code::RateLimited, text));
+        }
+        *of_role += 1;
+        Ok(())
+    }
+
+    fn leave_queue(&self, role: &'static str) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_role = waiting.entry(role).or_default();
+        *of_role = of_role.saturating_sub(1);
+    }
+
     fn count(&self, role: &'static str, running: i64, waiting: i64) {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = counted.insert(role, (running, waiting)).unwrap_or_default();
@@ -147,7 +170,7 @@ impl Engine {
             name: options.name.clone(),
             max_model_len: longest.min(num_blocks * block_size),
             max_waiting: options.max_waiting,
-            waiting: AtomicUsize::new(0),
+            waiting: Mutex::default(),
             stats: Mutex::new(EngineStats {
                 total_blocks: num_blocks,
                 free_blocks: num_blocks,
@@ -191,15 +214,7 @@ impl Engine {
         if scores && request.params.prompt_logprobs.is_some() {
             return Err(Error::invalid("prompt_logprobs", "A sequence classifier has no `prompt_logprobs`."));
         }
-        let waiting = self.shared.waiting.fetch_add(1, Ordering::Relaxed);
-        if waiting >= self.shared.max_waiting {
-            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
-            metrics().queue_rejections_total.with_label_values(&[request.role]).inc();
-            return Err(Error::new(
-                Code::RateLimited,
-                format!("{waiting} requests are waiting already; try again in a moment"),
-            ));
-        }
+        self.shared.enter_queue(request.role)?;
         let (events, stream) = tokio::sync::mpsc::unbounded_channel();
         let submission = Submission { request, events, arrived: Instant::now() };
         self.commands.send(submission).map_err(|_| Error::new(Code::Overloaded, "the engine has stopped"))?;
@@ -231,7 +246,7 @@ impl Engine {
         self.shared.alive.load(Ordering::Relaxed)
     }
 
-    /// Most requests that may wait.
+    /// Most requests of a role that may wait.
     pub fn max_waiting(&self) -> usize {
         self.shared.max_waiting
     }
@@ -239,6 +254,6 @@ impl Engine {
     /// Current numbers.
     pub fn stats(&self) -> EngineStats {
         let stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        EngineStats { waiting: self.shared.waiting.load(Ordering::Relaxed), ..stats }
+        EngineStats { waiting: self.shared.waiting(), ..stats }
     }
 }

@@ -1,7 +1,10 @@
 //! Which tokens of which sequences run in the next step: decode first, then chunks of prompts, then new admissions, within a
 //! token budget. A prompt that begins like one being computed waits for those blocks. Pure: no tensor, no clock, no channel.
+//!
+//! Roles share the engine fairly: of equal priorities, the next to begin is of the role that was served the fewest tokens since
+//! the queue was last empty, and a role that runs nothing gets a place even when others have taken all.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
 use super::blocks::{BlockManager, Chain, root};
 
@@ -24,13 +27,17 @@ pub struct Sequence {
     pub generation: Option<String>,
     /// May begin with cached blocks.
     pub reuse: bool,
-    /// Lower goes first; among equals the order of ids, which is that of arrival.
+    /// Lower goes first; among equals the role served least, and then the order of ids, which is that of arrival.
     pub priority: i64,
+    /// On whose account it runs.
+    pub role: &'static str,
     sealed: usize,
     /// Where its chain of blocks starts: what it can share with others.
     root: Chain,
     chain: Chain,
     admitted_before: bool,
+    /// Passed over in this step: it waits for blocks that another is computing.
+    held_up: bool,
 }
 
 impl Sequence {
@@ -47,10 +54,12 @@ impl Sequence {
             generation,
             reuse,
             priority: 0,
+            role: "",
             sealed: 0,
             root,
             chain: root,
             admitted_before: false,
+            held_up: false,
         }
     }
 
@@ -96,8 +105,10 @@ pub struct Scheduler {
     limits: Limits,
     pub(super) blocks: BlockManager,
     /// By rank.
-    waiting: VecDeque<Sequence>,
+    waiting: Vec<Sequence>,
     running: Vec<Sequence>,
+    /// Tokens computed for each role since the queue was last empty.
+    served: BTreeMap<&'static str, u64>,
     pub(super) preemptions: usize,
 }
 
@@ -105,11 +116,23 @@ impl Scheduler {
     /// With nothing queued and all blocks free.
     pub fn new(limits: Limits, num_blocks: usize) -> Self {
         let blocks = BlockManager::new(num_blocks, limits.block_size);
-        Scheduler { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0 }
+        let (waiting, running) = (Vec::new(), Vec::new());
+        Scheduler { limits, blocks, waiting, running, served: BTreeMap::new(), preemptions: 0 }
     }
 
-    /// Queues a sequence, behind those of its priority that came before.
+    /// Queues a sequence, behind those of its priority and role that came before.
     pub fn add(&mut self, sequence: Sequence) {
+        let role = sequence.role;
+        // A role that had nothing to ask for begins level with the others: what it left unused is no credit.
+        if self.waiting.iter().all(|other| other.role != role) {
+            let level = self.waiting.iter().map(|other| self.served(other.role)).min().unwrap_or(0);
+            let own = self.served.entry(role).or_default();
+            *own = level.max(*own);
+        }
+        self.enqueue(sequence);
+    }
+
+    fn enqueue(&mut self, sequence: Sequence) {
         let at = self.waiting.partition_point(|other| other.rank() < sequence.rank());
         self.waiting.insert(at, sequence);
     }
@@ -156,32 +179,41 @@ impl Scheduler {
             }
             // A sequence may have been preempted for one before it.
             let Some(at) = self.running.iter().position(|sequence| sequence.id == id) else { continue };
-            let len = self.running[at].pending().min(budget);
+            let (role, len) = (self.running[at].role, self.running[at].pending().min(budget));
             if self.make_room(id, len, &mut step, &mut budget) {
-                step.push(Scheduled { id, len });
-                budget -= len;
+                self.take(id, role, len, &mut step, &mut budget);
             }
         }
-        let mut next = 0;
-        while budget > 0 && next < self.waiting.len() && self.running.len() < self.limits.max_sequences {
+        self.waiting.iter_mut().for_each(|sequence| sequence.held_up = false);
+        while budget > 0 {
+            let Some(next) = self.next_waiting() else { break };
             if self.waits_for_blocks(&self.waiting[next]) {
-                next += 1;
+                self.waiting[next].held_up = true;
                 continue;
             }
-            let Some(mut sequence) = self.waiting.remove(next) else { break };
+            let mut sequence = self.waiting.remove(next);
+            if !self.has_place(&sequence, &mut step, &mut budget) {
+                self.enqueue(sequence);
+                break;
+            }
             self.reuse_prefix(&mut sequence);
-            let len = sequence.pending().min(budget);
-            // The whole prompt and one token must fit beside what runs, or it would be put back at once. A prompt that is only
-            // read may fill the pool to its last token.
-            let wanted = blocks_for(sequence.tokens.len() + 1, self.limits.block_size).min(self.blocks.total());
-            if wanted.saturating_sub(sequence.blocks.len()) > self.blocks.available() {
+            // What the cache has not, of the whole prompt and one token, must fit beside what runs and has yet to read: or one of
+            // them would be put back at once. A prompt that is only read may fill the pool to its last token.
+            let owed: usize = self.running.iter().map(|other| self.missing(other)).sum();
+            if self.missing(&sequence) + owed > self.blocks.available() {
                 self.put_back(sequence);
                 break;
             }
+            if !std::mem::replace(&mut sequence.admitted_before, true) {
+                sequence.cached = sequence.computed.min(sequence.prompt_len);
+            }
+            let len = sequence.pending().min(budget);
             grow(&mut self.blocks, &mut sequence, len, self.limits.block_size);
-            step.push(Scheduled { id: sequence.id, len });
-            budget -= len;
+            self.take(sequence.id, sequence.role, len, &mut step, &mut budget);
             self.running.push(sequence);
+        }
+        if self.waiting.is_empty() {
+            self.served.clear();
         }
         step.sort_by(|a, b| self.generation(a.id).cmp(&self.generation(b.id)));
         step
@@ -199,6 +231,47 @@ impl Scheduler {
                 sequence.sealed += 1;
             }
         }
+    }
+
+    fn served(&self, role: &str) -> u64 {
+        self.served.get(role).copied().unwrap_or(0)
+    }
+
+    /// Puts tokens of a sequence into the step and on its role's account.
+    fn take(&mut self, id: u64, role: &'static str, len: usize, step: &mut Vec<Scheduled>, budget: &mut usize) {
+        step.push(Scheduled { id, len });
+        *budget -= len;
+        *self.served.entry(role).or_default() += len as u64;
+    }
+
+    /// Who may begin next. The queue is in order of rank, and the first of equals is taken.
+    fn next_waiting(&self) -> Option<usize> {
+        let candidates = (0..self.waiting.len()).filter(|at| !self.waiting[*at].held_up);
+        candidates.min_by_key(|at| (self.waiting[*at].priority, self.served(self.waiting[*at].role)))
+    }
+
+    /// Whether a sequence may run beside the others. Where all places are taken, a role that has none gets one from the role that
+    /// has most; who is put back for it finds most of its blocks in the cache again.
+    fn has_place(&mut self, sequence: &Sequence, step: &mut Vec<Scheduled>, budget: &mut usize) -> bool {
+        if self.running.len() < self.limits.max_sequences {
+            return true;
+        }
+        let places = |role: &str| self.running.iter().filter(|other| other.role == role).count();
+        if places(sequence.role) > 0 {
+            return false;
+        }
+        let candidates = (0..self.running.len()).filter(|at| self.running[*at].priority >= sequence.priority);
+        let last = candidates.max_by_key(|at| (places(self.running[*at].role), self.running[*at].rank()));
+        // The last place of a role is not taken away: two roles would take it from each other for ever.
+        let Some(last) = last.filter(|at| places(self.running[*at].role) > 1) else { return false };
+        self.preempt(last, step, budget);
+        true
+    }
+
+    /// Blocks that a sequence still needs for all its tokens and one more.
+    fn missing(&self, sequence: &Sequence) -> usize {
+        let wanted = blocks_for(sequence.tokens.len() + 1, self.limits.block_size).min(self.blocks.total());
+        wanted.saturating_sub(sequence.blocks.len())
     }
 
     fn generation(&self, id: u64) -> Option<&String> {
@@ -229,15 +302,20 @@ impl Scheduler {
                 return true;
             }
             let last = (0..self.running.len()).max_by_key(|at| self.running[*at].rank()).unwrap_or(at);
-            let victim = self.running.remove(last);
-            self.preemptions += 1;
-            step.retain(|scheduled| {
-                let keep = scheduled.id != victim.id;
-                *budget += if keep { 0 } else { scheduled.len };
-                keep
-            });
-            self.put_back(victim);
+            self.preempt(last, step, budget);
         }
+    }
+
+    /// Puts a running sequence back, and what the step had for it.
+    fn preempt(&mut self, at: usize, step: &mut Vec<Scheduled>, budget: &mut usize) {
+        let victim = self.running.remove(at);
+        self.preemptions += 1;
+        if let Some(at) = step.iter().position(|scheduled| scheduled.id == victim.id) {
+            let len = step.remove(at).len;
+            *budget += len;
+            *self.served.entry(victim.role).or_default() -= len as u64;
+        }
+        self.put_back(victim);
     }
 
     /// Back into the queue, without its blocks.
@@ -246,7 +324,7 @@ impl Scheduler {
         sequence.blocks.clear();
         (sequence.computed, sequence.sealed) = (0, 0);
         sequence.chain = sequence.root;
-        self.add(sequence);
+        self.enqueue(sequence);
     }
 
     fn reuse_prefix(&mut self, sequence: &mut Sequence) {
@@ -257,10 +335,6 @@ impl Scheduler {
         sequence.computed = blocks.len() * self.limits.block_size;
         sequence.sealed = blocks.len();
         (sequence.blocks, sequence.chain) = (blocks, chain);
-        if !sequence.admitted_before {
-            sequence.cached = sequence.computed.min(sequence.prompt_len);
-            sequence.admitted_before = true;
-        }
     }
 }
 
@@ -284,143 +358,5 @@ fn release_all(blocks: &mut BlockManager, sequence: &Sequence) {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn scheduler(num_blocks: usize, max_batch_tokens: usize) -> Scheduler {
-        Scheduler::new(Limits { max_batch_tokens, max_sequences: 4, block_size: 4, prefix_caching: true }, num_blocks)
-    }
-
-    fn check(scheduler: &Scheduler) {
-        let held: Vec<Vec<u32>> = scheduler.running.iter().map(|sequence| sequence.blocks.clone()).collect();
-        scheduler.blocks.check_integrity(&held);
-    }
-
-    #[test]
-    fn prompts_are_cut_into_chunks_and_decoding_comes_first() {
-        let mut scheduler = scheduler(16, 6);
-        scheduler.add(Sequence::new(1, vec![7; 3], None, true));
-        scheduler.add(Sequence::new(2, vec![8; 8], None, true));
-        let step = scheduler.schedule();
-        assert_eq!(step, [Scheduled { id: 1, len: 3 }, Scheduled { id: 2, len: 3 }]);
-        scheduler.complete(&step);
-        scheduler.push_token(1, 9);
-        assert_eq!(scheduler.schedule(), [Scheduled { id: 1, len: 1 }, Scheduled { id: 2, len: 5 }]);
-    }
-
-    #[test]
-    fn rows_of_one_adapter_stand_together() {
-        let mut scheduler = scheduler(16, 64);
-        for (id, adapter) in [(1, None), (2, Some("x")), (3, None)] {
-            scheduler.add(Sequence::new(id, vec![1; 3], adapter.map(str::to_owned), true));
-        }
-        let ids: Vec<u64> = scheduler.schedule().iter().map(|scheduled| scheduled.id).collect();
-        assert_eq!(ids, [1, 3, 2]);
-    }
-
-    #[test]
-    fn a_prompt_as_long_as_the_pool_is_admitted() {
-        let mut scheduler = scheduler(2, 64);
-        scheduler.add(Sequence::new(1, vec![1; 8], None, true));
-        assert_eq!(scheduler.schedule(), [Scheduled { id: 1, len: 8 }]);
-    }
-
-    /// Runs the scheduler to the end, one token an answer; returns the ids in the order they began and the tokens computed.
-    fn drain(scheduler: &mut Scheduler) -> (Vec<u64>, usize) {
-        let (mut began, mut computed) = (Vec::new(), 0);
-        while !scheduler.is_idle() {
-            let step = scheduler.schedule();
-            assert!(!step.is_empty(), "a step always makes progress");
-            scheduler.complete(&step);
-            for scheduled in &step {
-                computed += scheduled.len;
-                if !began.contains(&scheduled.id) {
-                    began.push(scheduled.id);
-                }
-                if scheduler.get(scheduled.id).unwrap().pending() == 0 {
-                    scheduler.remove(scheduled.id);
-                }
-            }
-            check(scheduler);
-        }
-        (began, computed)
-    }
-
-    #[test]
-    fn answers_to_one_prompt_compute_its_full_blocks_once() {
-        for (len, alone, each) in [(3, 3, 3), (4, 4, 4), (5, 5, 1), (10, 10, 2), (12, 12, 4)] {
-            let mut scheduler = scheduler(64, 8);
-            for id in 0..4 {
-                scheduler.add(Sequence::new(id, vec![5; len], None, true));
-            }
-            // Another adapter's blocks are of no use.
-            scheduler.add(Sequence::new(4, vec![5; len], Some("x".into()), true));
-            let (_, computed) = drain(&mut scheduler);
-            assert_eq!(computed, 2 * alone + 3 * each, "a prompt of {len} tokens in blocks of 4");
-        }
-    }
-
-    #[test]
-    fn who_waits_for_blocks_holds_up_nobody() {
-        let mut scheduler = scheduler(64, 16);
-        for (id, prompt) in [(1, vec![5; 10]), (2, vec![5; 10]), (3, vec![6; 3])] {
-            scheduler.add(Sequence::new(id, prompt, None, true));
-        }
-        assert_eq!(drain(&mut scheduler).0, [1, 3, 2]);
-    }
-
-    #[test]
-    fn lower_priority_goes_first_and_is_put_back_last() {
-        let mut scheduler = scheduler(4, 64);
-        for (id, priority) in [(1, 0), (2, 5), (3, -1), (4, 0)] {
-            scheduler.add(Sequence { priority, ..Sequence::new(id, vec![id as u32; 7], None, true) });
-        }
-        let step = scheduler.schedule();
-        assert_eq!(step.iter().map(|scheduled| scheduled.id).collect::<Vec<_>>(), [3, 1], "two fit");
-        scheduler.complete(&step);
-        // The pool is full and both need a third block; the one that matters less gives way.
-        for id in [1, 3] {
-            scheduler.push_token(id, 9);
-            scheduler.push_token(id, 9);
-        }
-        assert_eq!(scheduler.schedule(), [Scheduled { id: 3, len: 2 }]);
-        assert_eq!(scheduler.preemptions, 1);
-        assert_eq!(scheduler.waiting.iter().map(|sequence| sequence.id).collect::<Vec<_>>(), [1, 4, 2]);
-    }
-
-    proptest! {
-        #[test]
-        fn random_schedules_lose_no_block_and_finish_everything(
-            prompts in prop::collection::vec(prop::collection::vec(0u32..3, 1..20), 1..12),
-            num_blocks in 8usize..14, budget in 1usize..24, wanted in 1usize..10, cancel in 0u64..12,
-        ) {
-            let mut scheduler = scheduler(num_blocks, budget);
-            for (id, prompt) in prompts.iter().enumerate() {
-                let sequence = Sequence::new(id as u64, prompt.clone(), None, id % 3 != 0);
-                scheduler.add(Sequence { priority: id as i64 % 2, ..sequence });
-            }
-            let mut steps = 0;
-            while !scheduler.is_idle() {
-                let step = scheduler.schedule();
-                prop_assert!(!step.is_empty(), "a step always makes progress");
-                prop_assert!(step.iter().map(|scheduled| scheduled.len).sum::<usize>() <= budget);
-                check(&scheduler);
-                scheduler.complete(&step);
-                for scheduled in &step {
-                    let sequence = scheduler.get(scheduled.id).expect("scheduled sequences run");
-                    if sequence.pending() == 0 {
-                        let done = sequence.tokens.len() >= sequence.prompt_len + wanted;
-                        if done { scheduler.remove(scheduled.id) } else { scheduler.push_token(scheduled.id, steps as u32 % 3) }
-                    }
-                }
-                steps += 1;
-                if steps == 3 { scheduler.remove(cancel); }
-                prop_assert!(steps < 5000, "preemption must not go in circles");
-                check(&scheduler);
-            }
-            prop_assert_eq!(scheduler.blocks.available(), num_blocks);
-        }
-    }
-}
+#[path = "scheduler_tests.rs"]
+mod tests;

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -113,7 +112,7 @@ impl Owner {
         let reuse = request.params.prompt_logprobs.is_none();
         let params = &request.params;
         let mut sequence = Sequence::new(id, request.prompt.clone(), generation, reuse);
-        sequence.priority = params.priority;
+        (sequence.priority, sequence.role) = (params.priority, request.role);
         if let Some(salt) = &params.cache_salt {
             sequence.salt(salt);
         }
@@ -158,7 +157,7 @@ impl Owner {
             if std::mem::replace(&mut live.started, true) {
                 continue;
             }
-            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.shared.leave_queue(live.request.role);
             let (metrics, role) = (metrics(), [live.request.role]);
             metrics.request_queue_time_seconds.with_label_values(&role).observe(live.arrived.elapsed().as_secs_f64());
             metrics.prompt_tokens_total.with_label_values(&role).inc_by(sequence.prompt_len as u64);
@@ -402,7 +401,7 @@ impl Owner {
         self.scheduler.remove(id);
         let Some(live) = self.live.remove(&id) else { return };
         if !live.started {
-            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.shared.leave_queue(live.request.role);
         }
         let role = live.request.role;
         metrics().request_success_total.with_label_values(&[role, reason]).inc();
@@ -415,7 +414,7 @@ impl Owner {
         let running = self.scheduler.running().len();
         let stats = EngineStats {
             running,
-            waiting: self.shared.waiting.load(Ordering::Relaxed),
+            waiting: self.shared.waiting(),
             total_blocks: total,
             free_blocks: free,
             cached_blocks: cached,

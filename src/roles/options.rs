@@ -32,7 +32,7 @@ pub struct KvCacheOptions {
     pub max_batch_tokens: usize,
     /// Most sequences at once.
     pub max_sequences: usize,
-    /// Most requests waiting.
+    /// Most requests of a role waiting.
     pub max_waiting: usize,
 }
 

@@ -394,6 +394,50 @@ fn a_dropped_stream_gives_its_blocks_back() {
     });
 }
 
+/// Many clients go away while a step computes: the next step is without them, and all their blocks are back.
+#[test]
+fn clients_that_leave_are_gone_by_the_next_step() {
+    let engine = start("llama", options());
+    let gate = engine.gate();
+    let mut streams: Vec<_> = (0..12u32)
+        .map(|at| engine.submit(request(&(at * 20..at * 20 + 15).collect::<Vec<_>>(), sampled(60, 1))).unwrap())
+        .collect();
+    // Eight run, four wait.
+    assert!(matches!(streams[0].blocking_recv(), Some(Event::Token { .. })));
+    let device = gate.serve();
+    let stays = streams.remove(3);
+    drop(streams);
+    let mut probe = engine.submit(request(&[5, 6, 7], greedy(1))).unwrap();
+    drop(device);
+    // Its first token is of the first step that it could be in.
+    assert!(matches!(probe.blocking_recv(), Some(Event::Token { .. })));
+    assert!(engine.stats().running <= 2 && engine.stats().waiting == 0, "{:?}", engine.stats());
+    assert_eq!(answer(stays).ids.len(), 60);
+    let stats = engine.stats();
+    assert_eq!((stats.running, stats.free_blocks + stats.cached_blocks), (0, stats.total_blocks));
+}
+
+/// A job's questions fill their queue and all places; the clients of another role are still let in, and served at once.
+#[test]
+fn a_full_queue_of_one_role_is_not_anothers() {
+    let engine = start("llama", EngineOptions { max_sequences: 2, max_waiting: 3, ..options() });
+    let of = |role, max_tokens| Request { role, ..request(&sequences("llama")[0], greedy(max_tokens)) };
+    let gate = engine.gate();
+    let device = gate.serve();
+    let mut flood = Vec::new();
+    while let Ok(stream) = engine.submit(of("teacher", 600)) {
+        flood.push(stream);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(flood.len() >= 3);
+    let quiet = engine.submit(of("student", 3)).unwrap();
+    drop(device);
+    assert_eq!(answer(quiet).ids.len(), 3);
+    let ended = flood.iter_mut().filter_map(|stream| std::iter::from_fn(|| stream.try_recv().ok()).last());
+    let ended = ended.filter(|event| matches!(event, Event::Done { .. })).count();
+    assert_eq!(ended, 0, "the student did not wait for the end of any");
+}
+
 #[test]
 fn a_full_queue_is_refused_and_recovers() {
     let engine = start("llama", EngineOptions { max_sequences: 1, max_waiting: 2, ..options() });
