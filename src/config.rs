@@ -27,6 +27,8 @@ pub struct ServerOptions {
     pub api_keys: Vec<String>,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Seconds that an answer may take; 0 is without end.
+    pub request_timeout: u64,
     /// Seconds that answers in progress get when the server is told to stop.
     pub drain_seconds: u64,
 }
@@ -94,8 +96,14 @@ pub struct Overrides {
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        let api_keys = Vec::new();
-        ServerOptions { host: "127.0.0.1".into(), port: 8080, api_keys, max_body_bytes: 32 << 20, drain_seconds: 30 }
+        ServerOptions {
+            host: "127.0.0.1".into(),
+            port: 8080,
+            api_keys: Vec::new(),
+            max_body_bytes: 32 << 20,
+            request_timeout: 600,
+            drain_seconds: 30,
+        }
     }
 }
 

@@ -41,6 +41,8 @@ pub enum Code {
     Internal,
     /// Loading, draining or out of memory.
     Overloaded,
+    /// The request took longer than the server allows.
+    TimedOut,
     /// The caller went away or cancelled. Never sent to a client.
     Cancelled,
 }
@@ -64,6 +66,7 @@ impl Code {
             Code::RateLimited => (429, "rate_limit_error", "rate_limit_exceeded"),
             Code::Internal => (500, "server_error", "internal_error"),
             Code::Overloaded => (503, "server_error", "overloaded"),
+            Code::TimedOut => (504, "server_error", "request_timeout"),
             Code::Cancelled => (499, "server_error", "cancelled"),
         }
     }

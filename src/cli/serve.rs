@@ -1,6 +1,7 @@
 //! `rdpo serve` and `rdpo config`: the settings, the roles, the server.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -44,7 +45,9 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<()> {
     let limits = ServerLimits {
         api_keys: settings.server.api_keys.clone(),
         max_body_bytes: settings.server.max_body_bytes,
-        drain_seconds: settings.server.drain_seconds,
+        request_timeout: (settings.server.request_timeout > 0)
+            .then(|| Duration::from_secs(settings.server.request_timeout)),
+        drain: Duration::from_secs(settings.server.drain_seconds),
     };
     let state = AppState::load(settings.roles(), &settings.store.path, limits)?;
     actix_web::rt::System::new().block_on(async {

@@ -3,6 +3,7 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use actix_web::HttpResponse;
 use actix_web::http::header::{HeaderName, HeaderValue};
@@ -11,6 +12,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use super::limits::{timed_out, within};
 use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
 use crate::error::{Error, Result};
 use crate::roles::{Score, Target};
@@ -155,27 +157,39 @@ pub(super) struct Scored {
 }
 
 /// Lets the reward role score the last assistant turn; `field` is where the turns were given.
-pub(super) async fn score(target: &Target, turns: &[Message], field: &'static str) -> Result<Scored> {
+pub(super) async fn score(
+    target: &Target,
+    turns: &[Message],
+    limit: Option<Duration>,
+    field: &'static str,
+) -> Result<Scored> {
     if turns.last().is_none_or(|turn| turn.role != "assistant") {
         let text = "the reward model scores the last assistant message; the conversation ends with another turn";
         return Err(Error::invalid(field, text));
     }
     let reward = target.reward.as_ref().ok_or_else(|| Error::no_model(&target.model))?;
-    let score = reward.score(turns, None).await.map_err(about(field))?;
+    let score = within(limit, reward.score(turns, None)).await.map_err(about(field))?;
     let entry = json!({"token": "reward", "logprob": score.value, "bytes": null, "top_logprobs": []});
     Ok(Scored { text: format!("reward:{}", score.value), logprobs: vec![entry], score })
 }
 
 type Indexed = Pin<Box<dyn Stream<Item = (usize, Event)> + Send>>;
 
-/// Events of several choices as they come. Dropping it cancels those that have not ended.
+/// Events of several choices as they come. Dropping it cancels those that have not ended, and so does the end of its time.
 pub(super) struct Choices {
     events: SelectAll<Indexed>,
+    expires: Option<(Duration, Pin<Box<tokio::time::Sleep>>)>,
 }
 
 impl Choices {
-    /// Queues `n` choices of each prompt; choice `i` of a seeded request has seed + i.
-    pub(super) fn submit(target: &Target, prompts: &[Vec<u32>], params: &SamplingParams, n: usize) -> Result<Self> {
+    /// Queues `n` choices of each prompt; choice `i` of a seeded request has seed + i. All of them end within `limit`.
+    pub(super) fn submit(
+        target: &Target,
+        prompts: &[Vec<u32>],
+        params: &SamplingParams,
+        n: usize,
+        limit: Option<Duration>,
+    ) -> Result<Self> {
         let (wanted, room) = (prompts.len().saturating_mul(n), target.engine()?.max_waiting());
         if wanted > room {
             let message =
@@ -194,7 +208,8 @@ impl Choices {
                 streams.push(Box::pin(UnboundedReceiverStream::new(events).map(move |event| (index, event))));
             }
         }
-        Ok(Choices { events: select_all(streams) })
+        let expires = limit.map(|limit| (limit, Box::pin(tokio::time::sleep(limit))));
+        Ok(Choices { events: select_all(streams), expires })
     }
 }
 
@@ -202,6 +217,13 @@ impl Stream for Choices {
     type Item = (usize, Event);
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some((limit, sleep)) = &mut self.expires
+            && sleep.as_mut().poll(context).is_ready()
+        {
+            let error = timed_out(*limit);
+            (self.events, self.expires) = (SelectAll::new(), None);
+            return Poll::Ready(Some((0, Event::Failed(error))));
+        }
         self.events.poll_next_unpin(context)
     }
 }

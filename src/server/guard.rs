@@ -16,6 +16,7 @@ use actix_web::{ResponseError, web};
 use sha2::{Digest, Sha256};
 
 use super::AppState;
+use super::limits::InFlight;
 use super::reply::ApiError;
 use crate::error::{Code, Error};
 use crate::telemetry::metrics;
@@ -30,9 +31,12 @@ pub(super) async fn guard(
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<Tracked>, actix_web::Error> {
     let mut flight = Flight::start(&request);
+    let state = request.app_data::<web::Data<AppState>>().filter(|_| !OPEN.contains(&request.path()));
+    flight.in_flight = state.map(|state| state.drain.enter());
     let given = request.headers().get(&REQUEST_ID).filter(|id| id.len() <= 128).cloned();
     let id = given.or_else(|| HeaderValue::from_str(&format!("req-{}", uuid::Uuid::new_v4().simple())).ok());
-    let answered = match authorize(&request) {
+    let admitted = authorize(&request).and_then(|()| state.map_or(Ok(()), |state| state.drain.check()));
+    let answered = match admitted {
         Ok(()) => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
         Err(error) => Ok(request.into_response(ApiError(error).error_response())),
     };
@@ -120,6 +124,8 @@ struct Flight {
     started: Instant,
     answered: bool,
     ended: bool,
+    /// Keeps a stopping server up.
+    in_flight: Option<InFlight>,
 }
 
 impl Flight {
@@ -133,7 +139,7 @@ impl Flight {
             Some(at) => ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"][at],
             None => "other",
         };
-        Flight { endpoint, method, started: Instant::now(), answered: false, ended: false }
+        Flight { endpoint, method, started: Instant::now(), answered: false, ended: false, in_flight: None }
     }
 
     fn answered(&mut self, status: StatusCode) {

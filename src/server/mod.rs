@@ -3,6 +3,7 @@
 mod answer;
 mod constrain;
 mod guard;
+mod limits;
 mod messages;
 pub mod openapi;
 mod reply;
@@ -29,9 +30,14 @@ pub struct ServerLimits {
     pub api_keys: Vec<String>,
     /// Largest request body.
     pub max_body_bytes: usize,
-    /// Seconds that answers in progress get when the server is told to stop.
-    pub drain_seconds: u64,
+    /// Longest that an answer may take; `None` is without end.
+    pub request_timeout: Option<Duration>,
+    /// How long answers in progress are waited for when the server is told to stop.
+    pub drain: Duration,
 }
+
+/// What was answered may still be on its way out when the server stops.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// What handlers share.
 pub struct AppState {
@@ -43,6 +49,8 @@ pub struct AppState {
     pub limits: ServerLimits,
     /// Answers that can be gone on from.
     responses: routes::StoredResponses,
+    /// What is in flight, and whether more may come.
+    drain: Arc<limits::Drain>,
 }
 
 impl AppState {
@@ -62,7 +70,8 @@ impl AppState {
             Arc::new(move |context| crate::rdpo::run(context, &roles, runtime.handle()))
         };
         let jobs = Jobs::start(store, body)?;
-        Ok(Arc::new(AppState { roles, jobs, limits, responses: routes::StoredResponses::default() }))
+        let (responses, drain) = Default::default();
+        Ok(Arc::new(AppState { roles, jobs, limits, responses, drain }))
     }
 }
 
@@ -79,12 +88,13 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
     })
 }
 
-/// Serves until `shutdown` resolves, then lets answers in progress end and leaves running jobs to be resumed.
+/// Serves until `shutdown` resolves, then refuses what comes (503, and `/ready` says so too), lets answers in progress end and
+/// leaves running jobs to be resumed.
 pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
     metrics().start_time_seconds.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
     let version = [env!("CARGO_PKG_VERSION"), if candle_core::utils::cuda_is_available() { "cuda" } else { "cpu" }];
     metrics().build_info.with_label_values(&version).set(1);
-    let (data, drain) = (web::Data::from(state.clone()), state.limits.drain_seconds);
+    let data = web::Data::from(state.clone());
     let server = HttpServer::new(move || {
         App::new()
             .app_data(data.clone())
@@ -95,7 +105,7 @@ pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Fut
             .default_service(web::to(reply::no_route))
     })
     .workers(2)
-    .shutdown_timeout(drain)
+    .shutdown_timeout(FLUSH.as_secs())
     // A client that closes its side is gone: its request is dropped, which takes its work out of the batch.
     .h1_allow_half_closed(false)
     .disable_signals()
@@ -104,11 +114,16 @@ pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Fut
     let handle = server.handle();
     let running = actix_web::rt::spawn(server);
     shutdown.await;
-    tracing::info!("stopping: answers in progress have {drain} s");
+    tracing::info!("stopping: answers in progress have {} s", state.limits.drain.as_secs());
+    state.drain.begin();
     let jobs = state.jobs.clone();
     let stopped = actix_web::rt::task::spawn_blocking(move || jobs.shutdown());
-    let _ = tokio::time::timeout(Duration::from_secs(drain + 5), handle.stop(true)).await;
+    let cut = state.drain.end(state.limits.drain).await;
+    if cut > 0 {
+        tracing::warn!(answers = cut, "not ended in time (`server.drain_seconds`): they are cut off");
+    }
     let _ = stopped.await;
+    let _ = tokio::time::timeout(2 * FLUSH, handle.stop(true)).await;
     running.await.map_err(|error| Error::internal(error.to_string()))??;
     Ok(())
 }

@@ -49,8 +49,8 @@ impl ResponseError for ApiError {
             Code::InvalidApiKey => {
                 response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            // The state will not change by itself: the SDK would try a 409 twice more.
-            Code::Conflict => {
+            // The SDK would try twice more, but the state will not change by itself, and the work would be done from its start.
+            Code::Conflict | Code::TimedOut => {
                 let name = actix_web::http::header::HeaderName::from_static("x-should-retry");
                 response.headers_mut().insert(name, HeaderValue::from_static("false"));
             }

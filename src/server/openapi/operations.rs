@@ -27,7 +27,7 @@ const ADAPTER_HEADERS: &[(&str, &str)] = &[
     ("x-adapter-version", "Version of the adapter that answered; 0 is the base"),
     ("x-adapter-generation", "Content hash of that adapter; absent for the base"),
 ];
-const GENERATES: &[u16] = &[400, 404, 413, 422, 429, 500, 503];
+const GENERATES: &[u16] = &[400, 404, 413, 422, 429, 500, 503, 504];
 const READS: &[u16] = &[400, 404, 500];
 const CHANGES: &[u16] = &[400, 404, 409, 413, 500];
 const ADAPTERS: &[u16] = &[400, 403, 404, 409, 413, 422, 500];
@@ -460,8 +460,11 @@ fn operations() -> Vec<Operation> {
         },
     ]);
     for (path, id) in [("/health", "health"), ("/ready", "ready"), ("/ping", "ping")] {
-        let summary = "Answers once every role is loaded";
-        all.push(Operation { errors: &[], ..route("get", path, id, server, summary, Value::Null) });
+        let summary = match path {
+            "/ready" => "Whether requests are taken: every role is loaded and the server is not stopping",
+            _ => "Answers once every role is loaded",
+        };
+        all.push(Operation { errors: &[503], ..route("get", path, id, server, summary, Value::Null) });
     }
     all
 }
@@ -491,9 +494,10 @@ fn rendered(operation: &Operation) -> Value {
     // Any answer can be refused for its `accept-encoding`.
     errors.push(406);
     if !open {
-        errors.push(401);
+        errors.extend([401, 503]);
     }
     errors.sort_unstable();
+    errors.dedup();
     let mut responses = Map::new();
     responses.insert("200".into(), done);
     for status in errors {
@@ -504,7 +508,7 @@ fn rendered(operation: &Operation) -> Value {
         if status == 401 {
             headers["www-authenticate"] = header("`Bearer`");
         }
-        if status == 409 {
+        if matches!(status, 409 | 504) {
             headers["x-should-retry"] = header("`false`: the same request fails again");
         }
         let response = json!({"description": meaning(status), "headers": headers, "content": one("ErrorReply")});
@@ -534,6 +538,7 @@ fn meaning(status: u16) -> String {
         422 => "Well-formed but unusable",
         429 => "The queue is full",
         503 => "Stopping or out of room",
+        504 => "It took longer than the server allows",
         _ => "A defect, or the machine's",
     };
     let known = [
@@ -551,6 +556,7 @@ fn meaning(status: u16) -> String {
         Code::RateLimited,
         Code::Internal,
         Code::Overloaded,
+        Code::TimedOut,
     ];
     let codes: Vec<&str> = known.iter().map(|code| code.row()).filter(|row| row.0 == status).map(|row| row.2).collect();
     if codes.is_empty() { text.to_owned() } else { format!("{text} (`code`: {})", codes.join(", ")) }

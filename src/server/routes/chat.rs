@@ -1,5 +1,7 @@
 //! `POST /v1/chat/completions`, for all three roles.
 
+use std::time::Duration;
+
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
 use serde::Deserialize;
@@ -108,7 +110,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let stream = sampling.stream_options()?;
     if target.reward.is_some() {
         let stream = sampling.streams().then_some(stream);
-        return reward(&target, &turns, stream).await;
+        return reward(&target, &turns, state.limits.request_timeout, stream).await;
     }
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {
@@ -149,7 +151,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         params.logprobs = params.logprobs.or(Some(0));
     }
     let choices =
-        Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of).map_err(answer::about("messages"))?;
+        Choices::submit(&target, std::slice::from_ref(&prompt), &params, best_of, state.limits.request_timeout)
+            .map_err(answer::about("messages"))?;
     if sampling.streams() {
         streamed(target, choices, ask, prompt)
     } else {
@@ -331,8 +334,8 @@ fn streamed(target: Target, mut choices: Choices, ask: Ask, prompt: Vec<u32>) ->
 }
 
 /// The reward role's answer, with a top-level `reward`.
-async fn reward(target: &Target, turns: &[Message], stream: Option<StreamOptions>) -> Reply {
-    let answer::Scored { text, logprobs, score } = answer::score(target, turns, "messages").await?;
+async fn reward(target: &Target, turns: &[Message], limit: Option<Duration>, stream: Option<StreamOptions>) -> Reply {
+    let answer::Scored { text, logprobs, score } = answer::score(target, turns, limit, "messages").await?;
     let value = score.value;
     let logprobs = json!({"content": logprobs, "refusal": null});
     let usage = answer::counted(score.prompt_tokens, 0, score.completion_tokens);

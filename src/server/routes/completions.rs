@@ -89,7 +89,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if best_of > n {
         params.logprobs = params.logprobs.or(Some(0));
     }
-    let choices = Choices::submit(&target, &prompts, &params, best_of)?;
+    let choices = Choices::submit(&target, &prompts, &params, best_of, state.limits.request_timeout)?;
     if sampling.streams() {
         return streamed(&target, choices, Ask { stream: options, ids, echo, n, prompts });
     }

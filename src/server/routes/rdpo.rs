@@ -15,6 +15,7 @@ use crate::error::{Code, Error, Result};
 use crate::jobs::{EventRow, Job, Status};
 use crate::rdpo::{JobRequest, Pair, Sample, find_behavior, known_behaviors, synthesize as run_synthesis};
 use crate::server::AppState;
+use crate::server::limits::within;
 use crate::server::reply::{Reply, blocking, error_body, event, parse, sse};
 
 /// Events read at a time while a stream is written.
@@ -284,7 +285,7 @@ async fn events(state: web::Data<AppState>, id: web::Path<String>, request: Http
     Ok(HttpResponse::Ok().json(PageOf::new(data, has_more)))
 }
 
-/// Every event after `after`, then those to come, until the job has ended.
+/// Every event after `after`, then those to come, until the job has ended or the server stops.
 fn follow(state: web::Data<AppState>, id: String, mut after: i64) -> HttpResponse {
     let mut changes = state.jobs.watch();
     sse(async_stream::stream! {
@@ -311,7 +312,12 @@ fn follow(state: web::Data<AppState>, id: String, mut after: i64) -> HttpRespons
                 yield web::Bytes::from_static(b"data: [DONE]\n\n");
                 break;
             }
-            match tokio::time::timeout(KEEP_ALIVE, changes.changed()).await {
+            let change = tokio::select! {
+                change = tokio::time::timeout(KEEP_ALIVE, changes.changed()) => change,
+                // The client comes back with the number of the last event it saw.
+                () = state.drain.begun() => break,
+            };
+            match change {
                 Ok(Ok(())) => {}
                 Ok(Err(_closed)) => break,
                 Err(_quiet) => yield web::Bytes::from_static(b": still here\n\n"),
@@ -360,7 +366,8 @@ async fn synthesize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             Ok(())
         }
     };
-    run_synthesis(&state.roles, &behavior, &prompts, &request.synthesis, request.seed, &mut keep).await?;
+    let work = run_synthesis(&state.roles, &behavior, &prompts, &request.synthesis, request.seed, &mut keep);
+    within(state.limits.request_timeout, work).await?;
     let mut samples = std::mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
     samples.sort_by_key(|sample| (sample.prompt_index, sample.sample));
     let prompt: usize = samples.iter().map(|sample| sample.prompt_tokens).sum();

@@ -10,6 +10,7 @@ use super::{Routes, TokensUsed, unix_now};
 use crate::error::{Error, Result};
 use crate::rdpo::{find_behavior, parse_behavior};
 use crate::server::AppState;
+use crate::server::limits::within;
 use crate::server::messages::{ChatMessage, messages};
 use crate::server::reply::{Reply, parse};
 use crate::text::Message;
@@ -160,7 +161,8 @@ async fn score(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let asked = conversations.iter().enumerate().map(|(index, turns)| async move {
         reward.score(turns, rubric).await.map_err(|error| error.context(format!("answer {index}")))
     });
-    let scores: Vec<_> = futures_util::stream::iter(asked).buffered(state.roles.max_in_flight()).try_collect().await?;
+    let work = futures_util::stream::iter(asked).buffered(state.roles.max_in_flight()).try_collect();
+    let scores: Vec<_> = within(state.limits.request_timeout, work).await?;
     let prompt: usize = scores.iter().map(|score| score.prompt_tokens).sum();
     let completion: usize = scores.iter().map(|score| score.completion_tokens).sum();
     let data = scores.iter().enumerate().map(|(index, score)| ScoreOf { index, object: "score", score: score.value });

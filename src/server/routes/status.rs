@@ -12,10 +12,10 @@ use crate::server::{AppState, openapi};
 use crate::telemetry::metrics;
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
-    // The port only answers once every role is loaded, so health and readiness are the same.
-    for path in ["/health", "/ready", "/ping"] {
-        routes.get(path, healthy);
-    }
+    // The port only answers once every role is loaded: until the server stops, health and readiness are the same.
+    routes.get("/health", healthy);
+    routes.get("/ping", healthy);
+    routes.get("/ready", ready);
     routes.get("/version", version);
     routes.get("/metrics", exposition);
     routes.get("/openapi.yaml", description);
@@ -37,6 +37,11 @@ async fn healthy(state: web::Data<AppState>) -> Reply {
             Err(Error::new(Code::Overloaded, message).into())
         }
     }
+}
+
+async fn ready(state: web::Data<AppState>) -> Reply {
+    state.drain.check()?;
+    healthy(state).await
 }
 
 async fn version() -> HttpResponse {

@@ -6,6 +6,7 @@ mod request;
 mod store;
 
 use std::pin::pin;
+use std::time::Duration;
 
 use actix_web::{HttpRequest, HttpResponse, Route, web};
 use futures_util::{Stream, StreamExt};
@@ -70,9 +71,10 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if turns.is_empty() {
         return Err(Error::invalid("input", "`input` is empty").into());
     }
+    let limit = state.limits.request_timeout;
     let record = Record { state, keep: request.stores(), input, turns: turns.clone() };
     if target.reward.is_some() {
-        let steps = scored(&target, &turns, response).await?;
+        let steps = scored(&target, &turns, limit, response).await?;
         return answered(&head, steps, record, sampling.streams()).await;
     }
     if let Some(instructions) = &request.instructions {
@@ -87,14 +89,19 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     sampling.constrain(&tokenizer, asked, &mut params).await?;
     let prompt = encode(&target, &turns, &render, params.max_tokens, request.truncation.unwrap_or_default())?;
     let prompt = sampling.truncate(prompt, &target, &params)?;
-    let choices = Choices::submit(&target, &[prompt], &params, 1).map_err(answer::about("input"))?;
+    let choices = Choices::submit(&target, &[prompt], &params, 1, limit).map_err(answer::about("input"))?;
     let steps = steps(choices, reader, Writer::new(response), tokenizer);
     answered(&head, steps, record, sampling.streams()).await
 }
 
 /// The reward role's answer: its score as text and as a top-level `reward`.
-async fn scored(target: &Target, turns: &[Message], mut response: Value) -> Result<impl Stream<Item = Step> + 'static> {
-    let answer::Scored { text, logprobs, score } = answer::score(target, turns, "input").await?;
+async fn scored(
+    target: &Target,
+    turns: &[Message],
+    limit: Option<Duration>,
+    mut response: Value,
+) -> Result<impl Stream<Item = Step> + 'static> {
+    let answer::Scored { text, logprobs, score } = answer::score(target, turns, limit, "input").await?;
     response["reward"] = json!(score.value);
     let usage =
         Usage { prompt_tokens: score.prompt_tokens, cached_tokens: 0, completion_tokens: score.completion_tokens };
