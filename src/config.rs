@@ -109,8 +109,8 @@ impl Default for ServerOptions {
 
 impl Default for RoleSection {
     fn default() -> Self {
-        let role = || RoleOptions { model: DEFAULT_MODEL.into() };
-        let judge = JudgeOptions { model: DEFAULT_MODEL.into(), rubric: None };
+        let role = || RoleOptions::native(DEFAULT_MODEL);
+        let judge = JudgeOptions { role: role(), rubric: None };
         RoleSection { teacher: role(), student: role(), reward: RewardOptions::Judge(judge) }
     }
 }
@@ -184,18 +184,17 @@ impl Settings {
         if self.server.api_keys.iter().any(String::is_empty) {
             return Err(Error::invalid("server.api_keys", "`server.api_keys` holds an empty key"));
         }
+        self.roles().check()?;
         let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
         let reward = match &self.roles.reward {
-            RewardOptions::Judge(judge) => Some(&judge.model),
-            RewardOptions::Classifier(role) => Some(&role.model),
+            RewardOptions::Judge(judge) => Some(&judge.role),
+            RewardOptions::Classifier(role) => Some(role),
             RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
         };
-        let roles = [
-            ("teacher", Some(&self.roles.teacher.model)),
-            ("student", Some(&self.roles.student.model)),
-            ("reward", reward),
-        ];
-        for (role, model) in roles {
+        let roles =
+            [("teacher", Some(&self.roles.teacher)), ("student", Some(&self.roles.student)), ("reward", reward)];
+        for (role, seat) in roles {
+            let model = seat.filter(|seat| !seat.is_remote()).map(|seat| &seat.model);
             if let Some(model) = model.filter(|model| !self.models.contains_key(*model)) {
                 return Err(Error::invalid(
                     format!("roles.{role}.model"),
@@ -310,6 +309,47 @@ mod tests {
             assert!(error.param.as_deref().unwrap().starts_with(param), "{text}: {error:?}");
         }
         assert!(load("[server]\nprot = 1", &[]).unwrap_err().message.contains("prot"));
+    }
+
+    #[test]
+    fn a_remote_role_is_read_shown_and_checked() {
+        let roles =
+            |teacher: &str, reward: &str| load(&format!("[roles]\nteacher = {teacher}\nreward = {reward}"), &[]);
+        let (native, judge) = ("{ model = \"smollm2\" }", "{ kind = \"judge\", model = \"smollm2\" }");
+        let far = "model = \"big\", backend = \"remote\", url = \"http://a/v1\", api_key_env = \"KEY\", timeout = 9";
+        let settings = roles(&format!("{{ {far} }}"), &format!("{{ kind = \"judge\", {far} }}")).unwrap();
+        let RewardOptions::Judge(read) = &settings.roles.reward else { panic!("{settings:?}") };
+        assert_eq!((&read.role, read.role.timeout_seconds), (&settings.roles.teacher, Some(9.0)));
+        // What is shown can be read again.
+        assert_eq!(load(&settings.masked_toml().unwrap(), &[]).unwrap(), settings);
+        for (teacher, reward, param) in [
+            ("{ model = \"smollm2\", url = \"http://a/v1\" }", judge, "roles.teacher.url"),
+            ("{ model = \"big\", backend = \"remote\" }", judge, "roles.teacher.urls"),
+            (
+                "{ model = \"big\", backend = \"remote\", url = \"http://a\", urls = [\"http://b\"] }",
+                judge,
+                "roles.teacher.urls",
+            ),
+            ("{ model = \"big\", backend = \"elsewhere\" }", judge, "roles.teacher.backend"),
+            ("{ model = \"smollm2\", ulr = \"x\" }", judge, "roles.teacher"),
+            (native, "{ kind = \"judge\", model = \"smollm2\", ulr = \"x\" }", "roles.reward"),
+            (
+                native,
+                "{ kind = \"classifier\", model = \"big\", backend = \"remote\", url = \"http://a\" }",
+                "roles.reward.backend",
+            ),
+        ] {
+            let error = roles(teacher, reward).unwrap_err();
+            assert!(error.param.as_deref().unwrap().starts_with(param), "{teacher} {reward}: {error:?}");
+        }
+        let student = load("[roles]\nstudent = { model = \"big\", backend = \"remote\", url = \"http://a\" }", &[]);
+        assert_eq!(student.unwrap_err().param.as_deref(), Some("roles.student.backend"));
+        assert!(
+            roles(native, "{ kind = \"judge\", model = \"smollm2\", ulr = \"x\" }")
+                .unwrap_err()
+                .message
+                .contains("ulr")
+        );
     }
 
     #[test]

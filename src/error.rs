@@ -43,6 +43,8 @@ pub enum Code {
     Overloaded,
     /// The request took longer than the server allows.
     TimedOut,
+    /// No endpoint of a remote role answers, or each asks to be asked later. Jobs wait for it.
+    Unreachable,
     /// The caller went away or cancelled. Never sent to a client.
     Cancelled,
 }
@@ -67,6 +69,7 @@ impl Code {
             Code::Internal => (500, "server_error", "internal_error"),
             Code::Overloaded => (503, "server_error", "overloaded"),
             Code::TimedOut => (504, "server_error", "request_timeout"),
+            Code::Unreachable => (503, "server_error", "endpoint_unreachable"),
             Code::Cancelled => (499, "server_error", "cancelled"),
         }
     }

@@ -78,6 +78,7 @@ metrics! {
     kv_cache_usage_ratio: GaugeVec("Share of KV blocks held by live sequences.", ["model"]);
     prefix_cache_queries_total: IntCounterVec("Prompt tokens looked up in the prefix cache.", ["role"]);
     prefix_cache_hits_total: IntCounterVec("Prompt tokens found in the prefix cache.", ["role"]);
+    remote_endpoint_up: IntGaugeVec("1 while the endpoint of a remote role answers.", ["role", "endpoint"]);
     reward_score: Histogram("Scores given by the reward role.", SCORE);
     reward_parse_failures_total: IntCounter("Reward answers that could not be read as a number.");
     adapter_active_version: IntGaugeVec("Live version of the alias; 0 for none.", ["adapter"]);

@@ -146,7 +146,10 @@ pub(super) fn outcome(job: &Value) -> Result<()> {
     let id = job["id"].as_str().unwrap_or_default();
     match job["status"].as_str() {
         Some("succeeded") => Ok(()),
-        Some("paused") => Err(Error::conflict(format!("the job is paused; `rdpo jobs resume {id}` goes on with it"))),
+        Some("paused") => {
+            let why = job["error"]["message"].as_str().map(|why| format!(" ({why})")).unwrap_or_default();
+            Err(Error::conflict(format!("the job is paused{why}; `rdpo jobs resume {id}` goes on with it")))
+        }
         Some("failed") => {
             let why = job["error"]["message"].as_str().unwrap_or("no reason given");
             Err(Error::internal(format!("the job failed: {why}\nIts rows are kept: `rdpo jobs resume {id}` goes on.")))

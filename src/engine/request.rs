@@ -127,7 +127,7 @@ pub struct TokenLogprob {
 }
 
 /// Why it ended.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum FinishReason {
     /// End-of-text token, or a stop token (its id) or stop string.
     Stop {
@@ -137,6 +137,7 @@ pub enum FinishReason {
         token: Option<u32>,
     },
     /// `max_tokens` or the context's end.
+    #[default]
     Length,
 }
 

@@ -25,7 +25,7 @@ pub enum Status {
     Failed,
     /// Ended by the user.
     Cancelled,
-    /// Halted by the user; can be resumed.
+    /// Halted by the user, or because a remote role stayed out of reach (`error` says so then); can be resumed.
     Paused,
 }
 

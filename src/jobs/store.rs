@@ -32,9 +32,9 @@ pub struct Job {
     pub started_at: Option<i64>,
     /// Unix seconds of the final state.
     pub finished_at: Option<i64>,
-    /// Why it failed.
+    /// Why it failed, or paused by itself.
     pub error: Option<Value>,
-    /// Counters by stage: `{"synthesizing": {"done": 3, "total": 16}, …}` and whatever the body reports.
+    /// Counters by stage: `{"synthesizing": {"done": 3, "total": 16}, …}`; `waiting` with a reason while an endpoint is waited for.
     pub progress: Value,
     /// What the body left: report, adapter version.
     pub result: Value,
@@ -222,7 +222,11 @@ impl Store {
                 Some(reason) => format!("{}: {reason}", next.name()),
                 None => next.name().to_owned(),
             };
-            let level = if next == Status::Failed { "error" } else { "info" };
+            let level = match next {
+                Status::Failed => "error",
+                _ if error.is_some() => "warn",
+                _ => "info",
+            };
             insert_event(transaction, id, level, "status", &message, &json!({"status": next.name()}))?;
             Ok(read_job(transaction, id)?.map(Ok))
         })?;

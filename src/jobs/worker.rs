@@ -243,10 +243,12 @@ impl Jobs {
             Ok(()) => self.store.set_status(id, Status::Succeeded, None).map(drop),
             Err(error) if error.code == Code::Cancelled && state.stopping => Ok(()),
             Err(error) => {
-                tracing::error!(job = id, %error, "job failed");
+                // What is out of reach now may be back when the job is resumed.
+                let ended = if error.code == Code::Unreachable { Status::Paused } else { Status::Failed };
+                tracing::error!(job = id, %error, "job {}", ended.name());
                 let (_, kind, code) = error.code.row();
                 let body = json!({"message": error.to_string(), "type": kind, "code": code, "param": error.param});
-                self.store.set_status(id, Status::Failed, Some(body)).map(drop)
+                self.store.set_status(id, ended, Some(body)).map(drop)
             }
         }
     }

@@ -3,6 +3,7 @@
 mod behavior;
 mod pairs;
 mod parse;
+mod patience;
 mod report;
 mod request;
 mod run;
@@ -72,7 +73,7 @@ impl JobRequest {
         self.recipe(roles)?;
         let responder =
             roles.resolve(&self.synthesis.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
-        responder.engine().map_err(|error| error.at("synthesis.respond_with"))?;
+        responder.must_talk().map_err(|error| error.at("synthesis.respond_with"))?;
         let (_, max_rank) = roles.adapters().limits();
         let ranks = std::iter::once(("lora.r", self.lora.r));
         let ranks = ranks.chain(self.lora.rank_pattern.values().map(|rank| ("lora.rank_pattern", *rank)));

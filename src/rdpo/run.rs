@@ -75,6 +75,10 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         self.context.stage(Status::Synthesizing)?;
+        self.patiently("sample", || self.synthesize_rest())
+    }
+
+    fn synthesize_rest(&self) -> Result<()> {
         let samples = self.request.synthesis.samples_per_prompt;
         let done: BTreeSet<usize> = self.rows("sample")?.into_iter().map(|(index, _)| index).collect();
         let wanted = (0..self.prompts.len()).filter(|index| self.makes_pairs(*index));
@@ -124,9 +128,13 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         self.context.stage(Status::Scoring)?;
+        self.patiently("score", || self.score_rest(&unscored))
+    }
+
+    fn score_rest(&self, unscored: &[(usize, Vec<Message>, String, String)]) -> Result<()> {
         let done: BTreeSet<usize> = self.rows("score")?.into_iter().map(|(index, _)| index).collect();
         let total = unscored.len();
-        let left: Vec<_> = unscored.into_iter().filter(|(index, ..)| !done.contains(index)).collect();
+        let left: Vec<_> = unscored.iter().filter(|(index, ..)| !done.contains(index)).cloned().collect();
         let mut finished = total - left.len();
         self.context.progress(Status::Scoring, finished, total)?;
         let reward = self.roles.reward()?;
@@ -153,7 +161,8 @@ impl<'a> Run<'a> {
             }
         });
         self.runtime.block_on(async {
-            let mut running = futures_util::stream::iter(scores).buffer_unordered(self.roles.max_in_flight());
+            let mut running =
+                futures_util::stream::iter(scores).buffer_unordered(self.roles.max_in_flight(reward.target()));
             loop {
                 self.context.check()?;
                 match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
@@ -250,6 +259,13 @@ impl<'a> Run<'a> {
     /// The report on held-out prompts, before anything goes live.
     pub(super) fn evaluate(&self, outcome: &Outcome) -> Result<Report> {
         self.context.stage(Status::Evaluating)?;
+        let report = self.patiently("eval", || self.evaluate_rest(outcome))?;
+        metrics().train_kl.set(report.kl_per_token);
+        self.set_result(&json!({ "report": report }))?;
+        Ok(report)
+    }
+
+    fn evaluate_rest(&self, outcome: &Outcome) -> Result<Report> {
         let prompts: Vec<&PromptInput> = self.held_out.iter().map(|index| &self.prompts[*index]).collect();
         let mut done: BTreeMap<usize, Comparison> = BTreeMap::new();
         for (index, row) in self.rows("eval")? {
@@ -275,7 +291,8 @@ impl<'a> Run<'a> {
                 let (contest, prompt) = (&contest, prompts[index]);
                 async move { (index, compare(contest, prompt, index).await) }
             });
-            let mut running = futures_util::stream::iter(comparisons).buffer_unordered(self.roles.max_in_flight());
+            let mut running =
+                futures_util::stream::iter(comparisons).buffer_unordered(self.roles.max_in_flight(reward.target()));
             loop {
                 self.context.check()?;
                 match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
@@ -294,10 +311,7 @@ impl<'a> Run<'a> {
                 }
             }
         })?;
-        let report = Report::of(done.into_values().collect());
-        metrics().train_kl.set(report.kl_per_token);
-        self.set_result(&json!({ "report": report }))?;
-        Ok(report)
+        Ok(Report::of(done.into_values().collect()))
     }
 
     /// Makes the adapter live, if the request wants it and the report allows it.

@@ -108,7 +108,8 @@ pub(super) async fn synthesize_work(
     let teacher = roles.teacher()?;
     let (responder, teacher) = (&responder, &teacher);
     let conversations = work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed));
-    let mut running = futures_util::stream::iter(conversations).buffer_unordered(roles.max_in_flight());
+    let mut running =
+        futures_util::stream::iter(conversations).buffer_unordered(roles.max_in_flight([responder, teacher]));
     loop {
         check()?;
         match tokio::time::timeout(TICK, running.next()).await {

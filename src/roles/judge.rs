@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 
 use regex::Regex;
+use serde_json::json;
 
-use super::{JudgeMode, Rubric, Score, Target};
-use crate::engine::{SamplingParams, Task};
+use super::remote::usage;
+use super::{JudgeMode, Remote, Rubric, Score, Target};
+use crate::engine::{SamplingParams, Task, Usage};
 use crate::error::{Error, Result};
 use crate::text::{Message, RenderOptions};
 
@@ -77,6 +79,7 @@ impl Rubric {
 pub(super) async fn judge(target: &Target, rubric: &Rubric, prompt: &str, response: &str) -> Result<Score> {
     let question = vec![Message::new("user", fill(&rubric.prompt, &[("prompt", prompt), ("response", response)]))];
     match rubric.mode {
+        JudgeMode::Expected if target.remote().is_some() => expected_afar(target, rubric, &question).await,
         JudgeMode::Expected => expected(target, rubric, &question).await,
         JudgeMode::Generate => generate(target, rubric, &question).await,
     }
@@ -120,13 +123,50 @@ async fn expected(target: &Target, rubric: &Rubric, question: &[Message]) -> Res
             sum += here * *value as f64;
         }
     }
+    Ok(Score { value: mean(rubric, sum, mass)?, ..spent })
+}
+
+fn mean(rubric: &Rubric, sum: f64, mass: f64) -> Result<f64> {
     if mass.is_nan() || mass < LEAST_MASS {
         return Err(unreadable(format!(
             "the judge gives the numbers {}..={} only {mass:.1e} of its probability",
             rubric.min, rubric.max
         )));
     }
-    Ok(Score { value: sum / mass, ..spent })
+    Ok(sum / mass)
+}
+
+/// The same from what an endpoint tells: the likeliest first tokens of the answer. One token tells values apart that are one
+/// digit; a "1" could go on to "10".
+async fn expected_afar(target: &Target, rubric: &Rubric, question: &[Message]) -> Result<Score> {
+    let advice = "set `mode = \"generate\"` in the rubric, and let it ask for a line `Score: <number>`";
+    if rubric.min < 0 || rubric.max > 9 {
+        let text = format!("a remote judge's expected score is read from one token: keep to 0..=9, or {advice}");
+        return Err(Error::invalid("judge.max", text));
+    }
+    let remote =
+        target.remote().ok_or_else(|| Error::internal("a judge that is here was taken for remote. This is a bug."))?;
+    let mut body = Remote::question(question)?;
+    let fields =
+        [("max_tokens", json!(1)), ("temperature", json!(0)), ("logprobs", json!(true)), ("top_logprobs", json!(20))];
+    body.extend(fields.map(|(key, value)| (key.to_owned(), value)));
+    let reply = remote.complete(body).await?;
+    let Some(likeliest) = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array() else {
+        let text = format!("the judge's endpoint gives no `top_logprobs`: {advice}");
+        return Err(Error::invalid("judge.mode", text));
+    };
+    let (mut mass, mut sum) = (0.0, 0.0);
+    for entry in likeliest {
+        // Vocabularies have " 7" beside "7".
+        let value = entry["token"].as_str().and_then(|token| token.trim().parse::<i64>().ok());
+        if let Some(value) = value.filter(|value| (rubric.min..=rubric.max).contains(value)) {
+            let p = entry["logprob"].as_f64().map_or(0.0, f64::exp);
+            mass += p;
+            sum += p * value as f64;
+        }
+    }
+    let Usage { prompt_tokens, completion_tokens, .. } = usage(&reply);
+    Ok(Score { value: mean(rubric, sum, mass)?, prompt_tokens, completion_tokens })
 }
 
 /// Tokens of every allowed value where the assistant's turn begins.

@@ -1,17 +1,19 @@
-//! Who answers: a model name becomes an engine, a tokenizer and a pinned adapter generation.
+//! Who answers: a model name becomes an engine, a tokenizer and a pinned adapter generation, or the endpoints of a remote model.
 
 mod adapters;
 mod confine;
 mod judge;
 mod load;
 mod options;
+mod pool;
+mod remote;
 mod reward;
 mod rules;
 mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub use crate::engine::{Gate, GateGuard};
 pub use crate::weights::AdapterFile;
@@ -19,11 +21,12 @@ pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
 pub use confine::confined;
 pub use judge::fill;
 pub use options::{
-    AdapterOptions, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
+    AdapterOptions, Backend, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
     RewardOptions, RoleOptions, RolesOptions, RuleOptions,
 };
+pub use remote::{Chunks, Remote};
 pub use reward::{Reward, Rubric, Score};
-pub use target::{Answer, Target};
+pub use target::{Answer, Seat, Target};
 
 pub use crate::weights::GenerationDefaults;
 
@@ -73,12 +76,19 @@ pub struct ModelCard {
     pub created: i64,
 }
 
+/// What a role's model is.
+#[derive(Clone)]
+enum Backing {
+    Native(Arc<Loaded>),
+    Remote(Arc<Remote>),
+}
+
 /// The loaded models and adapters. Shared by server and jobs.
 pub struct Roles {
-    teacher: Arc<Loaded>,
+    teacher: Backing,
     student: Arc<Loaded>,
-    /// The judge's or classifier's checkpoint; other rewards have none.
-    judge: Option<Arc<Loaded>>,
+    /// The judge's or classifier's model; other rewards have none.
+    judge: Option<Backing>,
     reward: Arc<Reward>,
     adapters: Adapters,
     loaded: Vec<Arc<Loaded>>,
@@ -89,23 +99,32 @@ pub struct Roles {
 impl Roles {
     /// Opens every checkpoint once, starts one engine per checkpoint, re-publishes the adapters that were live.
     pub fn load(options: RolesOptions) -> Result<Arc<Self>> {
+        options.check()?;
         let mut loader = Loader::new(&options)?;
-        let teacher = loader.get("teacher", &options.teacher.model)?;
+        let mut backing = |role: Role, of: &RoleOptions| match of.is_remote() {
+            true => Remote::new(role, of).map(Backing::Remote),
+            false => loader.get(role.name(), &of.model).map(Backing::Native),
+        };
+        let teacher = backing(Role::Teacher, &options.teacher)?;
+        let judge = match &options.reward {
+            RewardOptions::Judge(judge) => Some(backing(Role::Reward, &judge.role)?),
+            RewardOptions::Classifier(classifier) => Some(backing(Role::Reward, classifier)?),
+            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
+        };
         let student = loader.get("student", &options.student.model)?;
-        for (role, one) in [("teacher", &teacher), ("student", &student)] {
-            if one.engine.model().config().num_labels > 0 {
+        let native = match &teacher {
+            Backing::Native(teacher) => Some(teacher),
+            Backing::Remote(_) => None,
+        };
+        for (role, one) in [("teacher", native), ("student", Some(&student))] {
+            if let Some(one) = one.filter(|one| one.engine.model().config().num_labels > 0) {
                 return Err(Error::invalid(
                     format!("roles.{role}.model"),
                     format!("`{}` is a classifier; it cannot generate", one.name),
                 ));
             }
         }
-        let judge = match &options.reward {
-            RewardOptions::Judge(judge) => Some(loader.get("reward", &judge.model)?),
-            RewardOptions::Classifier(classifier) => Some(loader.get("reward", &classifier.model)?),
-            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
-        };
-        let target = judge.as_ref().map(|judge| target("reward", Role::Reward, judge));
+        let target = judge.as_ref().map(|judge| judge.target("reward", Role::Reward));
         let reward = Arc::new(Reward::new(&options.reward, target)?);
         let adapters = Adapters::open(student.engine.model().clone(), &options.adapters)?;
         let roles = Roles {
@@ -126,18 +145,19 @@ impl Roles {
     /// there is no such name; never the base in place of an adapter.
     pub fn resolve(&self, model: &str) -> Result<Target> {
         match model {
-            "teacher" => return Ok(target(model, Role::Teacher, &self.teacher)),
+            "teacher" => return Ok(self.teacher.target(model, Role::Teacher)),
             "student:base" => return Ok(target(model, Role::Student, &self.student)),
             "reward" => {
-                let base = self.judge.as_ref().map(|judge| target(model, Role::Reward, judge));
-                return Ok(Target {
+                let empty = Target {
                     model: model.to_owned(),
                     role: Role::Reward,
-                    engine: base.as_ref().and_then(|base| base.engine.clone()),
+                    seat: Seat::Empty,
                     lease: None,
-                    reward: Some(self.reward.clone()),
-                    defaults: base.map(|base| base.defaults).unwrap_or_default(),
-                });
+                    reward: None,
+                    defaults: GenerationDefaults::default(),
+                };
+                let base = self.judge.as_ref().map_or(empty, |judge| judge.target(model, Role::Reward));
+                return Ok(Target { reward: Some(self.reward.clone()), ..base });
             }
             _ => {}
         }
@@ -181,9 +201,30 @@ impl Roles {
         &self.student.name
     }
 
-    /// Requests worth having in flight: what an engine runs at once.
-    pub fn max_in_flight(&self) -> usize {
-        self.max_sequences.max(1)
+    /// Requests worth having in flight to these: what an engine runs at once, or the endpoints of the widest remote one.
+    pub fn max_in_flight<'a>(&self, asked: impl IntoIterator<Item = &'a Target>) -> usize {
+        let remote = asked.into_iter().filter_map(Target::remote).map(|remote| remote.capacity()).max();
+        // Beyond this, what waits here only waits elsewhere.
+        remote.unwrap_or(self.max_sequences).clamp(1, 4096)
+    }
+
+    /// Roles whose model runs elsewhere.
+    fn remotes(&self) -> impl Iterator<Item = &Arc<Remote>> {
+        let remote = |backing| match backing {
+            &Backing::Remote(ref remote) => Some(remote),
+            Backing::Native(_) => None,
+        };
+        [Some(&self.teacher), self.judge.as_ref()].into_iter().flatten().filter_map(remote)
+    }
+
+    /// Whether every remote role has an endpoint that can be asked. Called inside a runtime.
+    pub fn are_reachable(&self) -> bool {
+        self.remotes().all(|remote| remote.is_reachable())
+    }
+
+    /// How long a job waits for an endpoint without finishing a row.
+    pub fn patience(&self) -> Duration {
+        self.remotes().map(|remote| remote.patience()).max().unwrap_or_default()
     }
 
     /// Folder that job files are confined to: the one that holds the adapter root.
@@ -202,13 +243,17 @@ impl Roles {
             adapter_generation: None,
             created: self.created,
         };
-        let mut cards = vec![base("teacher", &self.teacher)];
-        cards.push(match &self.judge {
-            Some(judge) => base("reward", judge),
-            None => {
-                ModelCard { root: self.reward.kind().to_owned(), max_model_len: 0, ..base("reward", &self.student) }
-            }
-        });
+        // Without a model here there is no path and no context.
+        let other =
+            |id: &str, root: &str| ModelCard { root: root.to_owned(), max_model_len: 0, ..base(id, &self.student) };
+        let card = |id: &str, backing: &Backing| match backing {
+            Backing::Native(loaded) => base(id, loaded),
+            Backing::Remote(remote) => other(id, remote.model()),
+        };
+        let mut cards = vec![card("teacher", &self.teacher)];
+        cards.push(
+            self.judge.as_ref().map_or_else(|| other("reward", self.reward.kind()), |judge| card("reward", judge)),
+        );
         let adapters = self.adapters.list();
         if !adapters.iter().any(|card| card.alias == "student" && card.live) {
             cards.push(ModelCard { adapter_version: Some(0), ..base("student", &self.student) });
@@ -236,11 +281,12 @@ impl Roles {
     }
 
     fn show(&self) {
-        let seats =
-            [("teacher", Some(&self.teacher)), ("student", Some(&self.student)), ("reward", self.judge.as_ref())];
+        let student = Backing::Native(self.student.clone());
+        let seats = [("teacher", Some(&self.teacher)), ("student", Some(&student)), ("reward", self.judge.as_ref())];
         for (role, seat) in seats {
             let (name, dtype, stored) = match seat {
-                Some(one) => (one.name.clone(), one.weights.to_string(), one.stored.clone()),
+                Some(Backing::Native(one)) => (one.name.clone(), one.weights.to_string(), one.stored.clone()),
+                Some(Backing::Remote(remote)) => (remote.model().to_owned(), "remote".into(), "remote".into()),
                 None => (self.reward.kind().to_owned(), "none".to_owned(), "none".to_owned()),
             };
             metrics().model_info.with_label_values(&[role, &name, &dtype, &stored]).set(1);
@@ -249,11 +295,27 @@ impl Roles {
     }
 }
 
+impl Backing {
+    fn target(&self, model: &str, role: Role) -> Target {
+        match self {
+            Backing::Native(loaded) => target(model, role, loaded),
+            Backing::Remote(remote) => Target {
+                model: model.to_owned(),
+                role,
+                seat: Seat::Remote(remote.clone()),
+                lease: None,
+                reward: None,
+                defaults: GenerationDefaults::default(),
+            },
+        }
+    }
+}
+
 fn target(model: &str, role: Role, loaded: &Loaded) -> Target {
     Target {
         model: model.to_owned(),
         role,
-        engine: Some(loaded.engine.clone()),
+        seat: Seat::Native(loaded.engine.clone()),
         lease: None,
         reward: None,
         defaults: loaded.defaults.clone(),

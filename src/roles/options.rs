@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::reward::Rubric;
+use crate::error::{Error, Result};
 
 /// `[device]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,12 +56,88 @@ fn auto() -> String {
     "auto".into()
 }
 
-/// `[roles.teacher]`, `[roles.student]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Where a role's model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backend {
+    /// In this process.
+    #[default]
+    Native,
+    /// Behind OpenAI-compatible endpoints.
+    Remote,
+}
+
+/// `[roles.teacher]`, `[roles.student]`, and the model of a reward. All fields but the first two belong to `remote`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoleOptions {
-    /// Name under `[models]`.
+    /// Where the model runs.
+    #[serde(default)]
+    pub backend: Backend,
+    /// Name under `[models]`, or with `remote` its name at the endpoints.
     pub model: String,
+    /// The endpoint: what `/chat/completions` comes after, e.g. `http://host:8000/v1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Or several that serve the same model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+    /// Environment variable that holds the key, sent as a bearer token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_key_env: Option<String>,
+    /// Seconds before an answer, or the next piece of a stream, is given up; 300 by default.
+    #[serde(default, alias = "timeout", skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<f64>,
+    /// Tries after the first; 4 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_retries: Option<usize>,
+    /// Requests at once to each endpoint; 16 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_concurrency: Option<usize>,
+    /// Seconds a job waits for an endpoint without finishing a row before it is paused; 600 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_seconds: Option<f64>,
+}
+
+impl RoleOptions {
+    /// The model of that name under `[models]`.
+    pub fn native(model: impl Into<String>) -> Self {
+        RoleOptions { model: model.into(), ..RoleOptions::default() }
+    }
+
+    /// Whether the model runs elsewhere.
+    pub fn is_remote(&self) -> bool {
+        self.backend == Backend::Remote
+    }
+
+    /// Whether each field is of use to the backend; `role` is the key under `[roles]`.
+    pub fn check(&self, role: &str) -> Result<()> {
+        let given = [
+            ("url", self.url.is_some()),
+            ("urls", !self.urls.is_empty()),
+            ("api_key_env", self.api_key_env.is_some()),
+            ("timeout_seconds", self.timeout_seconds.is_some()),
+            ("max_retries", self.max_retries.is_some()),
+            ("max_concurrency", self.max_concurrency.is_some()),
+            ("patience_seconds", self.patience_seconds.is_some()),
+        ];
+        let wrong = |key: &str, why: &str| Err(Error::invalid(format!("roles.{role}.{key}"), why));
+        match (self.backend, given.iter().find(|(_, given)| *given)) {
+            (Backend::Native, Some((key, _))) => wrong(key, "belongs to `backend = \"remote\"`"),
+            (Backend::Remote, _) if self.url.is_some() == !self.urls.is_empty() => {
+                wrong("urls", "a remote role needs `url`, or several as `urls`")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The same for a role that has to run in this process; `why` says why it has to.
+    pub fn check_native(&self, role: &str, why: &str) -> Result<()> {
+        if self.is_remote() {
+            return Err(Error::invalid(format!("roles.{role}.backend"), format!("must be `native`: {why}")));
+        }
+        self.check(role)
+    }
 }
 
 /// How a judge reads its score.
@@ -74,14 +152,25 @@ pub enum JudgeMode {
 }
 
 /// A judge.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct JudgeOptions {
-    /// Name under `[models]`.
-    pub model: String,
+    /// The model that judges.
+    #[serde(flatten)]
+    pub role: RoleOptions,
     /// Used where the behaviour brings none; a general one where it is left out.
-    #[serde(default)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rubric: Option<Rubric>,
+}
+
+// Not derived: serde cannot refuse unknown fields beside flattened ones.
+impl<'de> Deserialize<'de> for JudgeOptions {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> std::result::Result<Self, D::Error> {
+        let mut fields = serde_json::Map::deserialize(source)?;
+        let rubric = fields.remove("rubric").unwrap_or_default();
+        let rubric = serde_json::from_value(rubric).map_err(|error| D::Error::custom(format!("rubric: {error}")))?;
+        let role = serde_json::from_value(fields.into()).map_err(D::Error::custom)?;
+        Ok(JudgeOptions { role, rubric })
+    }
 }
 
 /// `[roles.reward]`.
@@ -184,6 +273,21 @@ pub struct RolesOptions {
     pub adapters: AdapterOptions,
     /// Share of device time training keeps while serving is busy.
     pub training_share: f64,
+}
+
+impl RolesOptions {
+    /// Whether every role can be what it is said to be.
+    pub fn check(&self) -> Result<()> {
+        self.teacher.check("teacher")?;
+        self.student.check_native("student", "the student is trained where it is served, by this server")?;
+        match &self.reward {
+            RewardOptions::Judge(judge) => judge.role.check("reward"),
+            RewardOptions::Classifier(role) => {
+                role.check_native("reward", "a classifier's score is no chat; a `judge` can be remote")
+            }
+            RewardOptions::Rules { .. } | RewardOptions::Http(_) => Ok(()),
+        }
+    }
 }
 
 impl Default for DeviceOptions {

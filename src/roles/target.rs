@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Lease, Reward, Role};
+use super::{Lease, Remote, Reward, Role};
 use crate::engine::{Engine, Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
 use crate::error::{Code, Error, Result};
 use crate::telemetry::metrics;
@@ -13,6 +13,17 @@ use crate::weights::GenerationDefaults;
 /// How long [`Target::ask`] waits for a place in a full queue.
 const QUEUE_PATIENCE: Duration = Duration::from_secs(300);
 
+/// Where a role's model runs.
+#[derive(Clone)]
+pub enum Seat {
+    /// In this process: it has tokens, log-probabilities, adapters.
+    Native(Engine),
+    /// At endpoints: it answers chats.
+    Remote(Arc<Remote>),
+    /// Nowhere: a reward without a model.
+    Empty,
+}
+
 /// A resolved model name: everything a request needs, pinned until dropped.
 #[derive(Clone)]
 pub struct Target {
@@ -20,8 +31,8 @@ pub struct Target {
     pub model: String,
     /// Its role.
     pub role: Role,
-    /// The engine that serves it (for a reward without one, see [`Target::reward`]).
-    pub engine: Option<Engine>,
+    /// Where its model runs (for a reward without one, see [`Target::reward`]).
+    pub seat: Seat,
     /// The adapter pinned for this request; `None` for a base.
     pub lease: Option<Lease>,
     /// Set when the name is the reward role.
@@ -31,7 +42,7 @@ pub struct Target {
 }
 
 /// A request's events put together.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {
     /// The whole text.
     pub text: String,
@@ -52,12 +63,32 @@ pub struct Answer {
 }
 
 impl Target {
-    /// The engine; a 400 naming `model` for a reward role that generates nothing.
+    /// The engine; a 400 naming `model` for a remote role and for a reward role that generates nothing.
     pub fn engine(&self) -> Result<&Engine> {
-        self.engine.as_ref().ok_or_else(|| {
-            let kind = self.reward.as_ref().map_or("reward", |reward| reward.kind());
-            Error::invalid("model", format!("`{}` is a `{kind}` reward: it scores texts, it has no tokens", self.model))
-        })
+        let why = match &self.seat {
+            Seat::Native(engine) => return Ok(engine),
+            Seat::Remote(_) => {
+                format!("`{}` is remote: it answers chats only, its tokens are at its endpoint", self.model)
+            }
+            Seat::Empty => {
+                let kind = self.reward.as_ref().map_or("reward", |reward| reward.kind());
+                format!("`{}` is a `{kind}` reward: it scores texts, it has no tokens", self.model)
+            }
+        };
+        Err(Error::invalid("model", why))
+    }
+
+    /// The endpoints of a remote role.
+    pub fn remote(&self) -> Option<&Arc<Remote>> {
+        match &self.seat {
+            Seat::Remote(remote) => Some(remote),
+            Seat::Native(_) | Seat::Empty => None,
+        }
+    }
+
+    /// A 400 naming `model` for a role that cannot answer a chat.
+    pub fn must_talk(&self) -> Result<()> {
+        if self.remote().is_some() { Ok(()) } else { self.engine().map(drop) }
     }
 
     /// The tokenizer.
@@ -98,8 +129,11 @@ impl Target {
         collect(stream).await
     }
 
-    /// Renders the chat, generates, and waits for the end.
+    /// Renders the chat, generates, and waits for the end. A remote role's answer has text and counts, no tokens.
     pub async fn answer(&self, messages: &[Message], params: SamplingParams) -> Result<Answer> {
+        if let Some(remote) = self.remote() {
+            return remote.answer(messages, &params).await;
+        }
         let prompt = self.tokenizer()?.encode_chat(messages, &RenderOptions::default())?;
         self.ask(self.request(prompt, params)).await
     }
@@ -125,16 +159,7 @@ impl Target {
 }
 
 async fn collect(mut stream: EventStream) -> Result<Answer> {
-    let mut answer = Answer {
-        text: String::new(),
-        ids: Vec::new(),
-        logprobs: Vec::new(),
-        prompt_logprobs: Vec::new(),
-        reason: FinishReason::Length,
-        usage: Usage::default(),
-        next_token: Vec::new(),
-        score: None,
-    };
+    let mut answer = Answer::default();
     while let Some(event) = stream.recv().await {
         match event {
             Event::Prompt(logprobs) => answer.prompt_logprobs = logprobs,

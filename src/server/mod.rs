@@ -2,6 +2,7 @@
 
 mod answer;
 mod constrain;
+mod forward;
 mod guard;
 mod limits;
 mod messages;

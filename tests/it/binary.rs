@@ -14,18 +14,24 @@ use super::hot_swap::fixture;
 const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A server of the tiny model in a folder of its own.
-struct Server {
-    child: Child,
-    url: String,
+pub(super) struct Server {
+    pub(super) child: Child,
+    pub(super) url: String,
     runtime: Runtime,
 }
 
 fn settings(folder: &Path, model: &Path) -> PathBuf {
+    settings_of(folder, model, "{model = \"tiny\"}", "{kind = \"judge\", model = \"tiny\"}")
+}
+
+pub(super) fn settings_of(folder: &Path, model: &Path, teacher: &str, reward: &str) -> PathBuf {
     let text = format!(
         "[server]\nport = 0\n[kv_cache]\nmemory = \"8MiB\"\nblock_size = 4\nmax_sequences = 4\n\
          [models.tiny]\npath = {model:?}\ndtype = \"f32\"\n\
-         [roles]\nteacher = {{model = \"tiny\"}}\nstudent = {{model = \"tiny\"}}\nreward = {{kind = \"judge\", model = \"tiny\"}}\n\
+         [models.classifier]\npath = {classifier:?}\ndtype = \"f32\"\n\
+         [roles]\nteacher = {teacher}\nstudent = {{model = \"tiny\"}}\nreward = {reward}\n\
          [store]\npath = {store:?}\n[adapters]\npath = {adapters:?}\n",
+        classifier = fixture("tiny-classifier"),
         store = folder.join("jobs.sqlite"),
         adapters = folder.join("adapters"),
     );
@@ -34,7 +40,7 @@ fn settings(folder: &Path, model: &Path) -> PathBuf {
     path
 }
 
-fn command(settings: &Path) -> Command {
+pub(super) fn command(settings: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rdpo"));
     command.arg("serve").arg("--config").arg(settings).env("RUST_LOG", "warn");
     command
@@ -42,28 +48,41 @@ fn command(settings: &Path) -> Command {
 
 impl Server {
     fn start(folder: &Path) -> Self {
-        let settings = settings(folder, &fixture("tiny-llama"));
-        let mut child = command(&settings).stdout(Stdio::piped()).spawn().unwrap();
+        Server::spawn(command(&settings(folder, &fixture("tiny-llama"))))
+    }
+
+    pub(super) fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let line = BufReader::new(child.stdout.take().unwrap()).lines().next().expect("the server says its address");
         let url = line.unwrap().split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         Server { child, url, runtime }
     }
 
-    fn get(&self, path: &str) -> Value {
+    pub(super) fn get(&self, path: &str) -> Value {
         self.runtime
             .block_on(async { reqwest::get(format!("{}{path}", self.url)).await.unwrap().json().await.unwrap() })
     }
 
-    fn submit(&self, request: &Value) -> String {
+    pub(super) fn text(&self, path: &str) -> String {
+        self.runtime
+            .block_on(async { reqwest::get(format!("{}{path}", self.url)).await.unwrap().text().await.unwrap() })
+    }
+
+    pub(super) fn post(&self, path: &str) {
+        let sent = reqwest::Client::new().post(format!("{}{path}", self.url)).send();
+        self.runtime.block_on(async { sent.await.unwrap().error_for_status().unwrap() });
+    }
+
+    pub(super) fn submit(&self, request: &Value) -> String {
         let client = reqwest::Client::new();
         let sent = client.post(format!("{}/v1/rdpo/train", self.url)).json(request).send();
         let job: Value = self.runtime.block_on(async { sent.await.unwrap().json().await.unwrap() });
         job["id"].as_str().unwrap_or_else(|| panic!("no job: {job}")).to_owned()
     }
 
-    /// Reads the job's events until one satisfies `reached`, then kills the process at once.
-    fn kill_when(mut self, id: &str, after: &mut i64, reached: impl Fn(&Value) -> bool) {
+    /// Reads the job's events until one satisfies `reached`.
+    pub(super) fn reach(&self, id: &str, after: &mut i64, reached: impl Fn(&Value) -> bool) {
         let since = Instant::now();
         loop {
             assert!(
@@ -75,16 +94,25 @@ impl Server {
             for event in page["data"].as_array().unwrap() {
                 *after = event["id"].as_i64().unwrap();
                 if reached(event) {
-                    // SIGKILL.
-                    self.child.kill().unwrap();
-                    self.child.wait().unwrap();
                     return;
                 }
             }
         }
     }
 
-    fn wait(&self, id: &str) -> Value {
+    /// Kills the process at once when the job has come so far.
+    fn kill_when(mut self, id: &str, after: &mut i64, reached: impl Fn(&Value) -> bool) {
+        self.reach(id, after, reached);
+        self.kill();
+    }
+
+    /// SIGKILL.
+    pub(super) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub(super) fn wait(&self, id: &str) -> Value {
         let since = Instant::now();
         loop {
             let job = self.get(&format!("/v1/rdpo/train/{id}"));
@@ -105,7 +133,7 @@ impl Drop for Server {
     }
 }
 
-fn request() -> Value {
+pub(super) fn request() -> Value {
     let prompts: Vec<String> = (0..24).map(|number| format!("Tell me about the number {number}.")).collect();
     let eval: Vec<String> = (0..12).map(|number| format!("What is {number} and one?")).collect();
     json!({
@@ -122,7 +150,7 @@ fn request() -> Value {
     })
 }
 
-fn adapter(folder: &Path) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn adapter(folder: &Path) -> (Vec<u8>, Vec<u8>) {
     let at = folder.join("adapters/student/1");
     assert!(!folder.join("adapters/student/2").exists(), "one job makes one version, however often it is killed");
     let read = |name: &str| fs::read(at.join(name)).unwrap();

@@ -29,8 +29,8 @@ pub(crate) fn options(data: &Path, reward: RewardOptions) -> RolesOptions {
             ..KvCacheOptions::default()
         },
         models: models.into_iter().map(|(name, path)| (name.to_owned(), model(fixture(path)))).collect(),
-        teacher: RoleOptions { model: "tiny".into() },
-        student: RoleOptions { model: "again".into() },
+        teacher: RoleOptions::native("tiny"),
+        student: RoleOptions::native("again"),
         reward,
         adapters: AdapterOptions { path: data.join("adapters"), max_resident: 4, max_rank: 64 },
         training_share: 0.5,
@@ -243,7 +243,7 @@ fn two_roles_share_one_copy_of_the_weights() {
     let weights = || metrics().gpu_memory_bytes.with_label_values(&["weights"]).get();
     let data = tempfile::tempdir().unwrap();
     // Teacher, student (by another name and path) and judge are one checkpoint.
-    let judge = RewardOptions::Judge(JudgeOptions { model: "tiny".into(), rubric: None });
+    let judge = RewardOptions::Judge(JudgeOptions { role: RoleOptions::native("tiny"), rubric: None });
     let roles = Roles::load(options(data.path(), judge)).unwrap();
     assert_eq!(roles.engines().len(), 1);
     let one = roles.engines()[0].1.model().bytes() as i64;
@@ -252,7 +252,7 @@ fn two_roles_share_one_copy_of_the_weights() {
     drop(roles);
     assert_eq!(weights(), 0, "dropping the roles gives the weights back");
     // A classifier is a second checkpoint.
-    let classifier = RewardOptions::Classifier(RoleOptions { model: "classifier".into() });
+    let classifier = RewardOptions::Classifier(RoleOptions::native("classifier"));
     let roles = Roles::load(options(data.path(), classifier)).unwrap();
     assert_eq!(roles.engines().len(), 2);
     assert!(weights() > one);

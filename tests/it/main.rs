@@ -14,5 +14,7 @@ mod method;
 mod openapi;
 mod parity;
 mod real_model;
+mod remote;
+mod remote_faults;
 mod tidy;
 mod training;

@@ -141,7 +141,7 @@ fn a_job_paused_in_the_middle_ends_with_the_same_adapter() {
 #[test]
 fn a_judge_scores_and_the_prefix_cache_sees_the_conversation_grow() {
     let data = tempfile::tempdir().unwrap();
-    let judge = RewardOptions::Judge(JudgeOptions { model: "tiny".into(), rubric: None });
+    let judge = RewardOptions::Judge(JudgeOptions { role: RoleOptions::native("tiny"), rubric: None });
     let house = house(data.path(), judge);
     let job = house.run(&request());
     succeeded(&job);
@@ -163,7 +163,7 @@ fn a_judge_scores_and_the_prefix_cache_sees_the_conversation_grow() {
 #[test]
 fn the_classifier_reward_is_what_transformers_computes() {
     let data = tempfile::tempdir().unwrap();
-    let classifier = RewardOptions::Classifier(RoleOptions { model: "classifier".into() });
+    let classifier = RewardOptions::Classifier(RoleOptions::native("classifier"));
     let roles = Roles::load(options(data.path(), classifier)).unwrap();
     let text = std::fs::read(super::hot_swap::fixture("tiny-classifier/expected.json")).unwrap();
     let expected: Value = serde_json::from_slice(&text).unwrap();
@@ -219,7 +219,7 @@ fn a_job_without_usable_pairs_fails_with_its_counts() {
 #[test]
 fn the_expected_score_is_the_sum_over_the_values() {
     let data = tempfile::tempdir().unwrap();
-    let judge = RewardOptions::Judge(JudgeOptions { model: "tiny".into(), rubric: None });
+    let judge = RewardOptions::Judge(JudgeOptions { role: RoleOptions::native("tiny"), rubric: None });
     let roles = Roles::load(options(data.path(), judge)).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let rubric: rdpo::roles::Rubric =

@@ -537,7 +537,7 @@ fn meaning(status: u16) -> String {
         413 => "The body is larger than the server reads",
         422 => "Well-formed but unusable",
         429 => "The queue is full",
-        503 => "Stopping or out of room",
+        503 => "Stopping, out of room, or a remote role that cannot be reached",
         504 => "It took longer than the server allows",
         _ => "A defect, or the machine's",
     };
@@ -557,6 +557,7 @@ fn meaning(status: u16) -> String {
         Code::Internal,
         Code::Overloaded,
         Code::TimedOut,
+        Code::Unreachable,
     ];
     let codes: Vec<&str> = known.iter().map(|code| code.row()).filter(|row| row.0 == status).map(|row| row.2).collect();
     if codes.is_empty() { text.to_owned() } else { format!("{text} (`code`: {})", codes.join(", ")) }

@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
+use crate::server::forward::forward;
 use crate::server::messages::{ChatMessage, messages};
 use crate::server::reply::{Reply, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
@@ -111,6 +112,10 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if target.reward.is_some() {
         let stream = sampling.streams().then_some(stream);
         return reward(&target, &turns, state.limits.request_timeout, stream).await;
+    }
+    if let Some(remote) = target.remote() {
+        let stream = sampling.streams().then_some(stream);
+        return forward(&target, remote, parse(&body)?, stream).await;
     }
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {

@@ -27,12 +27,12 @@ pub(crate) struct Model {
     created: i64,
     /// `rdpo`.
     owned_by: &'static str,
-    /// Path of the checkpoint or the adapter; a reward without a model has its kind here.
+    /// Path of the checkpoint or the adapter, a remote model's name at its endpoint, or the kind of a reward without a model.
     root: String,
     /// The model an adapter stands on.
     #[schema(required)]
     parent: Option<String>,
-    /// Longest prompt and answer together, tokens; 0 for a reward without a model.
+    /// Longest prompt and answer together, tokens; 0 where the model is remote or there is none.
     max_model_len: usize,
     /// Version of the adapter that answers; 0 is the base.
     #[schema(required)]

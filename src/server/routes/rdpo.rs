@@ -91,10 +91,10 @@ pub(crate) struct JobObject {
     /// Unix seconds of its end.
     #[schema(required)]
     finished_at: Option<i64>,
-    /// Why it failed.
+    /// Why it failed, or paused by itself.
     #[schema(value_type = Option<Object>, required)]
     error: Option<Value>,
-    /// Counters by stage, e.g. `{"synthesizing": {"done": 3, "total": 16}}`.
+    /// Counters by stage, e.g. `{"synthesizing": {"done": 3, "total": 16}}`; `waiting` has a `reason` while a remote role is out of reach.
     #[schema(value_type = Object)]
     progress: Value,
     /// What it left: adapter, report, counts of pairs; a list leaves out the report's samples.

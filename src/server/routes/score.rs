@@ -161,7 +161,8 @@ async fn score(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let asked = conversations.iter().enumerate().map(|(index, turns)| async move {
         reward.score(turns, rubric).await.map_err(|error| error.context(format!("answer {index}")))
     });
-    let work = futures_util::stream::iter(asked).buffered(state.roles.max_in_flight()).try_collect();
+    let at_once = state.roles.max_in_flight(reward.target());
+    let work = futures_util::stream::iter(asked).buffered(at_once).try_collect();
     let scores: Vec<_> = within(state.limits.request_timeout, work).await?;
     let prompt: usize = scores.iter().map(|score| score.prompt_tokens).sum();
     let completion: usize = scores.iter().map(|score| score.completion_tokens).sum();

@@ -1,0 +1,69 @@
+//! Chats with a remote role: the body goes to an endpoint, the answer comes back under this server's names.
+
+use actix_web::{HttpResponse, web};
+use futures_util::StreamExt;
+use serde_json::{Map, Value};
+
+use super::answer::Head;
+use super::reply::{Reply, error_body, event, sse};
+use super::sampling::StreamOptions;
+use crate::error::Error;
+use crate::roles::{Remote, Target};
+
+/// Parameters that are about tokens of the engine here.
+const NATIVE: [&str; 4] = ["prompt_logprobs", "return_token_ids", "truncate_prompt_tokens", "best_of"];
+/// What the head of an answer says of its maker; the endpoint's own words about itself stay there.
+const HEAD: [&str; 6] = ["id", "object", "created", "model", "adapter_version", "adapter_generation"];
+
+/// Answers a chat whose common fields were checked. The endpoint decides about all others: its refusal is passed on.
+pub(super) async fn forward(
+    target: &Target,
+    remote: &Remote,
+    mut body: Map<String, Value>,
+    stream: Option<StreamOptions>,
+) -> Reply {
+    body.retain(|_, value| !value.is_null());
+    if let Some(field) = NATIVE.into_iter().find(|field| body.get(*field).is_some_and(|value| *value != false)) {
+        let text = format!("`{}` is remote: `{field}` is about tokens, which are at its endpoint", target.model);
+        return Err(Error::invalid(field, text).into());
+    }
+    let Some(options) = stream else {
+        body.remove("stream_options");
+        let head = Head::new("chatcmpl-", "chat.completion", target);
+        let reply = remote.complete(body).await?;
+        return Ok(head.headers(HttpResponse::Ok().json(under(&head, reply))));
+    };
+    let head = Head::new("chatcmpl-", "chat.completion.chunk", target);
+    let mut chunks = remote.stream(body).await?;
+    let named = head.clone();
+    let pieces = async_stream::stream! {
+        while let Some(chunk) = chunks.next().await {
+            match chunk {
+                Ok(mut chunk) => {
+                    // The counts were asked for by this server; the client sees them only where it asked too.
+                    if !options.include_usage && let Some(fields) = chunk.as_object_mut() {
+                        fields.remove("usage");
+                    }
+                    let counts_only = chunk["choices"].as_array().is_some_and(Vec::is_empty);
+                    if options.include_usage || !counts_only {
+                        yield event(&under(&head, chunk));
+                    }
+                }
+                Err(error) => {
+                    yield event(&error_body(&error));
+                    return;
+                }
+            }
+        }
+        yield web::Bytes::from_static(b"data: [DONE]\n\n");
+    };
+    Ok(named.headers(sse(pieces)))
+}
+
+/// An answer or a chunk with this server's head.
+fn under(head: &Head, mut reply: Value) -> Value {
+    if let Some(fields) = reply.as_object_mut() {
+        fields.retain(|key, _| !HEAD.contains(&key.as_str()));
+    }
+    head.body(reply)
+}
