@@ -70,7 +70,8 @@ impl JobRequest {
     /// What only the loaded roles can tell, to be checked before a job is stored: the behaviour, the responder, the adapter to
     /// go on from, the prompts file.
     pub fn check(&self, roles: &Roles) -> Result<()> {
-        self.recipe(roles)?;
+        let recipe = self.recipe(roles)?;
+        roles.reward()?.can_use(&recipe.judge).map_err(|error| error.at("behavior.judge"))?;
         let responder =
             roles.resolve(&self.synthesis.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
         responder.must_talk().map_err(|error| error.at("synthesis.respond_with"))?;

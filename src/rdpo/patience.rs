@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::run::Run;
 use crate::error::{Code, Error, Result};
+use crate::roles::Target;
 
 /// How often a stop is looked for while the job waits.
 const TICK: Duration = Duration::from_millis(100);
@@ -15,8 +16,8 @@ const LEAST: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
     /// Does `work`, which leaves rows of `kind` and begins with those that are missing, again after each time no endpoint of a
-    /// remote role could be reached.
-    pub(super) fn patiently<T>(&self, kind: &str, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    /// remote role among `asked` could be reached.
+    pub(super) fn patiently<T>(&self, kind: &str, asked: &[Target], mut work: impl FnMut() -> Result<T>) -> Result<T> {
         let mut since: Option<Instant> = None;
         let mut had = 0;
         loop {
@@ -28,13 +29,14 @@ impl Run<'_> {
             if have > had {
                 (had, since) = (have, None);
             }
-            self.wait(&error, *since.get_or_insert_with(Instant::now))?;
+            self.wait(&error, asked, *since.get_or_insert_with(Instant::now))?;
         }
     }
 
     /// Until the endpoints answer again; the error itself once patience has run out, which pauses the job.
-    fn wait(&self, error: &Error, since: Instant) -> Result<()> {
-        let patience = self.roles.patience();
+    fn wait(&self, error: &Error, asked: &[Target], since: Instant) -> Result<()> {
+        let remotes = || asked.iter().filter_map(Target::remote);
+        let patience = remotes().map(|remote| remote.patience()).max().unwrap_or_default();
         let message = format!("waiting, for {} s at most: {}", patience.as_secs(), error.message);
         self.show_waiting(json!({"reason": error.message}))?;
         self.context.event("warn", "message", &message, &json!({"waiting": true}))?;
@@ -47,7 +49,9 @@ impl Run<'_> {
                 let message = format!("no row was finished in {} s: {}", patience.as_secs(), error.message);
                 break Err(Error { message, ..error.clone() });
             }
-            if begun.elapsed() >= LEAST && self.runtime.block_on(async { self.roles.are_reachable() }) {
+            if begun.elapsed() >= LEAST
+                && self.runtime.block_on(async { remotes().all(|remote| remote.is_reachable()) })
+            {
                 break self.context.event("info", "message", "going on", &json!({"waiting": false}));
             }
             std::thread::sleep(TICK);

@@ -75,7 +75,8 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         self.context.stage(Status::Synthesizing)?;
-        self.patiently("sample", || self.synthesize_rest())
+        let asked = [self.roles.teacher()?, self.roles.resolve(&self.request.synthesis.respond_with)?];
+        self.patiently("sample", &asked, || self.synthesize_rest())
     }
 
     fn synthesize_rest(&self) -> Result<()> {
@@ -128,7 +129,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         self.context.stage(Status::Scoring)?;
-        self.patiently("score", || self.score_rest(&unscored))
+        self.patiently("score", self.roles.reward()?.target().cloned().as_slice(), || self.score_rest(&unscored))
     }
 
     fn score_rest(&self, unscored: &[(usize, Vec<Message>, String, String)]) -> Result<()> {
@@ -259,7 +260,8 @@ impl<'a> Run<'a> {
     /// The report on held-out prompts, before anything goes live.
     pub(super) fn evaluate(&self, outcome: &Outcome) -> Result<Report> {
         self.context.stage(Status::Evaluating)?;
-        let report = self.patiently("eval", || self.evaluate_rest(outcome))?;
+        let asked = self.roles.reward()?.target().cloned();
+        let report = self.patiently("eval", asked.as_slice(), || self.evaluate_rest(outcome))?;
         metrics().train_kl.set(report.kl_per_token);
         self.set_result(&json!({ "report": report }))?;
         Ok(report)

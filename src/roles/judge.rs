@@ -75,12 +75,28 @@ impl Rubric {
     }
 }
 
+/// What to do where an endpoint's log-probabilities do not tell the score.
+const INSTEAD: &str = "set `mode = \"generate\"` in the rubric, and let it ask for a line `Score: <number>`";
+
+impl Rubric {
+    /// Whether a judge at an endpoint can be read. One token tells values apart that are one digit; a "1" could go on to "10".
+    pub(super) fn check_afar(&self) -> Result<()> {
+        if self.mode == JudgeMode::Expected && (self.min < 0 || self.max > 9) {
+            let text = format!("a remote judge's expected score is read from one token: keep to 0..=9, or {INSTEAD}");
+            return Err(Error::invalid("judge.max", text));
+        }
+        Ok(())
+    }
+}
+
 /// Asks the judge about the last assistant turn.
 pub(super) async fn judge(target: &Target, rubric: &Rubric, prompt: &str, response: &str) -> Result<Score> {
     let question = vec![Message::new("user", fill(&rubric.prompt, &[("prompt", prompt), ("response", response)]))];
     match rubric.mode {
-        JudgeMode::Expected if target.remote().is_some() => expected_afar(target, rubric, &question).await,
-        JudgeMode::Expected => expected(target, rubric, &question).await,
+        JudgeMode::Expected => match target.remote() {
+            Some(remote) => expected_afar(remote, rubric, &question).await,
+            None => expected(target, rubric, &question).await,
+        },
         JudgeMode::Generate => generate(target, rubric, &question).await,
     }
 }
@@ -136,23 +152,16 @@ fn mean(rubric: &Rubric, sum: f64, mass: f64) -> Result<f64> {
     Ok(sum / mass)
 }
 
-/// The same from what an endpoint tells: the likeliest first tokens of the answer. One token tells values apart that are one
-/// digit; a "1" could go on to "10".
-async fn expected_afar(target: &Target, rubric: &Rubric, question: &[Message]) -> Result<Score> {
-    let advice = "set `mode = \"generate\"` in the rubric, and let it ask for a line `Score: <number>`";
-    if rubric.min < 0 || rubric.max > 9 {
-        let text = format!("a remote judge's expected score is read from one token: keep to 0..=9, or {advice}");
-        return Err(Error::invalid("judge.max", text));
-    }
-    let remote =
-        target.remote().ok_or_else(|| Error::internal("a judge that is here was taken for remote. This is a bug."))?;
+/// The same from what an endpoint tells: the likeliest first tokens of the answer.
+async fn expected_afar(remote: &Remote, rubric: &Rubric, question: &[Message]) -> Result<Score> {
+    rubric.check_afar()?;
     let mut body = Remote::question(question)?;
     let fields =
         [("max_tokens", json!(1)), ("temperature", json!(0)), ("logprobs", json!(true)), ("top_logprobs", json!(20))];
     body.extend(fields.map(|(key, value)| (key.to_owned(), value)));
     let reply = remote.complete(body).await?;
     let Some(likeliest) = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array() else {
-        let text = format!("the judge's endpoint gives no `top_logprobs`: {advice}");
+        let text = format!("the judge's endpoint gives no `top_logprobs`: {INSTEAD}");
         return Err(Error::invalid("judge.mode", text));
     };
     let (mut mass, mut sum) = (0.0, 0.0);

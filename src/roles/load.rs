@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::{DeviceOptions, ModelOptions, RolesOptions};
+use super::{DeviceOptions, ModelOptions, Remote, Role, RoleOptions, RolesOptions};
 use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LoadOptions, WeightFormat};
@@ -35,6 +35,12 @@ impl Drop for Loaded {
     }
 }
 
+/// What a role's model is.
+pub(super) enum Backing {
+    Native(Arc<Loaded>),
+    Remote(Arc<Remote>),
+}
+
 /// Loads checkpoints, each once.
 pub(super) struct Loader<'a> {
     options: &'a RolesOptions,
@@ -54,6 +60,14 @@ impl<'a> Loader<'a> {
         let device = device(&options.device)?;
         let gate = Arc::new(Gate::new(options.training_share));
         Ok(Loader { options, device, gate, loaded: Vec::new() })
+    }
+
+    /// The role's checkpoint, or its endpoints.
+    pub(super) fn backing(&mut self, role: Role, options: &RoleOptions) -> Result<Backing> {
+        match options.is_remote() {
+            true => Remote::new(role, options).map(Backing::Remote),
+            false => self.get(role.name(), &options.model).map(Backing::Native),
+        }
     }
 
     /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and format).

@@ -13,7 +13,7 @@ mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use crate::engine::{Gate, GateGuard};
 pub use crate::weights::AdapterFile;
@@ -33,7 +33,7 @@ pub use crate::weights::GenerationDefaults;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::telemetry::metrics;
-use load::{Loaded, Loader};
+use load::{Backing, Loaded, Loader};
 
 /// Which role a name belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,13 +76,6 @@ pub struct ModelCard {
     pub created: i64,
 }
 
-/// What a role's model is.
-#[derive(Clone)]
-enum Backing {
-    Native(Arc<Loaded>),
-    Remote(Arc<Remote>),
-}
-
 /// The loaded models and adapters. Shared by server and jobs.
 pub struct Roles {
     teacher: Backing,
@@ -101,17 +94,13 @@ impl Roles {
     pub fn load(options: RolesOptions) -> Result<Arc<Self>> {
         options.check()?;
         let mut loader = Loader::new(&options)?;
-        let mut backing = |role: Role, of: &RoleOptions| match of.is_remote() {
-            true => Remote::new(role, of).map(Backing::Remote),
-            false => loader.get(role.name(), &of.model).map(Backing::Native),
-        };
-        let teacher = backing(Role::Teacher, &options.teacher)?;
+        let teacher = loader.backing(Role::Teacher, &options.teacher)?;
+        let student = loader.get("student", &options.student.model)?;
         let judge = match &options.reward {
-            RewardOptions::Judge(judge) => Some(backing(Role::Reward, &judge.role)?),
-            RewardOptions::Classifier(classifier) => Some(backing(Role::Reward, classifier)?),
+            RewardOptions::Judge(judge) => Some(loader.backing(Role::Reward, &judge.role)?),
+            RewardOptions::Classifier(classifier) => Some(loader.backing(Role::Reward, classifier)?),
             RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
         };
-        let student = loader.get("student", &options.student.model)?;
         let native = match &teacher {
             Backing::Native(teacher) => Some(teacher),
             Backing::Remote(_) => None,
@@ -206,25 +195,6 @@ impl Roles {
         let remote = asked.into_iter().filter_map(Target::remote).map(|remote| remote.capacity()).max();
         // Beyond this, what waits here only waits elsewhere.
         remote.unwrap_or(self.max_sequences).clamp(1, 4096)
-    }
-
-    /// Roles whose model runs elsewhere.
-    fn remotes(&self) -> impl Iterator<Item = &Arc<Remote>> {
-        let remote = |backing| match backing {
-            &Backing::Remote(ref remote) => Some(remote),
-            Backing::Native(_) => None,
-        };
-        [Some(&self.teacher), self.judge.as_ref()].into_iter().flatten().filter_map(remote)
-    }
-
-    /// Whether every remote role has an endpoint that can be asked. Called inside a runtime.
-    pub fn are_reachable(&self) -> bool {
-        self.remotes().all(|remote| remote.is_reachable())
-    }
-
-    /// How long a job waits for an endpoint without finishing a row.
-    pub fn patience(&self) -> Duration {
-        self.remotes().map(|remote| remote.patience()).max().unwrap_or_default()
     }
 
     /// Folder that job files are confined to: the one that holds the adapter root.

@@ -92,6 +92,8 @@ impl Pool {
             .connect_timeout(CONNECT.min(timeout))
             // Between two reads: a long stream is no time-out.
             .read_timeout(timeout)
+            // The key goes to the addresses of the settings and nowhere else.
+            .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| Error::internal(format!("cannot make an HTTP client: {error}")))?;
         let states = Mutex::new(vec![State::default(); urls.len()]);

@@ -81,8 +81,11 @@ impl Reward {
                 if let Some(rubric) = &judge.rubric {
                     rubric.validate("roles.reward.rubric")?;
                 }
-                let rubric = judge.rubric.clone().unwrap_or_else(Rubric::general);
-                Kind::Judge { target: target()?, rubric }
+                let (target, rubric) = (target()?, judge.rubric.clone().unwrap_or_else(Rubric::general));
+                if target.remote().is_some() {
+                    rubric.check_afar().map_err(|error| error.at("roles.reward.rubric"))?;
+                }
+                Kind::Judge { target, rubric }
             }
             RewardOptions::Classifier(classifier) => {
                 let target = target()?;
@@ -119,6 +122,14 @@ impl Reward {
         match &self.kind {
             Kind::Judge { target, .. } | Kind::Classifier { target } => Some(target),
             Kind::Rules(_) | Kind::Http(_) => None,
+        }
+    }
+
+    /// Whether a behaviour's rubric can be asked of this judge; other kinds ignore it.
+    pub fn can_use(&self, rubric: &Rubric) -> Result<()> {
+        match &self.kind {
+            Kind::Judge { target, .. } if target.remote().is_some() => rubric.check_afar(),
+            _ => Ok(()),
         }
     }
 

@@ -7,7 +7,7 @@ import urllib.request
 import openai
 import pytest
 
-URLS = {name: os.environ["RDPO_TEST_" + name.upper()] for name in ("real", "tiny", "locked")}
+URLS = {name: os.environ["RDPO_TEST_" + name.upper()] for name in ("real", "tiny", "locked", "remote")}
 
 
 def client_of(name, key="none", **options):
@@ -24,6 +24,12 @@ def real():
 def tiny():
     """A model of random weights in all three roles; the reward is a tenth of the answer's characters."""
     return client_of("tiny")
+
+
+@pytest.fixture
+def remote():
+    """Teacher and judge are the real server's teacher; the student is the model of random weights."""
+    return client_of("remote")
 
 
 def metric(server, name):

@@ -69,6 +69,10 @@ rules='{ kind = "rules", terms = [{ check = "length", weight = 1.0, per = 10.0 }
 start real; export RDPO_TEST_REAL=$url
 start tiny; export RDPO_TEST_TINY=$url
 start locked; export RDPO_TEST_LOCKED=$url
+# Its teacher and its judge are the real server's.
+far="backend = \"remote\", model = \"teacher\", url = \"$RDPO_TEST_REAL/v1\""
+{ settings remote "$tiny" "{ kind = \"judge\", $far }" | sed "s|^teacher = .*|teacher = { $far }|"; printf '[kv_cache]\nmemory = "16MiB"\n'; } >"$work/remote.toml"
+start remote; export RDPO_TEST_REMOTE=$url
 export RDPO_TEST_BINARY=$binary RDPO_TEST_WORK=$work RDPO_TEST_FIXTURES=$root/tests/fixtures
 
 cd "$here"
