@@ -107,11 +107,6 @@ impl Decoder {
         &self.options.device
     }
 
-    /// Dtype of linear weights that are not held as codes; adapters have it too.
-    pub fn float_dtype(&self) -> DType {
-        self.options.float_dtype()
-    }
-
     /// Dtype of activations.
     pub fn compute_dtype(&self) -> DType {
         self.options.compute_dtype()
