@@ -8,7 +8,7 @@ use serde_json::json;
 use super::remote::usage;
 use super::{JudgeMode, Remote, Rubric, Score, Target};
 use crate::engine::{SamplingParams, Task, Usage};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::text::{Message, RenderOptions};
 
 /// Below this mass on the allowed values the judge did not answer the question.
@@ -159,7 +159,12 @@ async fn expected_afar(remote: &Remote, rubric: &Rubric, question: &[Message]) -
     let fields =
         [("max_tokens", json!(1)), ("temperature", json!(0)), ("logprobs", json!(true)), ("top_logprobs", json!(20))];
     body.extend(fields.map(|(key, value)| (key.to_owned(), value)));
-    let reply = remote.complete(body).await?;
+    let reply = remote.complete(body).await.map_err(|error| match error.code {
+        Code::InvalidValue if error.message.contains("logprobs") => {
+            Error::invalid("judge.mode", format!("{}: {INSTEAD}", error.message))
+        }
+        _ => error,
+    })?;
     let Some(likeliest) = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array() else {
         let text = format!("the judge's endpoint gives no `top_logprobs`: {INSTEAD}");
         return Err(Error::invalid("judge.mode", text));

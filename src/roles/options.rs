@@ -124,7 +124,7 @@ impl RoleOptions {
         let wrong = |key: &str, why: &str| Err(Error::invalid(format!("roles.{role}.{key}"), why));
         match (self.backend, given.iter().find(|(_, given)| *given)) {
             (Backend::Native, Some((key, _))) => wrong(key, "belongs to `backend = \"remote\"`"),
-            (Backend::Remote, _) if self.url.is_some() == !self.urls.is_empty() => {
+            (Backend::Remote, _) if self.url.is_some() != self.urls.is_empty() => {
                 wrong("urls", "a remote role needs `url`, or several as `urls`")
             }
             _ => Ok(()),

@@ -144,24 +144,26 @@ impl Pool {
     fn look(self: &Arc<Self>, states: &mut [State], failed: Option<usize>) -> Look {
         let now = Instant::now();
         let mut soonest: Option<Instant> = None;
-        let (mut free, mut up, mut full): (Option<((bool, usize), usize)>, usize, bool) = (None, 0, false);
-        for index in 0..states.len() {
-            if states[index].out {
-                self.watch(index, &mut states[index]);
+        let (mut up, mut full) = (0, false);
+        // (was tried last, requests there, which)
+        let mut free: Option<(bool, usize, usize)> = None;
+        for (index, state) in states.iter_mut().enumerate() {
+            if state.out {
+                self.watch(index, state);
                 continue;
             }
             up += 1;
-            match states[index].rests_until.filter(|until| *until > now) {
+            match state.rests_until.filter(|until| *until > now) {
                 Some(until) => soonest = Some(soonest.map_or(until, |other| other.min(until))),
-                None if states[index].busy >= self.most => full = true,
+                None if state.busy >= self.most => full = true,
                 None => {
-                    let this = ((failed == Some(index), states[index].busy), index);
+                    let this = (failed == Some(index), state.busy, index);
                     free = Some(free.map_or(this, |best| best.min(this)));
                 }
             }
         }
         match (free, soonest) {
-            (Some((_, index)), _) => Look::Free(index),
+            (Some((.., index)), _) => Look::Free(index),
             _ if up == 0 => Look::Nobody(format!("none of its {} endpoints answers", states.len())),
             (None, Some(until)) if !full && until - now > LONGEST_REST => {
                 Look::Nobody(format!("it asks to be asked again in {} s", (until - now).as_secs()))

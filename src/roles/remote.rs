@@ -253,13 +253,14 @@ impl Remote {
         let (role, number, error) = (self.role, status.as_u16(), &body["error"]);
         let message = said(if error.is_null() { &body } else { error });
         let why = format!("status {number}: {message}");
+        let lower = message.to_lowercase();
         match number {
             408 | 429 => return Trouble::Busy { why, rest },
-            500.. => return Trouble::Failed { why, rest },
+            // llama-cpp-python says so with a 500; no other try will end otherwise.
+            500.. if !lower.contains("logprobs is not supported") => return Trouble::Failed { why, rest },
             _ => {}
         }
         let text = format!("`{role}`'s endpoint refused with {why}");
-        let lower = message.to_lowercase();
         let too_long = error["code"] == "context_length_exceeded"
             || ["context length", "context window", "context size"].iter().any(|words| lower.contains(words));
         Trouble::Refused(match number {

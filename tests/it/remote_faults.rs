@@ -268,7 +268,11 @@ async fn a_stream_that_breaks_off_says_so() {
 }
 
 async fn judged(answer: Value, rubric: Value) -> Result<Score, Error> {
-    let fake = Fake::start(move |_| say(200, json!({"choices": [answer]}))).await;
+    judged_by(say(200, json!({"choices": [answer]})), rubric).await
+}
+
+async fn judged_by(answer: Say, rubric: Value) -> Result<Score, Error> {
+    let fake = Fake::start(move |_| answer.clone()).await;
     let data = tempfile::tempdir().unwrap();
     let judge = RewardOptions::Judge(JudgeOptions { role: remote(&[&fake]), rubric: None });
     let roles = Roles::load(options(data.path(), judge)).unwrap();
@@ -295,6 +299,12 @@ async fn a_remote_judge_is_read_from_its_likeliest_tokens() {
     let error = judged(bare.clone(), json!({"min": 1, "max": 5})).await.unwrap_err();
     assert_eq!((error.status(), error.param.as_deref()), (400, Some("judge.mode")));
     assert!(error.message.contains("generate"), "{error}");
+    for status in [400, 500] {
+        let refused = say(status, json!({"error": {"message": "logprobs is not supported here"}}));
+        let error = judged_by(refused, json!({"min": 1, "max": 5})).await.unwrap_err();
+        assert_eq!((error.status(), error.param.as_deref()), (400, Some("judge.mode")));
+        assert!(error.message.contains("not supported here") && error.message.contains("generate"), "{error}");
+    }
     let score = judged(bare, json!({"min": 1, "max": 10, "mode": "generate"})).await.unwrap();
     assert_eq!(score.value, 4.0);
 }

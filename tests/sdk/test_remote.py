@@ -1,5 +1,7 @@
 """Chats with a remote teacher and scores of a remote judge, beside the same asked of their endpoint directly."""
 
+import math
+
 import openai
 import pytest
 from conftest import metric, until
@@ -78,9 +80,27 @@ def test_the_list_names_the_model_at_the_endpoint(remote):
     assert metric("remote", "rdpo_remote_endpoint_up") == 2, "one endpoint of the teacher, one of the judge"
 
 
-def test_a_remote_judge_scores_as_the_same_model_here(real, remote):
-    body = {"prompt": "What is the capital of France?", "responses": ["Paris.", "I do not know, bananas perhaps."]}
-    here, there = (client.post("/score", body=body, cast_to=object)["data"] for client in (remote, real))
-    for one, other in zip(here, there, strict=True):
-        assert one["score"] == pytest.approx(other["score"], abs=0.02)
-    assert here[0]["score"] != here[1]["score"]
+def test_a_remote_judge_is_the_mean_over_the_likeliest_tokens(real, remote):
+    judge = {"prompt": "Rate the answer from 1 to 5.\n{prompt}\n{response}\nRating:", "min": 1, "max": 5}
+    recipe = {"name": "rate", "principle": "x", "critique": "x", "revision": "x", "judge": judge}
+    question = "What is the capital of France?"
+    for answer in ["Paris.", "I do not know, bananas perhaps."]:
+        body = {"prompt": question, "response": answer, "behavior": recipe}
+        here, there = (client.post("/score", body=body, cast_to=object)["data"][0]["score"] for client in (remote, real))
+        filled = judge["prompt"].replace("{prompt}", question).replace("{response}", answer)
+        told = ask(real, model="teacher", temperature=0, max_tokens=1, logprobs=True, top_logprobs=20,
+                   messages=[{"role": "user", "content": filled}]).choices[0].logprobs.content[0].top_logprobs
+        found = [(int(one.token), math.exp(one.logprob)) for one in told if one.token.strip() in list("12345")]
+        mass = sum(p for _, p in found)
+        assert here == pytest.approx(sum(value * p for value, p in found) / mass, abs=1e-5)
+        # The judge that runs here reads all five; those that are not among the twenty are less likely than the twentieth.
+        missing = 5 - len({value for value, _ in found})
+        assert abs(here - there) <= 4 * missing * math.exp(told[-1].logprob) / mass + 0.05
+
+
+def test_a_range_that_one_token_cannot_tell_is_refused_with_the_job(remote):
+    judge = {"prompt": "{prompt} {response}", "min": 1, "max": 10}
+    recipe = {"name": "rate", "principle": "x", "critique": "x", "revision": "x", "judge": judge}
+    with pytest.raises(openai.BadRequestError) as error:
+        remote.post("/rdpo/train", body={"prompts": ["Hi"], "behavior": recipe}, cast_to=object)
+    assert error.value.param == "behavior.judge" and "generate" in error.value.message
