@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use regex::Regex;
 use serde_json::json;
 
-use super::remote::usage;
+use super::flight::usage;
 use super::{JudgeMode, Remote, Rubric, Score, Target};
 use crate::engine::{SamplingParams, Task, Usage};
 use crate::error::{Code, Error, Result};

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod confine;
+mod flight;
 mod judge;
 mod load;
 mod options;

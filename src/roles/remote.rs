@@ -2,25 +2,23 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::Stream;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use serde_json::{Map, Value, json};
 
-use super::pool::{Counted, Place, Pool};
+use super::flight::{Flight, Lines, usage, why};
+use super::pool::{Place, Pool};
 use super::{Answer, Role, RoleOptions};
-use crate::engine::{FinishReason, SamplingParams, Usage};
+use crate::engine::{FinishReason, SamplingParams};
 use crate::error::{Code, Error, Result};
-use crate::telemetry::metrics;
 use crate::text::Message;
 
 /// Pause before the second try; doubles with each, and is drawn between a half and all of it.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// Most bytes of one event of a stream.
-const MOST_LINE: usize = 16 << 20;
 
 /// A role's model at one endpoint or several.
 pub struct Remote {
@@ -159,7 +157,7 @@ impl Remote {
                         flight.read(&chunk);
                         yield Ok(chunk);
                     }
-                    Ok(None) if flight.reason.is_some() => {
+                    Ok(None) if flight.has_ended() => {
                         place.worked();
                         return;
                     }
@@ -280,17 +278,6 @@ fn number(value: f32) -> Value {
     json!((f64::from(value) * 1e6).round() / 1e6)
 }
 
-/// The counts of an answer.
-pub(super) fn usage(reply: &Value) -> Usage {
-    let usage = &reply["usage"];
-    let count = |value: &Value| value.as_u64().unwrap_or(0) as usize;
-    Usage {
-        prompt_tokens: count(&usage["prompt_tokens"]),
-        cached_tokens: count(&usage["prompt_tokens_details"]["cached_tokens"]),
-        completion_tokens: count(&usage["completion_tokens"]),
-    }
-}
-
 /// What an error body says: OpenAI's `message`, FastAPI's `detail`, or all of it.
 fn said(error: &Value) -> String {
     let text = [&error["message"], &error["detail"], error].into_iter().find_map(Value::as_str).map(str::to_owned);
@@ -298,116 +285,8 @@ fn said(error: &Value) -> String {
     text.chars().take(1000).collect()
 }
 
-/// Why there was no answer, without the address.
-fn why(error: reqwest::Error) -> String {
-    if error.is_timeout() {
-        return "no answer in time".into();
-    }
-    if error.is_connect() {
-        return "it cannot be reached".into();
-    }
-    error.without_url().to_string()
-}
-
 /// Seconds only: of servers of models none sends a date.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds: f64 = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
     Duration::try_from_secs_f64(seconds).ok()
-}
-
-/// The `data:` events of a response.
-struct Lines {
-    response: Response,
-    buffer: Vec<u8>,
-}
-
-impl Lines {
-    fn new(response: Response) -> Self {
-        Lines { response, buffer: Vec::new() }
-    }
-
-    /// The next event; nothing after `[DONE]` or the end of the connection.
-    async fn next(&mut self) -> std::result::Result<Option<Value>, String> {
-        let mut seen = 0;
-        loop {
-            let end = self.buffer[seen..].iter().position(|byte| *byte == b'\n');
-            let Some(end) = end.map(|at| seen + at) else {
-                seen = self.buffer.len();
-                if seen > MOST_LINE {
-                    return Err("an event is too long".into());
-                }
-                match self.response.chunk().await.map_err(why)? {
-                    Some(bytes) => self.buffer.extend_from_slice(&bytes),
-                    None => return Ok(None),
-                }
-                continue;
-            };
-            let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            seen = 0;
-            // Everything else is a comment, an event's name or the empty line between two.
-            let Some(data) = line.strip_prefix(b"data:") else { continue };
-            match data.trim_ascii() {
-                b"[DONE]" => return Ok(None),
-                data => return serde_json::from_slice(data).map(Some).map_err(|_| "an event is no JSON".into()),
-            }
-        }
-    }
-}
-
-/// A request from its arrival to its end, counted as the engine counts its own.
-struct Flight {
-    role: &'static str,
-    arrived: Instant,
-    running: Option<Counted>,
-    talked: bool,
-    usage: Usage,
-    reason: Option<&'static str>,
-}
-
-impl Flight {
-    fn new(role: &'static str) -> Self {
-        Flight { role, arrived: Instant::now(), running: None, talked: false, usage: Usage::default(), reason: None }
-    }
-
-    /// It has a place.
-    fn begin(&mut self) {
-        self.running.get_or_insert_with(|| Counted::new(&metrics().requests_running, self.role));
-    }
-
-    /// Something of the answer is here.
-    fn first(&mut self) {
-        if !std::mem::replace(&mut self.talked, true) {
-            let waited = self.arrived.elapsed().as_secs_f64();
-            metrics().time_to_first_token_seconds.with_label_values(&[self.role]).observe(waited);
-        }
-    }
-
-    fn failed(&mut self) {
-        self.reason = Some("error");
-    }
-
-    /// Takes counts and reasons out of an answer or a chunk.
-    fn read(&mut self, reply: &Value) {
-        if reply["usage"].is_object() {
-            self.usage = usage(reply);
-        }
-        for choice in reply["choices"].as_array().into_iter().flatten() {
-            self.reason = match choice["finish_reason"].as_str() {
-                None => self.reason,
-                Some("length") => Some("length"),
-                Some(_) => Some("stop"),
-            };
-        }
-    }
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        let (metrics, role) = (metrics(), [self.role]);
-        metrics.prompt_tokens_total.with_label_values(&role).inc_by(self.usage.prompt_tokens as u64);
-        metrics.prompt_tokens_cached_total.with_label_values(&role).inc_by(self.usage.cached_tokens as u64);
-        metrics.generation_tokens_total.with_label_values(&role).inc_by(self.usage.completion_tokens as u64);
-        metrics.request_success_total.with_label_values(&[self.role, self.reason.unwrap_or("abort")]).inc();
-        metrics.e2e_request_latency_seconds.with_label_values(&role).observe(self.arrived.elapsed().as_secs_f64());
-    }
 }
