@@ -11,7 +11,7 @@ use crate::roles::Target;
 
 /// How often a stop is looked for while the job waits.
 const TICK: Duration = Duration::from_millis(100);
-/// Shortest wait: what fails though its endpoint is up fails again.
+/// Time between two looks at the endpoints, and the shortest wait: what fails though its endpoint is up fails again.
 const LEAST: Duration = Duration::from_secs(1);
 
 impl Run<'_> {
@@ -40,19 +40,21 @@ impl Run<'_> {
         let message = format!("waiting, for {} s at most: {}", patience.as_secs(), error.message);
         self.show_waiting(json!({"reason": error.message}))?;
         self.context.event("warn", "message", &message, &json!({"waiting": true}))?;
-        let begun = Instant::now();
+        let mut asked_at = Instant::now();
         let outcome = loop {
             if let Err(stopped) = self.context.check() {
                 break Err(stopped);
             }
+            if asked_at.elapsed() >= LEAST {
+                let reachable = remotes().map(|remote| remote.is_reachable());
+                if !self.runtime.block_on(futures_util::future::join_all(reachable)).contains(&false) {
+                    break self.context.event("info", "message", "going on", &json!({"waiting": false}));
+                }
+                asked_at = Instant::now();
+            }
             if since.elapsed() >= patience {
                 let message = format!("no row was finished in {} s: {}", patience.as_secs(), error.message);
                 break Err(Error { message, ..error.clone() });
-            }
-            if begun.elapsed() >= LEAST
-                && self.runtime.block_on(async { remotes().all(|remote| remote.is_reachable()) })
-            {
-                break self.context.event("info", "message", "going on", &json!({"waiting": false}));
             }
             std::thread::sleep(TICK);
         };

@@ -107,9 +107,19 @@ impl Pool {
         self.most.saturating_mul(self.urls.len())
     }
 
-    /// Whether an endpoint can be asked now or soon.
-    pub(super) fn is_reachable(self: &Arc<Self>) -> bool {
-        !matches!(self.look(&mut self.lock(), None), Look::Nobody(_))
+    /// Whether an endpoint can be asked now or soon; those that are out are probed at once.
+    pub(super) async fn is_reachable(self: &Arc<Self>) -> bool {
+        if !matches!(self.look(&mut self.lock(), None), Look::Nobody(_)) {
+            return true;
+        }
+        let probes = (0..self.urls.len()).map(|index| async move {
+            let well = self.lock()[index].out && self.probe(index).await;
+            if well {
+                self.take_back(index);
+            }
+            well
+        });
+        futures_util::future::join_all(probes).await.contains(&true)
     }
 
     /// A place at the endpoint with the fewest requests, at `failed`, where the last try was, only if no other has one; waits
@@ -198,19 +208,24 @@ impl Pool {
                 sleep(pause.min(LONGEST_PAUSE).mul_f64(jitter)).await;
                 pause *= 2;
                 let Some(pool) = watcher.pool.upgrade() else { return };
+                if !pool.lock()[watcher.index].out {
+                    return;
+                }
                 if pool.probe(watcher.index).await {
-                    let mut states = pool.lock();
-                    let state = &mut states[watcher.index];
-                    // On probation: one more failure puts it out again, for longer.
-                    (state.out, state.failures) = (false, MOST_FAILURES - 1);
-                    pool.show(watcher.index, true);
-                    drop(states);
-                    pool.changed.notify_waiters();
-                    tracing::info!(role = pool.role, endpoint = %pool.urls[watcher.index], "the endpoint is back");
+                    pool.take_back(watcher.index);
                     return;
                 }
             }
         });
+    }
+
+    /// On probation: one more failure puts it out again, for longer.
+    fn take_back(&self, index: usize) {
+        let state = &mut self.lock()[index];
+        (state.out, state.failures) = (false, MOST_FAILURES - 1);
+        self.show(index, true);
+        self.changed.notify_waiters();
+        tracing::info!(role = self.role, endpoint = %self.urls[index], "the endpoint is back");
     }
 
     async fn probe(&self, index: usize) -> bool {

@@ -78,9 +78,9 @@ impl Remote {
         self.pool.capacity()
     }
 
-    /// Whether an endpoint can be asked now or soon. Called inside a runtime.
-    pub fn is_reachable(&self) -> bool {
-        self.pool.is_reachable()
+    /// Whether an endpoint can be asked now or soon; those that are out are probed at once.
+    pub async fn is_reachable(&self) -> bool {
+        self.pool.is_reachable().await
     }
 
     /// How long a job waits without finishing a row.
