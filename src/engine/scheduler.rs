@@ -163,6 +163,14 @@ impl Scheduler {
             let sequence = self.running.remove(at);
             release_all(&mut self.blocks, &sequence);
         }
+        self.forget_served();
+    }
+
+    /// An empty queue owes nobody anything.
+    fn forget_served(&mut self) {
+        if self.waiting.is_empty() {
+            self.served.clear();
+        }
     }
 
     /// The next step; rows of one adapter stand together.
@@ -212,9 +220,7 @@ impl Scheduler {
             self.take(sequence.id, sequence.role, len, &mut step, &mut budget);
             self.running.push(sequence);
         }
-        if self.waiting.is_empty() {
-            self.served.clear();
-        }
+        self.forget_served();
         step.sort_by(|a, b| self.generation(a.id).cmp(&self.generation(b.id)));
         step
     }
