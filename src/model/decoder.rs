@@ -112,6 +112,10 @@ impl Decoder {
         self.options.compute_dtype()
     }
 
+    pub(crate) fn linear(&self, layer: usize, site: usize) -> &FrozenLinear {
+        self.layers[layer].linear_at(site)
+    }
+
     /// Bytes of weights held.
     pub fn bytes(&self) -> usize {
         let head = match &self.head {

@@ -143,6 +143,11 @@ impl Layer {
         })
     }
 
+    /// The linear at a site, by its index into [`SITES`].
+    pub(crate) fn linear_at(&self, site: usize) -> &FrozenLinear {
+        &self.linears[site]
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         let norms = [&self.q_norm, &self.k_norm, &self.after_attention, &self.after_mlp].into_iter().flatten();
         let norms = norms.chain([&self.before_attention, &self.before_mlp]);

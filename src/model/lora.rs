@@ -36,8 +36,8 @@ impl Adapter {
         for ((layer, site), (a, b)) in checked(file, model.config())? {
             let (_, scale) = file.config.rank_and_scale(&module_path(layer, site));
             let frozen = |tensor: &Tensor| {
-                let tensor = tensor.detach().copy()?.to_device(model.device())?.to_dtype(model.compute_dtype())?;
-                FrozenLinear::new(&tensor, None)
+                let dtype = model.linear(layer, site).low_rank_dtype();
+                FrozenLinear::new(&tensor.detach().copy()?.to_device(model.device())?.to_dtype(dtype)?, None)
             };
             sites.insert((layer, site), (frozen(&a)?, frozen(&(b * scale)?)?));
         }

@@ -1,6 +1,5 @@
 //! Linear layer over a frozen weight: the backward gives `dX = dY·W` and nothing else.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
@@ -9,7 +8,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Stor
 use super::cpu;
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Codes;
-use crate::kernels::cpu::{LowRank, Packed, Width, add_row};
+use crate::kernels::cpu::{LowRank, Packed, Width};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
@@ -101,48 +100,29 @@ impl FrozenLinear {
         }
     }
 
-    fn packed(&self) -> candle_core::Result<&Packed> {
+    /// The dtype that A and B of a low-rank part beside this weight are multiplied in: both then take the same activations.
+    pub fn low_rank_dtype(&self) -> DType {
+        match &self.weight {
+            Weight::Packed(packed) if packed.is_bf16() => DType::BF16,
+            Weight::Packed(_) => DType::F32,
+            Weight::Dense(weight) => weight.dtype(),
+        }
+    }
+
+    pub(super) fn packed(&self) -> candle_core::Result<&Packed> {
         match &self.weight {
             Weight::Packed(packed) => Ok(packed),
             Weight::Dense(_) => candle_core::bail!("a CPU tensor met a weight on another device"),
         }
     }
 
-    /// [`FrozenLinear::forward`] on numbers of the CPU.
-    pub(super) fn on_cpu(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
-        let mut y = self.packed()?.forward(x);
-        if let Some(bias) = &self.bias {
-            cpu::with_floats([bias], |[bias]| {
-                for row in y.chunks_exact_mut(bias.len()) {
-                    add_row(bias, row);
-                }
-                Ok(())
-            })?;
+    /// [`FrozenLinear::forward`] on numbers of the CPU, with low-rank parts added to some rows.
+    pub(super) fn on_cpu(&self, x: &[f32], parts: &[LowRank<'_>]) -> candle_core::Result<Vec<f32>> {
+        let packed = self.packed()?;
+        match &self.bias {
+            Some(bias) => cpu::with_floats([bias], |[bias]| Ok(packed.forward_adapted(x, Some(bias), parts))),
+            None => Ok(packed.forward_adapted(x, None, parts)),
         }
-        Ok(y)
-    }
-
-    /// [`FrozenLinear::on_cpu`] with `low·Bᵀ` added to some rows, after the bias.
-    pub(super) fn adapted_on_cpu<'a>(
-        &self,
-        x: &[f32],
-        parts: impl Iterator<Item = (Range<usize>, &'a [f32], &'a FrozenLinear)>,
-    ) -> candle_core::Result<Vec<f32>> {
-        if self.bias.is_none() {
-            let part = |(rows, low, b): (_, _, &'a FrozenLinear)| Ok(LowRank { rows, low, b: b.packed()? });
-            return Ok(self.packed()?.forward_adapted(x, &parts.map(part).collect::<candle_core::Result<Vec<_>>>()?));
-        }
-        let (mut y, out) = (self.on_cpu(x)?, self.out_features());
-        for (rows, low, b) in parts {
-            b.onto_cpu(low, &mut y[rows.start * out..rows.end * out])?;
-        }
-        Ok(y)
-    }
-
-    /// `y += x·Wᵀ`, the bias left out.
-    pub(super) fn onto_cpu(&self, x: &[f32], y: &mut [f32]) -> candle_core::Result<()> {
-        self.packed()?.forward_onto(x, y);
-        Ok(())
     }
 
     /// [`FrozenLinear::backward`] on numbers of the CPU.
@@ -197,7 +177,7 @@ impl CustomOp1 for Product {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.linear.on_cpu(cpu::floats(storage, layout)?)?;
+        let y = self.linear.on_cpu(cpu::floats(storage, layout)?, &[])?;
         let n = self.linear.out_features();
         let rows = y.len() / n;
         Ok((CpuStorage::F32(y), (rows, n).into()))

@@ -37,7 +37,7 @@ pub fn token_logprobs(
         let rows = plain.narrow(0, chunk * most, targets.len())?;
         pace()?;
         if on_cpu {
-            let mut logits = cpu::with_floats([&rows], |[rows]| head.on_cpu(rows))?;
+            let mut logits = cpu::with_floats([&rows], |[rows]| head.on_cpu(rows, &[]))?;
             logprobs.push(cpu::tensor(in_place(&mut logits, targets, wanted), targets.len())?);
             if wanted {
                 pace()?;

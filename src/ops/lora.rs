@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
+use half::bf16;
 
 use super::{FrozenLinear, cpu};
 use crate::error::Result;
-use crate::kernels::cpu::{Left, Packed, Width, multiply};
+use crate::kernels::cpu::{self as kernels, Left, Packed, Width, multiply};
 
 /// The low-rank part for all rows, on top of `base` where it is given. x: (N, in), a: (R, in), b: (out, R) → (N, out).
 /// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
@@ -28,13 +29,14 @@ pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
 
 /// `base(x)` with the low-rank parts of some rows added. x: (N, in) → (N, out). Forward only.
 pub fn served_linear(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
-    let (n, width) = x.dims2()?;
+    let n = x.dim(0)?;
     if x.device().is_cpu() {
         let x = x.contiguous()?;
         let y = cpu::with_floats([&x], |[x]| {
-            let low = |(rows, a, _): &ServedRows<'_>| a.on_cpu(&x[rows.start * width..rows.end * width]);
-            let lows = parts.iter().map(low).collect::<candle_core::Result<Vec<_>>>()?;
-            base.adapted_on_cpu(x, parts.iter().zip(&lows).map(|((rows, _, b), low)| (rows.clone(), &low[..], *b)))
+            let parts = parts
+                .iter()
+                .map(|(rows, a, b)| Ok(kernels::LowRank { rows: rows.clone(), a: a.packed()?, b: b.packed()? }));
+            base.on_cpu(x, &parts.collect::<candle_core::Result<Vec<_>>>()?)
         })?;
         return Ok(cpu::tensor(y, (n, base.out_features()))?);
     }
@@ -61,8 +63,14 @@ struct LowRank {
 }
 
 impl LowRank {
-    fn packed(values: &[f32], (n, k): (usize, usize), scale: f32) -> Packed {
-        Packed::new(&Width::F32(values.iter().map(|value| value * scale).collect()), n, k)
+    /// A or B (scaled) as a published adapter holds it.
+    fn packed(&self, values: &[f32], (n, k): (usize, usize), scale: f32) -> Packed {
+        let scaled = values.iter().map(|value| value * scale);
+        let width = match self.base.as_ref().map(FrozenLinear::low_rank_dtype) {
+            Some(DType::BF16) => Width::Bf16(scaled.map(bf16::from_f32).collect()),
+            _ => Width::F32(scaled.collect()),
+        };
+        Packed::new(&width, n, k)
     }
 }
 
@@ -83,12 +91,12 @@ impl CustomOp3 for LowRank {
         let (x, a, b) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
         let (rows, _) = l1.shape().dims2()?;
         let (out, rank) = l3.shape().dims2()?;
-        let mut y = match &self.base {
-            Some(base) => base.on_cpu(x)?,
-            None => vec![0f32; rows * out],
+        let a = self.packed(a, l2.shape().dims2()?, 1.0);
+        let b = self.packed(b, (out, rank), self.scale);
+        let y = match &self.base {
+            Some(base) => base.on_cpu(x, &[kernels::LowRank { rows: 0..rows, a: &a, b: &b }])?,
+            None => b.forward(&a.forward(x)),
         };
-        let low = Self::packed(a, l2.shape().dims2()?, 1.0).forward(x);
-        Self::packed(b, (out, rank), self.scale).forward_onto(&low, &mut y);
         Ok((CpuStorage::F32(y), (rows, out).into()))
     }
 
@@ -103,7 +111,7 @@ impl CustomOp3 for LowRank {
         let ((rows, width), (out, rank)) = (x.dims2()?, b.dims2()?);
         let dy = dy.contiguous()?;
         let (dx, da, db) = cpu::with_floats([x, a, b, &dy], |[x_values, a, b, dy]| {
-            let low = Self::packed(a, (rank, width), 1.0).forward(x_values);
+            let low = self.packed(a, (rank, width), 1.0).forward(x_values);
             let scaled: Vec<f32> = b.iter().map(|value| value * self.scale).collect();
             let mut dlow = vec![0f32; rows * rank];
             multiply(Left::Rows(dy), &scaled, (rows, out, rank), &mut dlow, false);

@@ -9,5 +9,5 @@ pub use attention::{Heads, Rows, attention, attention_backward};
 pub use level::keep_candle_on_one_thread;
 pub use matmul::{Codes, Left, LowRank, Packed, Width, multiply};
 pub use rowwise::{
-    Activation, add_row, gated, gated_backward, rms_norm_backward_row, rms_norm_row, rope_row, scale_row, softmax_row,
+    Activation, gated, gated_backward, rms_norm_backward_row, rms_norm_row, rope_row, scale_row, softmax_row,
 };

@@ -5,6 +5,7 @@
 //! activations to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's rounding.
 
 mod coded;
+mod low;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod stored;
@@ -13,18 +14,22 @@ mod tests;
 mod tile;
 mod turn;
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::level::{Level, Out, filled, has_bf16_products, level};
+use super::rowwise::add_row;
 use coded::CodePanels;
 #[cfg(target_arch = "x86_64")]
 use coded::CodedPanel;
 pub use coded::Codes;
+pub use low::LowRank;
+use low::Lows;
 #[cfg(target_arch = "x86_64")]
-use pairs::{PairTile, Pairs, Panel};
+use pairs::{Narrow, PairTile, Pairs, Panel};
 use stored::Stored;
 use tile::ROWS;
 pub(super) use tile::{PANEL, Tile};
@@ -41,6 +46,8 @@ const UNPACKED: usize = 256;
 const FEW_ROWS: usize = 8;
 /// Largest quantized weight that is unpacked whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
+/// Most bytes of a panel that are read ahead.
+const MOST_AHEAD: usize = 4096;
 /// Tasks a thread gets: enough to even out, few enough to cost nothing when one row is read.
 const TASKS: usize = 4;
 
@@ -66,8 +73,8 @@ enum Panels {
     Codes(CodePanels),
 }
 
-/// A weight W: (N, K) as panels `(⌈N/32⌉, K, 32)`, in bf16 `(⌈N/32⌉, ⌈K/2⌉, 32, 2)`, zero-padded; quantized ones
-/// as `coded.rs` says, read as bf16.
+/// A weight W: (N, K) as panels `(⌈N/32⌉, K, 32)`, in bf16 `(⌈N/32⌉, ⌈K/2⌉, 32, 2)`, zero-padded, 16 wide where N ≤ 16; quantized
+/// ones as `coded.rs` says, read as bf16.
 #[derive(Clone, Debug)]
 pub struct Packed {
     n: usize,
@@ -75,20 +82,9 @@ pub struct Packed {
     panels: Panels,
 }
 
-/// A low-rank part of some rows of a product.
-#[derive(Clone, Debug)]
-pub struct LowRank<'a> {
-    /// The rows.
-    pub rows: Range<usize>,
-    /// x·Aᵀ: (rows, R).
-    pub low: &'a [f32],
-    /// B: (N, R).
-    pub b: &'a Packed,
-}
-
 /// Activations on their way into a product.
 enum Input<'a> {
-    Plain(&'a [f32], Level),
+    Plain(Cow<'a, [f32]>, Level),
     #[cfg(target_arch = "x86_64")]
     Rounded(Pairs),
 }
@@ -139,26 +135,22 @@ impl Packed {
         }
     }
 
+    /// Whether activations are rounded to bf16 on their way into a product where the processor multiplies bf16.
+    pub fn is_bf16(&self) -> bool {
+        matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_))
+    }
+
     /// `x·Wᵀ`. x: (M, K) → (M, N), both row-major.
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
-        // SAFETY: the product without `add` writes every number of the (M, N).
-        unsafe { filled(x.len() / self.k * self.n, |y| self.forward_to(x, y, false, Mode::best())) }
+        self.forward_adapted(x, None, &[])
     }
 
-    /// `x·Wᵀ` with `low·Bᵀ` added to some of its rows, each sum going on where W's ended. x: (M, K) → (M, N); no row is in two parts.
-    pub fn forward_adapted(&self, x: &[f32], parts: &[LowRank<'_>]) -> Vec<f32> {
-        let m = x.len() / self.k;
-        for LowRank { rows, low, b } in parts {
-            assert!(b.n == self.n && low.len() == rows.len() * b.k && rows.end <= m, "a part that does not fit");
-        }
-        // SAFETY: the product without `add` writes every number of the (M, N).
-        unsafe { filled(m * self.n, |y| self.forward_with(x, y, parts, false, Mode::best())) }
-    }
-
-    /// `y += x·Wᵀ`, the sums starting from y. x: (M, K), y: (M, N).
-    pub fn forward_onto(&self, x: &[f32], y: &mut [f32]) {
-        assert_eq!(y.len(), x.len() / self.k * self.n);
-        self.forward_to(x, Out(y.as_mut_ptr()), true, Mode::best());
+    /// `x·Wᵀ + bias` with `x·Aᵀ·Bᵀ` added to some of its rows, each sum going on where the one before ended. x: (M, K), bias: (N) →
+    /// (M, N); no row is in two parts.
+    pub fn forward_adapted(&self, x: &[f32], bias: Option<&[f32]>, parts: &[LowRank<'_>]) -> Vec<f32> {
+        assert!(bias.is_none_or(|bias| bias.len() == self.n), "a bias that does not fit");
+        // SAFETY: the product writes every number of the (M, N).
+        unsafe { filled(x.len() / self.k * self.n, |y| self.forward_to(x, bias, parts, y, Mode::best())) }
     }
 
     /// `dy·W`, the gradient of the input. dy: (M, N) → (M, K).
@@ -178,47 +170,80 @@ impl Packed {
     }
 
     fn row_of<W: Stored>(&self, panels: &[W], n: usize, out: &mut [f32]) {
-        let panel = panel_of(panels, n / PANEL, self.k);
+        let (panel, width) = (self.panel_of(panels, n / PANEL), self.width());
         for (k, value) in out.iter_mut().enumerate() {
-            *value = panel[(k / W::STEP * PANEL + n % PANEL) * W::STEP + k % W::STEP].widen();
+            *value = panel[(k / W::STEP * width + n % PANEL) * W::STEP + k % W::STEP].widen();
         }
     }
 
-    /// y: (M, N), all of it written (added to where `add`).
-    fn forward_to(&self, x: &[f32], y: Out, add: bool, mode: Mode) {
-        self.forward_with(x, y, &[], add, mode);
+    /// Columns of a panel.
+    fn width(&self) -> usize {
+        width(self.n)
     }
 
-    fn forward_with(&self, x: &[f32], y: Out, parts: &[LowRank<'_>], add: bool, mode: Mode) {
+    fn panel_of<'a, W: Stored>(&self, panels: &'a [W], panel: usize) -> &'a [W] {
+        let len = panel_len::<W>(self.width(), self.k);
+        &panels[panel * len..][..len]
+    }
+
+    /// y: (M, N), all of it written.
+    fn forward_to(&self, x: &[f32], bias: Option<&[f32]>, parts: &[LowRank<'_>], y: Out, mode: Mode) {
         let m = x.len() / self.k;
-        if let Some(whole) = self.whole(row_blocks(m, self.k).0) {
-            return whole.forward_with(x, y, parts, add, mode);
+        let (blocks, block) = row_blocks(m, self.k);
+        if let Some(whole) = self.whole(blocks) {
+            return whole.forward_to(x, bias, parts, y, mode);
         }
         let input = self.input(x, mode);
-        let parts: Vec<_> = parts.iter().map(|part| (&part.rows, part.b.input(part.low, mode), part.b)).collect();
-        let multiply = |panel, rows: Range<usize>, columns, to: *mut f32| {
+        let lows = Lows::new(self, parts, (m, block));
+        let multiply = |rows: Range<usize>, panel, columns, to: *mut f32| {
+            lows.begin(&rows, panel, &input, mode);
             // SAFETY: rows and columns are inside y and no other task has them.
             unsafe {
-                self.panel(&input, panel, rows.clone(), columns, add, to);
-                for (of_part, input, b) in &parts {
-                    let common = rows.start.max(of_part.start)..rows.end.min(of_part.end);
-                    if !common.is_empty() {
-                        let to = to.add((common.start - rows.start) * self.n);
-                        let rows = common.start - of_part.start..common.end - of_part.start;
-                        b.panel(input, panel, rows, columns, true, to);
+                self.panel(&input, panel, rows.clone(), columns, false, to);
+                if let Some(bias) = bias {
+                    for row in 0..rows.len() {
+                        add_row(
+                            &bias[panel * PANEL..][..columns],
+                            std::slice::from_raw_parts_mut(to.add(row * self.n), columns),
+                        );
                     }
                 }
+                lows.add_to(&rows, panel, columns, to);
             }
         };
-        self.forward_panels(m, multiply, y);
+        let count = self.n.div_ceil(PANEL);
+        let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
+        let groups = count.div_ceil(together);
+        (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
+            let (at, group) = (task % blocks, task / blocks);
+            let rows = at * block..m.min((at + 1) * block);
+            for panel in group * together..count.min((group + 1) * together) {
+                let columns = PANEL.min(self.n - panel * PANEL);
+                multiply(rows.clone(), panel, columns, y.at(rows.start * self.n + panel * PANEL));
+            }
+        });
+    }
+
+    /// All columns of some rows of the input, on this thread: (rows, N).
+    fn some_rows(&self, input: &Input<'_>, rows: Range<usize>) -> Vec<f32> {
+        let multiply = |y: Out| {
+            for panel in 0..self.n.div_ceil(PANEL) {
+                let columns = PANEL.min(self.n - panel * PANEL);
+                // SAFETY: rows and columns are inside y.
+                unsafe { self.panel(input, panel, rows.clone(), columns, false, y.at(panel * PANEL)) };
+            }
+        };
+        // SAFETY: the panels are all columns.
+        unsafe { filled(rows.len() * self.n, multiply) }
     }
 
     /// Activations as this weight takes them. x: (M, K).
-    fn input<'a>(&self, x: &'a [f32], mode: Mode) -> Input<'a> {
+    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode) -> Input<'a> {
+        let x = x.into();
         #[cfg(target_arch = "x86_64")]
-        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
+        if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
-            return Input::Rounded(unsafe { Pairs::new(x, self.k) });
+            return Input::Rounded(unsafe { Pairs::new(&x, self.k) });
         }
         Input::Plain(x, mode.level)
     }
@@ -249,22 +274,41 @@ impl Packed {
                 Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
                     let add = add || k.start > 0;
-                    let tile = self.widened(unpacked, 0, x.add(k.start), columns, add);
-                    Tile { k: k.len(), ..tile }.run(level, len, to, self.n);
+                    let (x, stride, panel, pitch, k) = (x.add(k.start), self.k, unpacked.as_ptr(), 2 * PANEL, k.len());
+                    Tile { x, stride, turned: false, panel, pitch, k, columns, add }.run(level, len, to, self.n);
                 }),
             }
         }
+    }
+
+    /// Has the processor read a panel ahead, the start of a long one.
+    fn send_for(&self, panel: usize) {
+        let (at, bytes) = match &self.panels {
+            Panels::F32(panels) => start_of(self.panel_of(panels, panel)),
+            Panels::Bf16(panels) => start_of(self.panel_of(panels, panel)),
+            Panels::F16(panels) => start_of(self.panel_of(panels, panel)),
+            Panels::Codes(_) => return,
+        };
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..bytes.min(MOST_AHEAD)).step_by(64) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a hint, which reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line)) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (at, bytes);
     }
 
     /// A quantized weight in bf16, for the time of one call, where its panels would be unpacked for several blocks of rows.
     fn whole(&self, blocks: usize) -> Option<Packed> {
         let (n, k) = (self.n, self.k);
         let Panels::Codes(panels) = &self.panels else { return None };
-        if blocks < 2 || n * k > MOST_WHOLE {
+        if blocks < 2 || n * k > MOST_WHOLE || self.width() < PANEL {
             return None;
         }
-        let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * panel_len::<bf16>(k)];
-        let of_panels = numbers.par_chunks_mut(panel_len::<bf16>(k)).enumerate();
+        let len = panel_len::<bf16>(PANEL, k);
+        let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
+        let of_panels = numbers.par_chunks_mut(len).enumerate();
         of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to));
         Some(Packed { n, k, panels: Panels::Bf16(numbers) })
     }
@@ -295,8 +339,11 @@ impl Packed {
                     tile.of(Panel(unpacked.as_ptr())).run(rows.len(), to, self.n);
                 }),
                 Panels::Bf16(panels) => {
-                    let weights = Panel(panels[panel * panel_len::<bf16>(self.k)..].as_ptr());
-                    tile.of(weights).run(rows.len(), to, self.n);
+                    let weights = self.panel_of(panels, panel).as_ptr();
+                    match self.width() {
+                        PANEL => tile.of(Panel(weights)).run(rows.len(), to, self.n),
+                        _ => tile.of(Narrow(weights)).run(rows.len(), to, self.n),
+                    }
                 }
                 _ => {}
             }
@@ -305,8 +352,17 @@ impl Packed {
 
     /// One panel against rows from `x` on.
     fn widened<W: Stored>(&self, panels: &[W], panel: usize, x: *const f32, columns: usize, add: bool) -> Tile<W> {
-        let panel = panels[panel * panel_len::<W>(self.k)..].as_ptr();
-        Tile { x, stride: self.k, turned: false, panel, pitch: PANEL * W::STEP, k: self.k, columns, add }
+        let pitch = self.width() * W::STEP;
+        Tile {
+            x,
+            stride: self.k,
+            turned: false,
+            panel: self.panel_of(panels, panel).as_ptr(),
+            pitch,
+            k: self.k,
+            columns,
+            add,
+        }
     }
 
     /// A quantized panel, some of its columns at a time, in order.
@@ -320,22 +376,6 @@ impl Packed {
         }
     }
 
-    /// Hands `(panel, rows, columns, where they go)` to `multiply`, each once.
-    fn forward_panels(&self, m: usize, multiply: impl Fn(usize, Range<usize>, usize, *mut f32) + Sync, y: Out) {
-        let (blocks, block) = row_blocks(m, self.k);
-        let count = self.n.div_ceil(PANEL);
-        let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
-        let groups = count.div_ceil(together);
-        (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
-            let (at, group) = (task % blocks, task / blocks);
-            let rows = at * block..m.min((at + 1) * block);
-            for panel in group * together..count.min((group + 1) * together) {
-                let columns = PANEL.min(self.n - panel * PANEL);
-                multiply(panel, rows.clone(), columns, y.at(rows.start * self.n + panel * PANEL));
-            }
-        });
-    }
-
     /// dx: (M, K), all of it written.
     fn backward_to(&self, dy: &[f32], dx: Out, mode: Mode) {
         let m = dy.len() / self.n;
@@ -343,12 +383,12 @@ impl Packed {
             return whole.backward_to(dy, dx, mode);
         }
         #[cfg(target_arch = "x86_64")]
-        if mode.pairs && matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_)) {
+        if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
             let rounded = unsafe { Pairs::new(dy, self.n) };
             let turn = |panel, k, to: &mut [bf16]| match &self.panels {
-                Panels::Codes(panels) => turn::paired(&panels.square(panel, k), 0, to),
-                Panels::Bf16(panels) => turn::paired(panel_of(panels, panel, self.k), k, to),
+                Panels::Codes(panels) => turn::paired(&panels.square(panel, k), to),
+                Panels::Bf16(panels) => turn::paired(&self.square(panels, panel, k), to),
                 _ => {}
             };
             let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
@@ -361,10 +401,10 @@ impl Packed {
             return self.backward_panels(m, turn, multiply, dx);
         }
         let turn = |panel, k, to: &mut [f32]| match &self.panels {
-            Panels::F32(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
-            Panels::Bf16(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
-            Panels::F16(panels) => turn::widened(mode.level, panel_of(panels, panel, self.k), k, to),
-            Panels::Codes(panels) => turn::widened(mode.level, &panels.square(panel, k), 0, to),
+            Panels::F32(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
+            Panels::Bf16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
+            Panels::F16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
+            Panels::Codes(panels) => turn::widened(mode.level, &panels.square(panel, k), to),
         };
         let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
             let (x, panel) = (dy[rows.start * self.n + n.start..].as_ptr(), turned.as_ptr());
@@ -374,6 +414,20 @@ impl Packed {
             unsafe { tile.run(mode.level, rows.len(), to, self.k) };
         };
         self.backward_panels(m, turn, multiply, dx);
+    }
+
+    /// A panel from column `k` on, 32 wide.
+    fn square<'a, W: Stored>(&self, panels: &'a [W], panel: usize, k: usize) -> Cow<'a, [W]> {
+        let (panel, width) = (self.panel_of(panels, panel), self.width());
+        if width == PANEL {
+            return Cow::Borrowed(&panel[k * PANEL..]);
+        }
+        let mut square = vec![W::default(); (panel.len() / width).saturating_sub(k).min(PANEL) * PANEL];
+        for (to, from) in square.chunks_exact_mut(PANEL * W::STEP).zip(panel[k * width..].chunks_exact(width * W::STEP))
+        {
+            to[..from.len()].copy_from_slice(from);
+        }
+        Cow::Owned(square)
     }
 
     /// Panels over K are turned out of those over N, some of N at a time, and handed to `multiply` as `(turned, rows, range of N,
@@ -409,8 +463,9 @@ impl Packed {
     }
 }
 
-fn panel_of<W: Stored>(panels: &[W], panel: usize, k: usize) -> &[W] {
-    &panels[panel * panel_len::<W>(k)..][..panel_len::<W>(k)]
+/// Where it begins, and its bytes.
+fn start_of<W>(numbers: &[W]) -> (*const i8, usize) {
+    (numbers.as_ptr().cast(), size_of_val(numbers))
 }
 
 /// How many blocks of how many rows: even, whole microkernels, about [`BLOCK`] numbers each.
@@ -420,17 +475,24 @@ fn row_blocks(m: usize, width: usize) -> (usize, usize) {
     (m.div_ceil(block), block)
 }
 
-fn panel_len<W: Stored>(k: usize) -> usize {
-    k.next_multiple_of(W::STEP) * PANEL
+/// Columns of a panel of a weight with N rows.
+fn width(n: usize) -> usize {
+    if n <= PANEL / 2 { PANEL / 2 } else { PANEL }
+}
+
+fn panel_len<W: Stored>(width: usize, k: usize) -> usize {
+    k.next_multiple_of(W::STEP) * width
 }
 
 fn pack<W: Stored>(weight: &[W], n: usize, k: usize) -> Vec<W> {
-    let mut panels = vec![W::default(); n.div_ceil(PANEL) * panel_len::<W>(k)];
-    panels.par_chunks_mut(panel_len::<W>(k)).enumerate().for_each(|(panel, out)| {
+    let width = width(n);
+    let len = panel_len::<W>(width, k);
+    let mut panels = vec![W::default(); n.div_ceil(PANEL) * len];
+    panels.par_chunks_mut(len).enumerate().for_each(|(panel, out)| {
         for column in 0..PANEL.min(n - panel * PANEL) {
             let row = &weight[(panel * PANEL + column) * k..][..k];
             for (at, value) in row.iter().enumerate() {
-                out[(at / W::STEP * PANEL + column) * W::STEP + at % W::STEP] = *value;
+                out[(at / W::STEP * width + column) * W::STEP + at % W::STEP] = *value;
             }
         }
     });

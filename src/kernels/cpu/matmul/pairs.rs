@@ -89,6 +89,23 @@ impl Weights for Panel {
     }
 }
 
+/// (pairs, 16) pairs; the second vector is zero.
+#[derive(Clone, Copy)]
+pub(super) struct Narrow(pub(super) *const bf16);
+
+impl Weights for Narrow {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
+        for pair in 0..pairs {
+            // SAFETY: the caller's promise. The vectors are 32 bf16 numbers whatever their type.
+            let vectors = unsafe { [_mm512_loadu_si512(self.0.add(pair * 32).cast()), _mm512_setzero_si512()] };
+            // SAFETY: as above.
+            emit(pair, vectors.map(|vector| unsafe { std::mem::transmute::<__m512i, __m512bh>(vector) }));
+        }
+    }
+}
+
 /// `out[r][c] (+)= Σ_p x[r][p] · weights[p][c]` over pairs p, each sum one chain in order of p.
 #[derive(Clone, Copy)]
 pub(super) struct PairTile<W> {
@@ -116,6 +133,19 @@ impl<W: Weights> PairTile<W> {
     /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; the
     /// processor has AVX-512F, AVX-512BW and AVX-512-BF16.
     pub(super) unsafe fn run(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.columns {
+                ..=16 => self.rows::<1>(rows, out, out_stride),
+                _ => self.rows::<2>(rows, out, out_stride),
+            }
+        }
+    }
+
+    /// V·16 columns.
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn rows<const V: usize>(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
             let tile = PairTile { x: self.x.wrapping_add(row * self.stride), ..*self };
@@ -123,29 +153,29 @@ impl<W: Weights> PairTile<W> {
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
                 match rows - row {
-                    1 => tile.some::<1>(out, out_stride),
-                    2 => tile.some::<2>(out, out_stride),
-                    3 => tile.some::<3>(out, out_stride),
-                    4 | 5 => tile.some::<4>(out, out_stride),
-                    6 | 7 => tile.some::<6>(out, out_stride),
-                    8..ROWS => tile.some::<8>(out, out_stride),
-                    _ => tile.some::<ROWS>(out, out_stride),
+                    1 => tile.some::<1, V>(out, out_stride),
+                    2 => tile.some::<2, V>(out, out_stride),
+                    3 => tile.some::<3, V>(out, out_stride),
+                    4 | 5 => tile.some::<4, V>(out, out_stride),
+                    6 | 7 => tile.some::<6, V>(out, out_stride),
+                    8..ROWS => tile.some::<8, V>(out, out_stride),
+                    _ => tile.some::<ROWS, V>(out, out_stride),
                 }
             };
         }
     }
 
-    /// M rows; gives M.
+    /// M rows of V·16 columns; gives M.
     /// # Safety
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn some<const M: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
+    unsafe fn some<const M: usize, const V: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
         let mask = |columns: usize| if columns >= 16 { 0xffff_u16 } else { (1 << columns) - 1 };
         let masks = [mask(self.columns), mask(self.columns.saturating_sub(16))];
-        let mut sums = [[_mm512_setzero_ps(); 2]; M];
+        let mut sums = [[_mm512_setzero_ps(); V]; M];
         if self.add {
             for (r, sums) in sums.iter_mut().enumerate() {
-                for v in 0..2 {
+                for v in 0..V {
                     let from = out.wrapping_add(r * out_stride + v * 16);
                     // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
                     sums[v] = unsafe { _mm512_maskz_loadu_ps(masks[v], from) };
@@ -158,13 +188,14 @@ impl<W: Weights> PairTile<W> {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let value = _mm512_set1_epi32(*self.x.add(r * self.stride + pair) as i32);
                     let value = std::mem::transmute::<__m512i, __m512bh>(value);
-                    sums[0] = _mm512_dpbf16_ps(sums[0], value, weights[0]);
-                    sums[1] = _mm512_dpbf16_ps(sums[1], value, weights[1]);
+                    for v in 0..V {
+                        sums[v] = _mm512_dpbf16_ps(sums[v], value, weights[v]);
+                    }
                 }
             });
         }
         for (r, sums) in sums.iter().enumerate() {
-            for v in 0..2 {
+            for v in 0..V {
                 let to = out.wrapping_add(r * out_stride + v * 16);
                 // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
                 unsafe { _mm512_mask_storeu_ps(to, masks[v], sums[v]) };

@@ -61,21 +61,54 @@ fn every_width_and_level_is_the_plain_product_and_rows_stand_alone() {
                 // SAFETY: both write all numbers.
                 let (y, dx) = unsafe {
                     (
-                        filled(m * n, |y| packed.forward_to(&x, y, false, mode)),
+                        filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode)),
                         filled(m * k, |dx| packed.backward_to(&dy, dx, mode)),
                     )
                 };
                 close(&y, &plain(&x_read, &rows, (m, n, k)));
                 close(&dx, &plain(&dy_read, &turned(&rows, k), (m, k, n)));
-                let mut twice = y.clone();
-                packed.forward_to(&x, Out(twice.as_mut_ptr()), true, mode);
-                close(&twice, &plain(&x_read, &rows, (m, n, k)).iter().map(|y| 2.0 * y).collect::<Vec<_>>());
                 for row in [0, m / 2, m - 1] {
                     let x = &x[row * k..(row + 1) * k];
                     // SAFETY: all numbers are written.
-                    let alone = unsafe { filled(n, |y| packed.forward_to(x, y, false, mode)) };
+                    let alone = unsafe { filled(n, |y| packed.forward_to(x, None, &[], y, mode)) };
                     assert_eq!(alone, y[row * n..(row + 1) * n], "row {row} of {m} stands alone");
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn bias_and_low_rank_parts_go_on_top_of_their_rows() {
+    let bf16s = |values: Vec<f32>| Width::Bf16(values.into_iter().map(bf16::from_f32).collect());
+    for (n, k, rank) in [(70, 45, 4), (96, 64, 16), (40, 32, 40)] {
+        for (width, mode) in [&Width::F32 as &dyn Fn(Vec<f32>) -> Width, &bf16s]
+            .into_iter()
+            .flat_map(|width| modes().into_iter().map(move |mode| (width, mode)))
+        {
+            let [weight, a1, b1, a2, b2] = [(n, k), (rank, k), (n, rank), (rank, k), (n, rank)]
+                .map(|(n, k)| Packed::new(&width(numbers(n * k, (n + 3 * k) as u32)), n, k));
+            for m in [5, 250] {
+                let (x, bias) = (numbers(m * k, 2), numbers(n, 3));
+                let cut = [0..m / 5, m / 5..m / 5, m / 2..m];
+                let parts = [(&a1, &b1), (&a2, &b1), (&a2, &b2)];
+                let parts: Vec<_> =
+                    cut.iter().cloned().zip(parts).map(|(rows, (a, b))| LowRank { rows, a, b }).collect();
+                // SAFETY: they write all numbers.
+                let of = |packed: &Packed, x: &[f32], bias, parts: &[LowRank<'_>]| unsafe {
+                    filled(x.len() / packed.k * packed.n, |y| packed.forward_to(x, bias, parts, y, mode))
+                };
+                let found = of(&weight, &x, Some(&bias), &parts);
+                let mut exact: Vec<f64> = of(&weight, &x, None, &[]).into_iter().map(f64::from).collect();
+                exact.iter_mut().enumerate().for_each(|(at, y)| *y += f64::from(bias[at % n]));
+                for LowRank { rows, a, b } in &parts {
+                    let high = of(b, &of(a, &x[rows.start * k..rows.end * k], None, &[]), None, &[]);
+                    exact[rows.start * n..].iter_mut().zip(high).for_each(|(y, high)| *y += f64::from(high));
+                }
+                close(&found, &exact);
+                let alone = LowRank { rows: 0..1, ..parts[2].clone() };
+                let last = of(&weight, &x[(m - 1) * k..], Some(&bias), &[alone]);
+                assert_eq!(last, found[(m - 1) * n..], "a row with its part stands alone");
             }
         }
     }
@@ -133,13 +166,8 @@ fn codes_have_the_bits_of_their_numbers_in_bf16() {
                 let (x, dy) = (numbers(m * k, 4), numbers(m * n, 5));
                 // SAFETY: both write all numbers.
                 let products = |packed: &Packed| unsafe {
-                    let y = filled(m * n, |y| packed.forward_to(&x, y, false, mode));
-                    let twice = {
-                        let mut twice = y.clone();
-                        packed.forward_to(&x, Out(twice.as_mut_ptr()), true, mode);
-                        twice
-                    };
-                    (y, twice, filled(m * k, |dx| packed.backward_to(&dy, dx, mode)))
+                    let y = filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode));
+                    (y, filled(m * k, |dx| packed.backward_to(&dy, dx, mode)))
                 };
                 assert!(products(&coded) == products(&plain), "{layout:?} {mode:?} {m} rows");
             }
@@ -158,7 +186,7 @@ fn every_processor_unpacks_the_same_numbers() {
             for (block, to) in found.chunks_exact_mut(coded::BLOCK * PANEL).enumerate() {
                 coded::unpack_plain(&panels, panels.block(panel, block), to);
             }
-            assert_eq!(found, panel_of(&expected, panel, k));
+            assert_eq!(found, expected[panel * k * PANEL..][..k * PANEL]);
         }
     }
 }
@@ -173,7 +201,7 @@ fn avx2_has_the_bits_of_avx512() {
         let of = |level| {
             let mode = Mode { level, pairs: false };
             // SAFETY: all numbers are written.
-            unsafe { filled(m * n, |y| packed.forward_to(&x, y, false, mode)) }
+            unsafe { filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode)) }
         };
         assert_eq!(of(Level::Avx512), of(Level::Avx2), "one chain of fused multiply-adds each");
     }

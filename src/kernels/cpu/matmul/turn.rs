@@ -54,10 +54,8 @@ pub(in super::super) unsafe fn turn16(
     }
 }
 
-/// Block of 32 columns k from `k` (a multiple of 32; past the weight's K it gives zeros) of one panel, widened and turned into
-/// `to`: (32 rows n, 32 columns k).
-pub(super) fn widened<W: Stored>(level: Level, panel: &[W], k: usize, to: &mut [f32]) {
-    let of_block = &panel[k * PANEL..];
+/// The first 32 columns k (past the end they are zeros) of one panel, widened and turned into `to`: (32 rows n, 32 columns k).
+pub(super) fn widened<W: Stored>(level: Level, of_block: &[W], to: &mut [f32]) {
     let rows = (of_block.len() / PANEL).min(PANEL);
     #[cfg(target_arch = "x86_64")]
     if level == Level::Avx512 && rows == PANEL {
@@ -85,8 +83,7 @@ pub(super) fn widened<W: Stored>(level: Level, panel: &[W], k: usize, to: &mut [
 }
 
 /// As [`widened`], in pairs: from (16 pairs of k, 32 n) to (16 pairs of n, 32 k).
-pub(super) fn paired(panel: &[bf16], k: usize, to: &mut [bf16]) {
-    let of_block = &panel[k * PANEL..];
+pub(super) fn paired(of_block: &[bf16], to: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
     if of_block.len() >= PANEL * PANEL && to.len() >= PANEL * PANEL && super::has_bf16_products() {
         // SAFETY: both blocks are whole; AVX-512F and AVX-512BW are there.
@@ -154,9 +151,9 @@ mod tests {
         let of = |n: usize, k: usize| if k < 40 { panel[(k / 2 * PANEL + n) * 2 + k % 2] } else { bf16::ZERO };
         for start in [0, 32] {
             let mut wide = vec![1f32; PANEL * PANEL];
-            widened(level(), &panel, start, &mut wide);
+            widened(level(), &panel[start * PANEL..], &mut wide);
             let mut pairs = vec![bf16::ONE; PANEL * PANEL];
-            paired(&panel, start, &mut pairs);
+            paired(&panel[start * PANEL..], &mut pairs);
             for n in 0..PANEL {
                 for k in 0..PANEL {
                     assert_eq!(wide[n * PANEL + k], of(n, start + k).to_f32());
