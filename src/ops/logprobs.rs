@@ -7,8 +7,8 @@ use super::{FrozenLinear, cpu};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
 
-/// Rows of logits held at once: 64 rows of 49,152 are 12 MiB.
-const ROWS_CPU: usize = 64;
+/// Rows of logits held at once: whole microkernels, and few enough that serving is not kept waiting.
+const ROWS_CPU: usize = 36;
 const ROWS_GPU: usize = 2048;
 
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
