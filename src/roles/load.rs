@@ -10,7 +10,7 @@ use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LoadOptions, WeightFormat};
 use crate::telemetry::metrics;
-use crate::text::{Tokenizer, TokenizerOptions};
+use crate::text::Tokenizer;
 use crate::weights::{Checkpoint, GenerationDefaults};
 
 /// One checkpoint in memory with its engine; every role that names it shares this.
@@ -115,16 +115,7 @@ impl<'a> Loader<'a> {
         weights: WeightFormat,
     ) -> Result<Loaded> {
         let decoder = Arc::new(Decoder::load(checkpoint, &LoadOptions { device: self.device.clone(), weights })?);
-        let files = checkpoint.tokenizer()?;
-        let tokenizer = Arc::new(Tokenizer::new(TokenizerOptions {
-            tokenizer_json: files.tokenizer_json,
-            chat_template: files.chat_template,
-            bos_token: files.bos_token,
-            eos_token: files.eos_token,
-            pad_token: files.pad_token,
-            add_bos_token: files.add_bos_token,
-            eos_token_ids: files.eos_token_ids,
-        })?);
+        let tokenizer = Arc::new(Tokenizer::new(checkpoint.tokenizer()?)?);
         let cache = &self.options.kv_cache;
         let options = EngineOptions {
             name: name.to_owned(),

@@ -102,15 +102,7 @@ mod tests {
         let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
         let json = serde_json::json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level,
             "model": {"type": "BPE", "vocab": vocab, "merges": []}});
-        let options = TokenizerOptions {
-            tokenizer_json: json.to_string(),
-            chat_template: None,
-            bos_token: None,
-            eos_token: None,
-            pad_token: None,
-            add_bos_token: false,
-            eos_token_ids: Vec::new(),
-        };
+        let options = TokenizerOptions { tokenizer_json: json.to_string(), ..TokenizerOptions::default() };
         Arc::new(Tokenizer::new(options).unwrap())
     }
 

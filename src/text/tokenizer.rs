@@ -10,22 +10,22 @@ use super::chat_template::ChatTemplate;
 use super::{Message, RenderOptions, ToolStyle, grammar, tools};
 use crate::error::{Error, Result};
 
-/// What a tokenizer is built from, in Hugging Face's forms.
-#[derive(Clone, Debug)]
+/// What a tokenizer is built from: everything as in Hugging Face's own files, also where it comes from a GGUF file.
+#[derive(Clone, Debug, Default)]
 pub struct TokenizerOptions {
-    /// Text of `tokenizer.json`.
+    /// Text of `tokenizer.json`; made from the vocabulary in the metadata of a GGUF file.
     pub tokenizer_json: String,
-    /// Jinja source of the chat template.
+    /// Jinja source of the chat template, if there is one.
     pub chat_template: Option<String>,
-    /// BOS text.
+    /// Text of the BOS token, if there is one (templates name it).
     pub bos_token: Option<String>,
-    /// EOS text.
+    /// Text of the EOS token.
     pub eos_token: Option<String>,
-    /// Padding text.
+    /// Text of the padding token.
     pub pad_token: Option<String>,
     /// Whether plain-text prompts get BOS in front.
     pub add_bos_token: bool,
-    /// Ids that end generation.
+    /// All ids that end generation (generation_config, config, the template's end of turn).
     pub eos_token_ids: Vec<u32>,
 }
 
@@ -123,7 +123,7 @@ impl Tokenizer {
         self.inner.token_to_id(text).filter(|id| self.is_special(*id))
     }
 
-    /// Ids that end generation.
+    /// All ids that end generation (generation_config, config, the template's end of turn).
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.options.eos_token_ids
     }

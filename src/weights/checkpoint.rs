@@ -9,25 +9,7 @@ use super::blocks::Blocks;
 use super::gguf::Gguf;
 use super::hf::Folder;
 use crate::error::{Error, Result};
-
-/// What the text side needs: everything comes as Hugging Face's own files do, also from a GGUF file.
-#[derive(Clone, Debug)]
-pub struct TokenizerFiles {
-    /// The text of `tokenizer.json`; built from the vocabulary in the metadata for a GGUF file.
-    pub tokenizer_json: String,
-    /// Jinja source, if the checkpoint has one.
-    pub chat_template: Option<String>,
-    /// Text of the BOS token, if there is one (templates name it).
-    pub bos_token: Option<String>,
-    /// Text of the EOS token.
-    pub eos_token: Option<String>,
-    /// Text of the padding token.
-    pub pad_token: Option<String>,
-    /// Whether plain-text prompts get BOS in front.
-    pub add_bos_token: bool,
-    /// All ids that end generation (generation_config, config, the template's end-of-turn).
-    pub eos_token_ids: Vec<u32>,
-}
+use crate::text::TokenizerOptions;
 
 /// `generation_config.json`'s sampling defaults.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -82,7 +64,7 @@ impl Checkpoint {
     }
 
     /// Tokenizer, special tokens, template.
-    pub fn tokenizer(&self) -> Result<TokenizerFiles> {
+    pub fn tokenizer(&self) -> Result<TokenizerOptions> {
         match &self.format {
             Format::Gguf(gguf) => gguf.tokenizer(),
             Format::Folder(folder) => folder.tokenizer(),

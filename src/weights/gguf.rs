@@ -11,10 +11,10 @@ use candle_core::{Device, Tensor};
 use memmap2::Mmap;
 use serde_json::{Value, json};
 
-use super::TokenizerFiles;
 use super::blocks::Blocks;
 use super::gguf_tokenizer;
 use crate::error::{Error, Result};
+use crate::text::TokenizerOptions;
 
 pub(super) struct Gguf {
     path: PathBuf,
@@ -150,7 +150,7 @@ impl Gguf {
         counts.into_iter().max_by_key(|(_, elements)| *elements).map(|(name, _)| name).unwrap_or_default()
     }
 
-    pub(super) fn tokenizer(&self) -> Result<TokenizerFiles> {
+    pub(super) fn tokenizer(&self) -> Result<TokenizerOptions> {
         gguf_tokenizer::build(&self.content.metadata).map_err(|error| error.context(self.path.display()))
     }
 

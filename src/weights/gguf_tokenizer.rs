@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use candle_core::quantized::gguf_file::Value as Meta;
 use serde_json::{Value, json};
 
-use super::TokenizerFiles;
 use super::gguf::number;
 use crate::error::{Error, Result};
+use crate::text::TokenizerOptions;
 
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
@@ -15,7 +15,7 @@ const USER_DEFINED: i64 = 4;
 /// Words, digits in threes, punctuation, line ends: the split of Llama 3; Qwen's differs in its single digits.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-pub(super) fn build(metadata: &HashMap<String, Meta>) -> Result<TokenizerFiles> {
+pub(super) fn build(metadata: &HashMap<String, Meta>) -> Result<TokenizerOptions> {
     let model = text(metadata, "tokenizer.ggml.model").unwrap_or_default();
     let tokens = strings(metadata, "tokenizer.ggml.tokens")?;
     let types: Vec<i64> = match metadata.get("tokenizer.ggml.token_type") {
@@ -61,7 +61,7 @@ pub(super) fn build(metadata: &HashMap<String, Meta>) -> Result<TokenizerFiles> 
     }
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
-    Ok(TokenizerFiles {
+    Ok(TokenizerOptions {
         tokenizer_json: json.to_string(),
         chat_template,
         bos_token: token("tokenizer.ggml.bos_token_id"),

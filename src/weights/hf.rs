@@ -7,8 +7,9 @@ use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use super::{GenerationDefaults, TokenizerFiles};
+use super::GenerationDefaults;
 use crate::error::{Error, Result};
+use crate::text::TokenizerOptions;
 
 pub(super) struct Folder {
     path: PathBuf,
@@ -69,7 +70,7 @@ impl Folder {
         }
     }
 
-    pub(super) fn tokenizer(&self) -> Result<TokenizerFiles> {
+    pub(super) fn tokenizer(&self) -> Result<TokenizerOptions> {
         let file = self.path.join("tokenizer.json");
         let tokenizer_json = std::fs::read_to_string(&file).map_err(|error| {
             Error::unprocessable(file.display().to_string(), format!("cannot read the tokenizer: {error}"))
@@ -101,7 +102,7 @@ impl Folder {
         }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
-        Ok(TokenizerFiles {
+        Ok(TokenizerOptions {
             tokenizer_json,
             chat_template,
             bos_token: token("bos_token"),

@@ -9,4 +9,4 @@ mod hf;
 
 pub use adapter::{AdapterFile, LoraConfig, check_pattern};
 pub use blocks::Blocks;
-pub use checkpoint::{Checkpoint, GenerationDefaults, TokenizerFiles};
+pub use checkpoint::{Checkpoint, GenerationDefaults};

@@ -11,7 +11,7 @@ use rdpo::engine::{
 use rdpo::error::Code;
 use rdpo::model::{Adapter, Attend, Decoder, LoadOptions, LoraRows, RowGroup, WeightFormat};
 use rdpo::ops::{CausalMask, Segment};
-use rdpo::text::{Tokenizer, TokenizerOptions};
+use rdpo::text::Tokenizer;
 use rdpo::weights::{AdapterFile, Checkpoint};
 
 const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
@@ -40,16 +40,7 @@ pub(super) fn start(name: &str, options: EngineOptions) -> Engine {
     let checkpoint = Checkpoint::open(&folder(name)).unwrap();
     let load = LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) };
     let model = Arc::new(Decoder::load(&checkpoint, &load).unwrap());
-    let files = checkpoint.tokenizer().unwrap();
-    let tokenizer = Tokenizer::new(TokenizerOptions {
-        tokenizer_json: files.tokenizer_json,
-        chat_template: files.chat_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        pad_token: files.pad_token,
-        add_bos_token: files.add_bos_token,
-        eos_token_ids: files.eos_token_ids,
-    });
+    let tokenizer = Tokenizer::new(checkpoint.tokenizer().unwrap());
     Engine::start(model, Arc::new(tokenizer.unwrap()), Arc::new(Gate::new(0.5)), options).unwrap()
 }
 

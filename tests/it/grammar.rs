@@ -44,12 +44,11 @@ fn sentencepiece() -> Tokenizer {
     });
     Tokenizer::new(TokenizerOptions {
         tokenizer_json: json.to_string(),
-        chat_template: None,
         bos_token: Some("<s>".into()),
         eos_token: Some("</s>".into()),
-        pad_token: None,
         add_bos_token: true,
         eos_token_ids: vec![2],
+        ..TokenizerOptions::default()
     })
     .unwrap()
 }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use rdpo::engine::{Engine, EngineOptions, Event, Gate, Request, SamplingParams, Task};
 use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, WeightFormat};
 use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
-use rdpo::text::{Message, RenderOptions, Tokenizer, TokenizerOptions};
+use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{LoraOptions, adapter_logprobs, token_logprobs_of};
 use rdpo::weights::Checkpoint;
 use serde_json::Value;
@@ -15,10 +15,13 @@ use serde_json::Value;
 const QUESTION: &str = "What is the capital of France?";
 
 /// `RDPO_TEST_MODEL`, or where `models/fetch.sh` puts it.
-fn checkpoint() -> Checkpoint {
+pub(super) fn path() -> PathBuf {
     let fetched = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m-instruct");
-    let path = std::env::var_os("RDPO_TEST_MODEL").map_or_else(fetched, PathBuf::from);
-    Checkpoint::open(&path).unwrap_or_else(|error| {
+    std::env::var_os("RDPO_TEST_MODEL").map_or_else(fetched, PathBuf::from)
+}
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint::open(&path()).unwrap_or_else(|error| {
         panic!("{error}\nThe tests need the real model: run `models/fetch.sh smollm2-135m-instruct` or set RDPO_TEST_MODEL.")
     })
 }
@@ -34,17 +37,7 @@ fn load(dtype: &str) -> Decoder {
 }
 
 pub(super) fn tokenizer() -> Tokenizer {
-    let files = checkpoint().tokenizer().unwrap();
-    Tokenizer::new(TokenizerOptions {
-        tokenizer_json: files.tokenizer_json,
-        chat_template: files.chat_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        pad_token: files.pad_token,
-        add_bos_token: files.add_bos_token,
-        eos_token_ids: files.eos_token_ids,
-    })
-    .unwrap()
+    Tokenizer::new(checkpoint().tokenizer().unwrap()).unwrap()
 }
 
 fn expected() -> Value {
