@@ -7,6 +7,20 @@ use std::collections::BTreeMap;
 
 use utoipa::ToSchema;
 
+/// Who answers.
+#[derive(ToSchema)]
+pub(super) struct Maker {
+    /// The model asked for.
+    pub(super) model: String,
+    /// Changes with the adapter.
+    pub(super) system_fingerprint: String,
+    /// Version of the adapter that answers; 0 is the base.
+    pub(super) adapter_version: u64,
+    /// Content hash of that adapter.
+    #[schema(required)]
+    pub(super) adapter_generation: Option<String>,
+}
+
 /// A chat completion.
 #[derive(ToSchema)]
 pub(super) struct ChatCompletion {
@@ -16,15 +30,9 @@ pub(super) struct ChatCompletion {
     pub(super) object: String,
     /// Unix seconds.
     pub(super) created: u64,
-    /// The model asked for.
-    pub(super) model: String,
-    /// Changes with the adapter.
-    pub(super) system_fingerprint: String,
-    /// Version of the adapter that answered; 0 is the base.
-    pub(super) adapter_version: u64,
-    /// Content hash of that adapter.
-    #[schema(required)]
-    pub(super) adapter_generation: Option<String>,
+    /// Who answers.
+    #[serde(flatten)]
+    pub(super) maker: Maker,
     /// The answers.
     pub(super) choices: Vec<ChatChoice>,
     /// Tokens counted.
@@ -197,15 +205,9 @@ pub(super) struct ChatChunk {
     pub(super) object: String,
     /// Unix seconds, the same in every piece.
     pub(super) created: u64,
-    /// The model asked for.
-    pub(super) model: String,
-    /// Changes with the adapter.
-    pub(super) system_fingerprint: String,
-    /// Version of the adapter that answers; 0 is the base.
-    pub(super) adapter_version: u64,
-    /// Content hash of that adapter.
-    #[schema(required)]
-    pub(super) adapter_generation: Option<String>,
+    /// Who answers.
+    #[serde(flatten)]
+    pub(super) maker: Maker,
     /// One choice; none in the piece with the counts.
     pub(super) choices: Vec<ChatDelta>,
     /// With `include_usage`: null, and the counts in the last piece.
@@ -283,15 +285,9 @@ pub(super) struct Completion {
     pub(super) object: String,
     /// Unix seconds.
     pub(super) created: u64,
-    /// The model asked for.
-    pub(super) model: String,
-    /// Changes with the adapter.
-    pub(super) system_fingerprint: String,
-    /// Version of the adapter that answered; 0 is the base.
-    pub(super) adapter_version: u64,
-    /// Content hash of that adapter.
-    #[schema(required)]
-    pub(super) adapter_generation: Option<String>,
+    /// Who answers.
+    #[serde(flatten)]
+    pub(super) maker: Maker,
     /// `n` answers of each prompt, prompt by prompt.
     pub(super) choices: Vec<TextChoice>,
     /// Tokens counted.
@@ -346,15 +342,9 @@ pub(super) struct CompletionChunk {
     pub(super) object: String,
     /// Unix seconds, the same in every piece.
     pub(super) created: u64,
-    /// The model asked for.
-    pub(super) model: String,
-    /// Changes with the adapter.
-    pub(super) system_fingerprint: String,
-    /// Version of the adapter that answers; 0 is the base.
-    pub(super) adapter_version: u64,
-    /// Content hash of that adapter.
-    #[schema(required)]
-    pub(super) adapter_generation: Option<String>,
+    /// Who answers.
+    #[serde(flatten)]
+    pub(super) maker: Maker,
     /// One choice; none in the piece with the counts.
     pub(super) choices: Vec<TextDelta>,
     /// With `include_usage`: null, and the counts in the last piece.
