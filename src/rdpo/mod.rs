@@ -1,6 +1,7 @@
 //! The method on one page: synthesize → score → pairs → train → evaluate → publish.
 
 mod behavior;
+mod pacing;
 mod pairs;
 mod parse;
 mod patience;

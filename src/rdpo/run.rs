@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_util::StreamExt;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -13,16 +12,17 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
+use super::pacing::Pacing;
 use super::pairs::{Candidate, count, keep};
 use super::report::{Comparison, Contest, Report, compare};
-use super::synthesize::{Sample, Work, mixed, synthesize_work};
+use super::synthesize::{Sample, Work, drive, mixed, synthesize_work};
 use super::{Behavior, JobRequest, PromptInput, PublishWhen};
 use crate::error::{Code, Error, Result};
 use crate::jobs::{Context, Status};
-use crate::roles::{Gate, GateGuard, Lease, PublishMode, Reward, Roles, Target};
+use crate::roles::{Lease, PublishMode, Reward, Roles, Target};
 use crate::telemetry::metrics;
 use crate::text::Message;
-use crate::train::{EvalMetrics, Hooks, Outcome, StepMetrics, TokenPair, TrainJob, adapter_logprobs, train};
+use crate::train::{Outcome, TokenPair, TrainJob, adapter_logprobs, train};
 
 /// Pairs of the probe batch.
 const PROBE: usize = 4;
@@ -161,23 +161,14 @@ impl<'a> Run<'a> {
                 Ok::<_, Error>((index, one(chosen).await?, one(rejected).await?))
             }
         });
-        self.runtime.block_on(async {
-            let mut running =
-                futures_util::stream::iter(scores).buffer_unordered(self.roles.max_in_flight(reward.target()));
-            loop {
-                self.context.check()?;
-                match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
-                    Ok(Some(scored)) => {
-                        let (index, chosen, rejected) = scored?;
-                        self.put_row("score", index, &json!({"chosen": chosen, "rejected": rejected}))?;
-                        finished += 1;
-                        self.context.progress(Status::Scoring, finished, total)?;
-                    }
-                    Ok(None) => return Ok(()),
-                    Err(_tick) => {}
-                }
-            }
-        })
+        let on_scored = |scored: Result<(usize, Option<f64>, Option<f64>)>| {
+            let (index, chosen, rejected) = scored?;
+            self.put_row("score", index, &json!({"chosen": chosen, "rejected": rejected}))?;
+            finished += 1;
+            self.context.progress(Status::Scoring, finished, total)
+        };
+        let width = self.roles.max_in_flight(reward.target());
+        self.runtime.block_on(drive(scores, width, || self.context.check(), on_scored))
     }
 
     /// Filters the scored answers; always the same pairs in the same order for the same rows.
@@ -230,7 +221,7 @@ impl<'a> Run<'a> {
         let base = self.roles.student_base()?;
         let engine = base.engine()?;
         let gate = engine.gate();
-        let mut hooks = Pacing { run: self, gate: &gate, guard: None };
+        let mut hooks = Pacing::new(self, &gate);
         let outcome = train(&self.train_job(&base, pairs)?, &mut hooks)?;
         drop(hooks);
         let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
@@ -280,39 +271,32 @@ impl<'a> Run<'a> {
         let (total, left) = (prompts.len(), (0..prompts.len()).filter(|index| !done.contains_key(index)));
         let left: Vec<usize> = left.collect();
         self.context.progress(Status::Evaluating, done.len(), total)?;
-        self.runtime.block_on(async {
-            let contest = Contest {
-                base: &base,
-                aligned: &aligned,
-                reward: &reward,
-                behavior: &self.behavior,
-                options: &self.request.synthesis,
-                seed: self.request.seed,
-            };
-            let comparisons = left.into_iter().map(|index| {
-                let (contest, prompt) = (&contest, prompts[index]);
-                async move { (index, compare(contest, prompt, index).await) }
-            });
-            let mut running =
-                futures_util::stream::iter(comparisons).buffer_unordered(self.roles.max_in_flight(reward.target()));
-            loop {
-                self.context.check()?;
-                match tokio::time::timeout(std::time::Duration::from_millis(100), running.next()).await {
-                    Ok(Some((index, Ok(one)))) => {
-                        self.put_row("eval", index, &serde_json::to_value(&one)?)?;
-                        done.insert(index, one);
-                        self.context.progress(Status::Evaluating, done.len(), total)?;
-                    }
-                    Ok(Some((index, Err(error)))) if error.code == Code::ContextLengthExceeded => {
-                        let message = format!("held-out prompt {index} is left out of the report: {}", error.message);
-                        self.context.event("warn", "message", &message, &json!({ "index": index }))?;
-                    }
-                    Ok(Some((_, Err(error)))) => return Err(error),
-                    Ok(None) => return Ok(()),
-                    Err(_tick) => {}
-                }
+        let contest = Contest {
+            base: &base,
+            aligned: &aligned,
+            reward: &reward,
+            behavior: &self.behavior,
+            options: &self.request.synthesis,
+            seed: self.request.seed,
+        };
+        let comparisons = left.into_iter().map(|index| {
+            let (contest, prompt) = (&contest, prompts[index]);
+            async move { (index, compare(contest, prompt, index).await) }
+        });
+        let on_compared = |(index, compared): (usize, Result<Comparison>)| match compared {
+            Ok(one) => {
+                self.put_row("eval", index, &serde_json::to_value(&one)?)?;
+                done.insert(index, one);
+                self.context.progress(Status::Evaluating, done.len(), total)
             }
-        })?;
+            Err(error) if error.code == Code::ContextLengthExceeded => {
+                let message = format!("held-out prompt {index} is left out of the report: {}", error.message);
+                self.context.event("warn", "message", &message, &json!({ "index": index }))
+            }
+            Err(error) => Err(error),
+        };
+        let width = self.roles.max_in_flight(reward.target());
+        self.runtime.block_on(drive(comparisons, width, || self.context.check(), on_compared))?;
         Ok(Report::of(done.into_values().collect()))
     }
 
@@ -477,50 +461,4 @@ fn held_out(prompts: &[PromptInput], fraction: f64, seed: u64) -> BTreeSet<usize
     let least = usize::from(fraction > 0.0 && groups.len() > 1);
     let number = (wanted.round() as usize).max(least).min(groups.len().saturating_sub(1));
     groups.into_iter().take(number).flatten().collect()
-}
-
-/// Holds the device for one slice at a time and passes on what the trainer says.
-struct Pacing<'a, 'r> {
-    run: &'a Run<'r>,
-    gate: &'a Gate,
-    guard: Option<GateGuard<'a>>,
-}
-
-impl Hooks for Pacing<'_, '_> {
-    fn pace(&mut self) -> Result<()> {
-        self.guard = None;
-        self.run.context.check()?;
-        self.guard = Some(self.gate.train());
-        Ok(())
-    }
-
-    fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
-        self.guard = None;
-        let message = format!("step {}/{}: loss {:.4}", metrics.step, metrics.total_steps, metrics.loss);
-        self.run.context.event("info", "metrics", &message, &serde_json::to_value(metrics)?)?;
-        self.run.context.progress(Status::Training, metrics.step, metrics.total_steps)
-    }
-
-    fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()> {
-        self.guard = None;
-        let message = format!(
-            "evaluation after step {}: loss {:.4}, accuracy {:.3}{}",
-            metrics.step,
-            metrics.eval_loss,
-            metrics.rewards_accuracies,
-            if metrics.best { ", the best so far" } else { "" }
-        );
-        self.run.context.event("info", "metrics", &message, &serde_json::to_value(metrics)?)
-    }
-
-    fn on_checkpoint(&mut self, step: usize, adapter: &crate::roles::AdapterFile) -> Result<()> {
-        self.guard = None;
-        let publish = &self.run.request.publish;
-        if publish.when == PublishWhen::EveryCheckpoint {
-            let lease = self.run.roles.adapters().publish(&publish.alias, adapter, PublishMode::Upsert)?;
-            let message = format!("adapter `{}` version {} is live (step {step})", publish.alias, lease.version);
-            self.run.context.event("info", "message", &message, &json!({"step": step, "version": lease.version}))?;
-        }
-        Ok(())
-    }
 }

@@ -108,12 +108,22 @@ pub(super) async fn synthesize_work(
     let teacher = roles.teacher()?;
     let (responder, teacher) = (&responder, &teacher);
     let conversations = work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed));
-    let mut running =
-        futures_util::stream::iter(conversations).buffer_unordered(roles.max_in_flight([responder, teacher]));
+    let width = roles.max_in_flight([responder, teacher]);
+    drive(conversations, width, check, |sample| on_sample(sample?)).await
+}
+
+/// Does pieces of work, `width` at once, and gives each outcome out as it comes; `check` may stop it at any time.
+pub(super) async fn drive<T>(
+    work: impl IntoIterator<Item = impl Future<Output = T>>,
+    width: usize,
+    check: impl Fn() -> Result<()>,
+    mut on_outcome: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
+    let mut running = futures_util::stream::iter(work).buffer_unordered(width);
     loop {
         check()?;
         match tokio::time::timeout(TICK, running.next()).await {
-            Ok(Some(sample)) => on_sample(sample?)?,
+            Ok(Some(outcome)) => on_outcome(outcome)?,
             Ok(None) => return Ok(()),
             Err(_tick) => {}
         }
