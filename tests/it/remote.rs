@@ -1,6 +1,6 @@
-//! Whole jobs whose teacher is another process: the release server, once, twice, killed and started again.
+//! Whole jobs whose teacher or judge is another process: the release server, once, twice, killed and started again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -8,43 +8,63 @@ use tempfile::TempDir;
 
 use super::binary::{Server, adapter, command, request, settings_of};
 use super::hot_swap::fixture;
+use super::real_model;
 
-/// A server of the tiny model that another one asks.
+/// A server that another one asks.
 struct Endpoint {
     folder: TempDir,
+    model: PathBuf,
     server: Server,
 }
 
 impl Endpoint {
-    fn command(folder: &Path, port: &str) -> Command {
+    fn command(folder: &Path, model: &Path, port: &str) -> Command {
         let rules = "{kind = \"rules\", terms = [{check = \"length\", weight = 1.0, per = 10.0}]}";
-        let mut command = command(&settings_of(folder, &fixture("tiny-llama"), "{model = \"tiny\"}", rules));
+        let settings = settings_of(folder, model, "{model = \"tiny\"}", rules);
+        // Room for a prompt of the real model.
+        std::fs::write(&settings, std::fs::read_to_string(&settings).unwrap().replace("8MiB", "64MiB")).unwrap();
+        let mut command = command(&settings);
         command.arg("--port").arg(port);
         command
     }
 
     fn start() -> Self {
+        Endpoint::of(fixture("tiny-llama"))
+    }
+
+    fn of(model: PathBuf) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let server = Server::spawn(Endpoint::command(folder.path(), "0"));
-        Endpoint { folder, server }
+        let server = Server::spawn(Endpoint::command(folder.path(), &model, "0"));
+        Endpoint { folder, model, server }
     }
 
     /// On the port it had.
     fn start_again(&mut self) {
         let port = self.server.url.rsplit(':').next().unwrap().to_owned();
-        self.server = Server::spawn(Endpoint::command(self.folder.path(), &port));
+        self.server = Server::spawn(Endpoint::command(self.folder.path(), &self.model, &port));
     }
+}
+
+/// The settings of a role behind these endpoints.
+fn behind(endpoints: &[&Endpoint], patience: u32) -> String {
+    let urls: Vec<String> = endpoints.iter().map(|one| format!("{}/v1", one.server.url)).collect();
+    format!(
+        "backend = \"remote\", model = \"teacher\", urls = {urls:?}, max_retries = 2, max_concurrency = 2, \
+         patience_seconds = {patience}"
+    )
 }
 
 /// Teacher remote, reward a classifier, student native.
 fn house(folder: &Path, endpoints: &[&Endpoint], patience: u32) -> Server {
-    let urls: Vec<String> = endpoints.iter().map(|one| format!("{}/v1", one.server.url)).collect();
-    let teacher = format!(
-        "{{backend = \"remote\", model = \"teacher\", urls = {urls:?}, max_retries = 2, max_concurrency = 2, \
-         patience_seconds = {patience}}}"
-    );
     let reward = "{kind = \"classifier\", model = \"classifier\"}";
+    let teacher = format!("{{{}}}", behind(endpoints, patience));
     Server::spawn(command(&settings_of(folder, &fixture("tiny-llama"), &teacher, reward)))
+}
+
+/// Teacher and student native, the judge remote.
+fn court(folder: &Path, judge: &Endpoint, patience: u32) -> Server {
+    let judge = format!("{{kind = \"judge\", {}}}", behind(&[judge], patience));
+    Server::spawn(command(&settings_of(folder, &fixture("tiny-llama"), "{model = \"tiny\"}", &judge)))
 }
 
 /// Conversations of the job: 24 prompts to learn from, 12 to evaluate on.
@@ -57,15 +77,31 @@ fn job() -> Value {
     request
 }
 
-/// In the middle of synthesis.
-fn middle(event: &Value) -> bool {
-    event["data"]["stage"] == "synthesizing" && event["data"]["done"].as_u64() > Some(2)
+/// In the middle of a stage.
+fn middle_of(stage: &str) -> impl Fn(&Value) -> bool {
+    move |event| event["data"]["stage"] == stage && event["data"]["done"].as_u64() > Some(2)
+}
+
+/// Waits until the job is paused because nobody answers; the rows of the stage that are kept.
+fn paused_in(server: &Server, id: &str, after: &mut i64, stage: &str) -> u64 {
+    server.reach(id, after, |event| event["data"]["status"] == "paused");
+    let paused = server.get(&format!("/v1/rdpo/train/{id}"));
+    assert_eq!((&paused["status"], &paused["error"]["code"]), (&json!("paused"), &json!("endpoint_unreachable")));
+    let progress = &paused["progress"][stage];
+    let kept = progress["done"].as_u64().unwrap();
+    assert!((3..progress["total"].as_u64().unwrap()).contains(&kept), "{paused}");
+    kept
 }
 
 fn metric(server: &Server, line: &str) -> f64 {
     let text = server.text("/metrics");
     let found = text.lines().find_map(|one| one.strip_prefix(line));
     found.unwrap_or_else(|| panic!("no {line} in {text}")).trim().parse().unwrap()
+}
+
+/// Requests that an endpoint answered.
+fn answered(server: &Server) -> f64 {
+    metric(server, "rdpo_request_success_total{finish_reason=\"length\",role=\"teacher\"}")
 }
 
 #[test]
@@ -79,8 +115,6 @@ fn a_job_outlives_its_endpoints_and_loses_no_row() {
     assert_eq!(done["progress"]["synthesizing"], json!({"done": ROWS, "total": ROWS}));
     let expected = adapter(folder.path());
     // Conversations of three turns went to the teacher; none to an engine of this process.
-    let answered =
-        |server: &Server| metric(server, "rdpo_request_success_total{finish_reason=\"length\",role=\"teacher\"}");
     let asked = [&one.server, &two.server].map(answered);
     assert!(asked[0] > 20.0 && asked[1] > 20.0, "both did their share: {asked:?}");
     assert!(asked[0] + asked[1] <= 3.0 * ROWS as f64);
@@ -91,7 +125,7 @@ fn a_job_outlives_its_endpoints_and_loses_no_row() {
     let folder = tempfile::tempdir().unwrap();
     let server = house(folder.path(), &[&one, &two], 600);
     let (id, mut after) = (server.submit(&job()), 0);
-    server.reach(&id, &mut after, middle);
+    server.reach(&id, &mut after, middle_of("synthesizing"));
     one.server.kill();
     let done = server.wait(&id);
     assert_eq!(done["progress"]["waiting"], Value::Null);
@@ -104,7 +138,7 @@ fn a_job_outlives_its_endpoints_and_loses_no_row() {
     let folder = tempfile::tempdir().unwrap();
     let server = house(folder.path(), &[&two, &one], 600);
     let (id, mut after) = (server.submit(&job()), 0);
-    server.reach(&id, &mut after, middle);
+    server.reach(&id, &mut after, middle_of("synthesizing"));
     two.server.kill();
     server.reach(&id, &mut after, |event| event["data"]["waiting"] == true);
     let waiting = server.get(&format!("/v1/rdpo/train/{id}"));
@@ -121,13 +155,9 @@ fn a_job_outlives_its_endpoints_and_loses_no_row() {
     let folder = tempfile::tempdir().unwrap();
     let server = house(folder.path(), &[&one], 2);
     let (id, mut after) = (server.submit(&job()), 0);
-    server.reach(&id, &mut after, middle);
+    server.reach(&id, &mut after, middle_of("synthesizing"));
     one.server.kill();
-    server.reach(&id, &mut after, |event| event["data"]["status"] == "paused");
-    let paused = server.get(&format!("/v1/rdpo/train/{id}"));
-    assert_eq!((&paused["status"], &paused["error"]["code"]), (&json!("paused"), &json!("endpoint_unreachable")));
-    let kept = paused["progress"]["synthesizing"]["done"].as_u64().unwrap();
-    assert!((3..ROWS).contains(&kept), "{paused}");
+    let kept = paused_in(&server, &id, &mut after, "synthesizing");
     one.start_again();
     server.post(&format!("/v1/rdpo/train/{id}/resume"));
     let done = server.wait(&id);
@@ -135,4 +165,37 @@ fn a_job_outlives_its_endpoints_and_loses_no_row() {
     assert!(adapter(folder.path()) == expected, "the same bytes as without the pause");
     // The rows from before the pause were not written again: only the rest went to the endpoint that was started since.
     assert!(answered(&one.server) <= 3.0 * (ROWS - kept) as f64);
+}
+
+#[test]
+fn a_job_outlives_its_judge_while_it_scores_and_while_it_evaluates() {
+    // Only a real model keeps to numbers.
+    let mut judge = Endpoint::of(real_model::path());
+    let folder = tempfile::tempdir().unwrap();
+    let server = court(folder.path(), &judge, 600);
+    let id = server.submit(&job());
+    let straight = server.wait(&id);
+    let expected = adapter(folder.path());
+    let report = &straight["result"]["report"];
+    assert_eq!((&report["prompts"], &report["scored"]), (&json!(12), &json!(12)), "{straight}");
+    drop(server);
+
+    let folder = tempfile::tempdir().unwrap();
+    let server = court(folder.path(), &judge, 2);
+    let (id, mut after) = (server.submit(&job()), 0);
+    for stage in ["scoring", "evaluating"] {
+        server.reach(&id, &mut after, middle_of(stage));
+        judge.server.kill();
+        let kept = paused_in(&server, &id, &mut after, stage);
+        judge.start_again();
+        server.post(&format!("/v1/rdpo/train/{id}/resume"));
+        let all = straight["progress"][stage]["total"].as_u64().unwrap();
+        server.reach(&id, &mut after, |event| event["data"]["stage"] == stage && event["data"]["done"] == all);
+        // Each row is two answers, and only those that were missing were asked about.
+        assert!(answered(&judge.server) <= 2.0 * (all - kept) as f64, "{kept} of {all} were kept");
+    }
+    let done = server.wait(&id);
+    assert_eq!(done["result"]["pairs"], straight["result"]["pairs"]);
+    assert_eq!(&done["result"]["report"], report, "the same report as without the deaths");
+    assert!(adapter(folder.path()) == expected, "the same bytes as without the deaths");
 }
