@@ -12,8 +12,8 @@ use crate::telemetry::metrics;
 /// Most bytes of one event of a stream.
 const MOST_LINE: usize = 16 << 20;
 
-/// The counts of an answer.
-pub(super) fn usage(reply: &Value) -> Usage {
+/// The counts in an endpoint's answer.
+pub fn usage(reply: &Value) -> Usage {
     let usage = &reply["usage"];
     let count = |value: &Value| value.as_u64().unwrap_or(0) as usize;
     Usage {

@@ -6,7 +6,7 @@ use regex::Regex;
 use serde_json::json;
 
 use super::flight::usage;
-use super::{JudgeMode, Remote, Rubric, Score, Target};
+use super::{JudgeMode, Remote, Rubric, Score, Start, Target};
 use crate::engine::{SamplingParams, Task, Usage};
 use crate::error::{Code, Error, Result};
 use crate::text::{Message, RenderOptions};
@@ -159,7 +159,7 @@ async fn expected_afar(remote: &Remote, rubric: &Rubric, question: &[Message]) -
     let fields =
         [("max_tokens", json!(1)), ("temperature", json!(0)), ("logprobs", json!(true)), ("top_logprobs", json!(20))];
     body.extend(fields.map(|(key, value)| (key.to_owned(), value)));
-    let reply = remote.complete(body).await.map_err(|error| match error.code {
+    let reply = remote.complete(Start::Chat, body).await.map_err(|error| match error.code {
         Code::InvalidValue if error.message.contains("logprobs") => {
             Error::invalid("judge.mode", format!("{}: {INSTEAD}", error.message))
         }

@@ -20,12 +20,13 @@ pub use crate::engine::{Gate, GateGuard};
 pub use crate::weights::AdapterFile;
 pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
 pub use confine::confined;
+pub use flight::usage;
 pub use judge::fill;
 pub use options::{
     AdapterOptions, Backend, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
     RewardOptions, RoleOptions, RolesOptions, RuleOptions,
 };
-pub use remote::{Chunks, Remote};
+pub use remote::{Chunks, Remote, Start};
 pub use reward::{Reward, Rubric, Score};
 pub use target::{Answer, Seat, Target};
 

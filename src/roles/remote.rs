@@ -1,4 +1,4 @@
-//! A model behind OpenAI-compatible endpoints: chats are sent there, failed tries repeated, answers counted.
+//! A model behind OpenAI-compatible endpoints: chats and texts are sent there, failed tries repeated, answers counted.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,6 +28,32 @@ pub struct Remote {
     timeout: Duration,
     retries: usize,
     patience: Duration,
+}
+
+/// What an endpoint is asked to go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// A conversation.
+    Chat,
+    /// A text.
+    Text,
+}
+
+impl Start {
+    fn path(self) -> &'static str {
+        match self {
+            Start::Chat => "chat/completions",
+            Start::Text => "completions",
+        }
+    }
+
+    /// Where a request says it.
+    fn field(self) -> &'static str {
+        match self {
+            Start::Chat => "messages",
+            Start::Text => "prompt",
+        }
+    }
 }
 
 /// The chunks of a streamed answer, as the endpoint sent them. Dropping it ends the request at the endpoint too.
@@ -100,7 +126,7 @@ impl Remote {
             // What the narrowest server takes.
             body.insert("seed".into(), json!(seed & 0x7fff_ffff));
         }
-        let reply = self.complete(body).await?;
+        let reply = self.complete(Start::Chat, body).await?;
         let choice = &reply["choices"][0];
         let reason = match choice["finish_reason"].as_str() {
             Some("length") => FinishReason::Length,
@@ -110,18 +136,24 @@ impl Remote {
         Ok(Answer { text, reason, usage: usage(&reply), ..Answer::default() })
     }
 
-    /// The body that asks about these turns.
-    pub(super) fn question(messages: &[Message]) -> Result<Map<String, Value>> {
-        let mut body = Map::new();
-        body.insert("messages".into(), serde_json::to_value(messages)?);
-        Ok(body)
+    /// The body that asks about these turns. Templates take the arguments of calls as objects, endpoints as text.
+    pub fn question(messages: &[Message]) -> Result<Map<String, Value>> {
+        let mut turns = serde_json::to_value(messages)?;
+        let calls = turns.as_array_mut().into_iter().flatten().filter_map(|turn| turn.get_mut("tool_calls"));
+        for call in calls.filter_map(Value::as_array_mut).flatten() {
+            let arguments = &mut call["function"]["arguments"];
+            if !arguments.is_string() {
+                *arguments = arguments.to_string().into();
+            }
+        }
+        Ok(Map::from_iter([("messages".to_owned(), turns)]))
     }
 
-    /// Sends a chat completion's body under the endpoint's name of the model; the whole answer, as the endpoint gave it.
-    pub async fn complete(&self, mut body: Map<String, Value>) -> Result<Value> {
+    /// Sends a completion's body under the endpoint's name of the model; the whole answer, as the endpoint gave it.
+    pub async fn complete(&self, start: Start, mut body: Map<String, Value>) -> Result<Value> {
         body.insert("stream".into(), false.into());
         let mut flight = Flight::new(self.role);
-        match self.send(body, &mut flight).await? {
+        match self.send(start, body, &mut flight).await? {
             (Reply::Whole(reply), _) => {
                 flight.read(&reply);
                 Ok(reply)
@@ -133,12 +165,12 @@ impl Remote {
     }
 
     /// The same as a stream. The counts are always asked for: the last chunk has them, and no choices.
-    pub async fn stream(&self, mut body: Map<String, Value>) -> Result<Chunks> {
+    pub async fn stream(&self, start: Start, mut body: Map<String, Value>) -> Result<Chunks> {
         body.insert("stream".into(), true.into());
         let options = body.entry("stream_options").or_insert_with(|| json!({}));
         options["include_usage"] = true.into();
         let mut flight = Flight::new(self.role);
-        let (reply, place) = self.send(body, &mut flight).await?;
+        let (reply, place) = self.send(start, body, &mut flight).await?;
         let Reply::Stream(response) = reply else {
             return Err(Error::internal("a stream that was asked for did not come as one. This is a bug."));
         };
@@ -174,7 +206,7 @@ impl Remote {
     }
 
     /// Tries until an endpoint answers, the request is refused, or the tries are used up.
-    async fn send(&self, mut body: Map<String, Value>, flight: &mut Flight) -> Result<(Reply, Place)> {
+    async fn send(&self, start: Start, mut body: Map<String, Value>, flight: &mut Flight) -> Result<(Reply, Place)> {
         body.insert("model".into(), self.model.clone().into());
         let body = Value::Object(body);
         let mut pause = FIRST_PAUSE;
@@ -182,7 +214,7 @@ impl Remote {
         for attempt in 0..=self.retries {
             let place = self.pool.place(failed).await.inspect_err(|_| flight.failed())?;
             flight.begin();
-            match self.once(&place, &body).await {
+            match self.once(start, &place, &body).await {
                 Ok(reply) => {
                     if let Reply::Whole(_) = reply {
                         place.worked();
@@ -220,9 +252,9 @@ impl Remote {
         ))
     }
 
-    async fn once(&self, place: &Place, body: &Value) -> Result<Reply, Trouble> {
+    async fn once(&self, start: Start, place: &Place, body: &Value) -> Result<Reply, Trouble> {
         let streams = body["stream"] == true;
-        let mut request = place.post("chat/completions").json(body);
+        let mut request = place.post(start.path()).json(body);
         if !streams {
             request = request.timeout(self.timeout);
         }
@@ -232,7 +264,7 @@ impl Remote {
         if !status.is_success() {
             let rest = retry_after(response.headers());
             let text = response.bytes().await.unwrap_or_default();
-            return Err(self.refusal(status, rest, &text));
+            return Err(self.refusal(start, status, rest, &text));
         }
         if streams {
             return Ok(Reply::Stream(response));
@@ -242,11 +274,11 @@ impl Remote {
             Ok(reply) if reply["choices"].as_array().is_some_and(|choices| !choices.is_empty()) => {
                 Ok(Reply::Whole(reply))
             }
-            _ => Err(failed("its answer is no chat completion".into())),
+            _ => Err(failed("its answer is no completion".into())),
         }
     }
 
-    fn refusal(&self, status: StatusCode, rest: Option<Duration>, text: &[u8]) -> Trouble {
+    fn refusal(&self, start: Start, status: StatusCode, rest: Option<Duration>, text: &[u8]) -> Trouble {
         let body: Value = serde_json::from_slice(text).unwrap_or_default();
         let (role, number, error) = (self.role, status.as_u16(), &body["error"]);
         let message = said(if error.is_null() { &body } else { error });
@@ -264,7 +296,7 @@ impl Remote {
         Trouble::Refused(match number {
             // Whoever asks cannot mend the key or the name of the model.
             401 | 403 | 404 => Error::internal(text),
-            _ if too_long => Error::new(Code::ContextLengthExceeded, text).at("messages"),
+            _ if too_long => Error::new(Code::ContextLengthExceeded, text).at(start.field()),
             _ => match error["param"].as_str() {
                 Some(param) => Error::invalid(param, text),
                 None => Error::new(Code::InvalidValue, text),

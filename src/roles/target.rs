@@ -18,7 +18,7 @@ const QUEUE_PATIENCE: Duration = Duration::from_secs(300);
 pub enum Seat {
     /// In this process: it has tokens, log-probabilities, adapters.
     Native(Engine),
-    /// At endpoints: it answers chats.
+    /// At endpoints: it goes on from chats and texts.
     Remote(Arc<Remote>),
     /// Nowhere: a reward without a model.
     Empty,
@@ -68,7 +68,7 @@ impl Target {
         let why = match &self.seat {
             Seat::Native(engine) => return Ok(engine),
             Seat::Remote(_) => {
-                format!("`{}` is remote: it answers chats only, its tokens are at its endpoint", self.model)
+                format!("`{}` is remote: it goes on from chats and texts, its tokens are at its endpoint", self.model)
             }
             Seat::Empty => {
                 let kind = self.reward.as_ref().map_or("reward", |reward| reward.kind());

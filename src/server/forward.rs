@@ -1,4 +1,4 @@
-//! Chats with a remote role: the body goes to an endpoint, the answer comes back under this server's names.
+//! Completions of a remote role, of chats and texts: the body goes to an endpoint, the answer comes back under this server's names.
 
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
@@ -7,34 +7,47 @@ use serde_json::{Map, Value};
 use super::answer::Head;
 use super::reply::{Reply, error_body, event, sse};
 use super::sampling::StreamOptions;
-use crate::error::Error;
-use crate::roles::{Remote, Target};
+use crate::error::{Error, Result};
+use crate::roles::{Remote, Start, Target};
 
 /// Parameters that are about tokens of the engine here.
 const NATIVE: [&str; 4] = ["prompt_logprobs", "return_token_ids", "truncate_prompt_tokens", "best_of"];
 /// What the head of an answer says of its maker; the endpoint's own words about itself stay there.
 const HEAD: [&str; 6] = ["id", "object", "created", "model", "adapter_version", "adapter_generation"];
 
-/// Answers a chat whose common fields were checked. The endpoint decides about all others: its refusal is passed on.
+/// The body as an endpoint gets it, without what only an engine here could do.
+pub(super) fn outgoing(target: &Target, mut body: Map<String, Value>) -> Result<Map<String, Value>> {
+    body.retain(|_, value| !value.is_null());
+    match NATIVE.into_iter().find(|field| body.get(*field).is_some_and(|value| *value != false)) {
+        None => Ok(body),
+        Some(field) => {
+            let text = format!("`{}` is remote: `{field}` is about tokens, which are at its endpoint", target.model);
+            Err(Error::invalid(field, text))
+        }
+    }
+}
+
+/// Answers a request whose common fields were checked. The endpoint decides about all others: its refusal is passed on.
 pub(super) async fn forward(
     target: &Target,
     remote: &Remote,
-    mut body: Map<String, Value>,
+    start: Start,
+    body: Map<String, Value>,
     stream: Option<StreamOptions>,
 ) -> Reply {
-    body.retain(|_, value| !value.is_null());
-    if let Some(field) = NATIVE.into_iter().find(|field| body.get(*field).is_some_and(|value| *value != false)) {
-        let text = format!("`{}` is remote: `{field}` is about tokens, which are at its endpoint", target.model);
-        return Err(Error::invalid(field, text).into());
-    }
+    let mut body = outgoing(target, body)?;
+    let (prefix, object) = match start {
+        Start::Chat if stream.is_some() => ("chatcmpl-", "chat.completion.chunk"),
+        Start::Chat => ("chatcmpl-", "chat.completion"),
+        Start::Text => ("cmpl-", "text_completion"),
+    };
+    let head = Head::new(prefix, object, target);
     let Some(options) = stream else {
         body.remove("stream_options");
-        let head = Head::new("chatcmpl-", "chat.completion", target);
-        let reply = remote.complete(body).await?;
+        let reply = remote.complete(start, body).await?;
         return Ok(head.headers(HttpResponse::Ok().json(under(&head, reply))));
     };
-    let head = Head::new("chatcmpl-", "chat.completion.chunk", target);
-    let mut chunks = remote.stream(body).await?;
+    let mut chunks = remote.stream(start, body).await?;
     let named = head.clone();
     let pieces = async_stream::stream! {
         while let Some(chunk) = chunks.next().await {

@@ -198,7 +198,16 @@ impl Offer {
         Ok((CallReader::new(style, names, most), asked))
     }
 
-    /// The functions as templates take them.
+    /// The choice as chats make it; nothing where the model may do as it likes.
+    pub(super) fn choice(&self) -> Option<Value> {
+        match self.functions.as_slice() {
+            _ if !self.must => None,
+            [only] => Some(json!({"type": "function", "function": {"name": only.name}})),
+            _ => Some(json!("required")),
+        }
+    }
+
+    /// The functions as templates and chats take them.
     pub(super) fn shown(&self) -> Option<Value> {
         let one = |function: &Function| {
             let mut body = json!({"name": function.name});

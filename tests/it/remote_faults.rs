@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt, future::join_all};
 use rdpo::engine::SamplingParams;
 use rdpo::error::{Code, Error};
-use rdpo::roles::{Backend, JudgeOptions, RewardOptions, RoleOptions, Roles, Rubric, Score};
+use rdpo::roles::{Backend, JudgeOptions, RewardOptions, RoleOptions, Roles, Rubric, Score, Start};
 use rdpo::text::Message;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -256,7 +256,7 @@ async fn a_stream_that_breaks_off_says_so() {
     let teacher = roles.teacher().unwrap();
     let stream = async || {
         let body = json!({"messages": [{"role": "user", "content": "Hi"}]}).as_object().unwrap().clone();
-        let chunks: Vec<_> = teacher.remote().unwrap().stream(body).await.unwrap().collect().await;
+        let chunks: Vec<_> = teacher.remote().unwrap().stream(Start::Chat, body).await.unwrap().collect().await;
         chunks
     };
     let whole = stream().await;

@@ -1,4 +1,4 @@
-"""Chats with a remote teacher and scores of a remote judge, beside the same asked of their endpoint directly."""
+"""Chats, texts and responses of a remote teacher and scores of a remote judge, beside the same asked of their endpoint directly."""
 
 import math
 
@@ -6,6 +6,8 @@ import openai
 import pytest
 from conftest import metric, until
 from test_chat import ask, text
+from test_completions import go_on
+from test_responses import respond
 
 
 def test_the_answer_is_the_endpoints_under_our_name(real, remote):
@@ -64,14 +66,91 @@ def test_what_a_remote_chat_cannot_do(remote, fields, param, words):
 
 
 def test_what_needs_tokens_is_a_400_naming_the_model(remote):
-    for call in (
-        lambda: remote.post("/../tokenize", body={"model": "teacher", "prompt": "Hi"}, cast_to=object),
-        lambda: remote.completions.create(model="teacher", prompt="Hi"),
-        lambda: remote.responses.create(model="teacher", input="Hi"),
-    ):
-        with pytest.raises(openai.BadRequestError) as error:
-            call()
-        assert error.value.param == "model" and "`teacher` is remote" in error.value.message
+    with pytest.raises(openai.BadRequestError) as error:
+        remote.post("/../tokenize", body={"model": "teacher", "prompt": "Hi"}, cast_to=object)
+    assert error.value.param == "model" and "`teacher` is remote" in error.value.message
+
+
+def test_a_text_is_gone_on_with_at_the_endpoint(real, remote):
+    fields = {"model": "teacher", "prompt": ["The capital of France is", "Two and two is"], "max_tokens": 12, "logprobs": 1}
+    there, here = go_on(real, **fields), go_on(remote, **fields)
+    assert here.choices == there.choices and here.usage == there.usage
+    assert (here.model, here.object) == ("teacher", "text_completion") and here.id.startswith("cmpl-") and here.id != there.id
+    chunks = list(go_on(remote, **fields, stream=True))
+    for index, choice in enumerate(there.choices):
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices[0].index == index) == choice.text
+    assert len(chunks) > 10 and all(chunk.usage is None for chunk in chunks)
+    with pytest.raises(openai.BadRequestError) as error:
+        go_on(remote, model="teacher", prompt="Hi " * 9000)
+    assert error.value.param == "prompt" and error.value.code == "context_length_exceeded"
+
+
+def test_a_response_goes_on_from_another(real, remote):
+    asked = {"model": "teacher", "max_output_tokens": 16}
+    for streamed in (False, True):
+        made = []
+        for client in (remote, real):
+            first = whole(respond(client, **asked, instructions="Be brief.", stream=streamed))
+            second = whole(respond(client, **asked, input="And of Germany?", previous_response_id=first.id, stream=streamed))
+            made.append([first, second])
+        for here, there in zip(*made):
+            assert (here.output_text, here.status, counts(here)) == (there.output_text, there.status, counts(there))
+            assert here.id != there.id and here.model == "teacher" and here.output[0].type == "message"
+        assert remote.responses.retrieve(made[0][1].id).previous_response_id == made[0][0].id
+
+
+def counts(response):
+    return response.usage.input_tokens, response.usage.output_tokens
+
+
+def whole(response):
+    """The response that a stream ends with, its events counted."""
+    if isinstance(response, openai.Stream):
+        events = list(response)
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert sum(event.type == "response.output_text.delta" for event in events) > 3
+        return events[-1].response
+    return response
+
+
+def test_a_response_can_be_made_to_call(real, remote):
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+    fields = {"model": "teacher", "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 40}
+    for stream in (False, True):
+        here, there = (respond(client, **fields, stream=stream) for client in (remote, real))
+        if stream:
+            here, there = list(here)[-1].response, list(there)[-1].response
+        answers = []
+        for client, response in ((remote, here), (real, there)):
+            call = response.output[-1]
+            assert (call.type, call.name) == ("function_call", "look")
+            told = [{"type": "function_call_output", "call_id": call.call_id, "output": "a cat"}]
+            answers.append(respond(client, model="teacher", input=told, previous_response_id=response.id, max_output_tokens=8))
+        assert here.output[-1].arguments == there.output[-1].arguments
+        assert answers[0].output_text == answers[1].output_text and counts(answers[0]) == counts(answers[1])
+
+
+@pytest.mark.parametrize(
+    "fields, param, words",
+    [
+        ({"truncation": "auto"}, "truncation", "`teacher` is remote"),
+        ({"input": "Hi " * 9000}, "input", "endpoint refused with status 400"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "`teacher` is remote"),
+    ],
+)
+def test_what_a_remote_response_cannot_be(remote, fields, param, words):
+    with pytest.raises(openai.BadRequestError) as error:
+        respond(remote, **{"model": "teacher", **fields})
+    assert error.value.param == param and words in error.value.message
+
+
+def test_a_client_that_leaves_a_response_ends_the_work_at_the_endpoint(remote):
+    stream = respond(remote, model="teacher", max_output_tokens=1500, stream=True, extra_body={"ignore_eos": True})
+    for _ in range(6):
+        next(stream)
+    assert metric("real", "rdpo_requests_running") == 1
+    stream.close()
+    until("the endpoint has nothing to do", lambda: metric("real", "rdpo_requests_running") == 0, seconds=5)
 
 
 def test_the_list_names_the_model_at_the_endpoint(remote):

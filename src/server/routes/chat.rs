@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::Routes;
 use crate::engine::request::{Event, Usage};
 use crate::error::Error;
-use crate::roles::Target;
+use crate::roles::{Start, Target};
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
 use crate::server::forward::forward;
@@ -115,7 +115,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     if let Some(remote) = target.remote() {
         let stream = sampling.streams().then_some(stream);
-        return forward(&target, remote, parse(&body)?, stream).await;
+        return forward(&target, remote, Start::Chat, parse(&body)?, stream).await;
     }
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {

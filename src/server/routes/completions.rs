@@ -9,9 +9,10 @@ use utoipa::ToSchema;
 use super::Routes;
 use crate::engine::request::{Event, TokenLogprob, Usage};
 use crate::error::{Error, Result};
-use crate::roles::Target;
+use crate::roles::{Start, Target};
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Collected, Head};
+use crate::server::forward::forward;
 use crate::server::reply::{Reply, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::text::Tokenizer;
@@ -56,6 +57,15 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let best_of = sampling.best_of(n)?;
     parse::<Refused>(&body)?.check()?;
     let target = state.roles.resolve(&request.model)?;
+    let mut params = sampling.params(&target.defaults)?;
+    if request.logprobs.is_some_and(|top| top > 5) {
+        return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
+    }
+    let options = sampling.stream_options()?;
+    if let Some(remote) = target.remote() {
+        let stream = sampling.streams().then_some(options);
+        return forward(&target, remote, Start::Text, parse(&body)?, stream).await;
+    }
     let tokenizer = target.tokenizer()?.clone();
     let special = request.add_special_tokens.unwrap_or(true);
     let prompts: Vec<Vec<u32>> = match request.prompt {
@@ -68,19 +78,14 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         return Err(Error::invalid("prompt", "`prompt` is empty").into());
     }
     let echo = request.echo.unwrap_or(false);
-    let mut params = sampling.params(&target.defaults)?;
     params.max_tokens = Some(params.max_tokens.unwrap_or(DEFAULT_TOKENS));
     params.logprobs = request.logprobs;
-    if request.logprobs.is_some_and(|top| top > 5) {
-        return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
-    }
     if echo && request.logprobs.is_some() {
         params.prompt_logprobs = request.logprobs;
     }
     let prompts: Vec<Vec<u32>> =
         prompts.into_iter().map(|prompt| sampling.truncate(prompt, &target, &params)).collect::<Result<_>>()?;
     sampling.constrain(&tokenizer, sampling.asked()?, &mut params).await?;
-    let options = sampling.stream_options()?;
     if sampling.streams() && echo && request.logprobs.is_some() {
         let text = "`echo` with `logprobs` cannot be streamed: they are read before the answer begins";
         return Err(Error::invalid("echo", text).into());

@@ -1,5 +1,6 @@
 //! `/v1/responses`, for all three roles: create and stream, fetch, go on from, forget.
 
+mod afar;
 mod events;
 mod input;
 mod request;
@@ -25,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
+use crate::server::forward::outgoing;
 use crate::server::reply::{Reply, named_event, parse, sse};
 use crate::server::sampling::{Refused, Sampling};
 use crate::server::tools::{Offer, flat_functions};
@@ -83,9 +85,15 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             _ => turns.insert(0, Message::new("system", instructions.as_str())),
         }
     }
+    let asked = request.asked(&sampling)?;
+    if let Some(remote) = target.remote() {
+        let body = afar::chat(&request, &offer, &turns, outgoing(&target, parse(&body)?)?)?;
+        let steps = afar::steps(remote, body, sampling.streams(), Writer::new(response)).await?;
+        return answered(&head, steps, record, sampling.streams()).await;
+    }
     let mut render = RenderOptions { kwargs: request.variables(), ..RenderOptions::default() };
     let tokenizer = target.tokenizer()?.clone();
-    let (reader, asked) = offer.apply(&tokenizer, request.asked(&sampling)?, &mut render, &mut params)?;
+    let (reader, asked) = offer.apply(&tokenizer, asked, &mut render, &mut params)?;
     sampling.constrain(&tokenizer, asked, &mut params).await?;
     let prompt = encode(&target, &turns, &render, params.max_tokens, request.truncation.unwrap_or_default())?;
     let prompt = sampling.truncate(prompt, &target, &params)?;

@@ -162,7 +162,8 @@ impl ResponseRequest {
         template_variables(self.chat_template_kwargs.clone(), None, effort)
     }
 
-    fn format(&self) -> Value {
+    /// Form of the text, as it was asked for.
+    pub(super) fn format(&self) -> Value {
         let format = self.text.as_ref().and_then(|text| text.format.clone());
         format.map_or_else(|| json!({"type": "text"}), Value::Object)
     }
