@@ -8,7 +8,7 @@ use super::constrain::Asked;
 use super::reply::read_from_objects_only;
 use crate::engine::request::SamplingParams;
 use crate::error::{Error, Result};
-use crate::text::{CallReader, Constraint, RenderOptions, Tokenizer, call_grammar};
+use crate::text::{Besides, CallReader, Constraint, RenderOptions, Tokenizer, call_grammar};
 
 /// A function the model may call.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -168,7 +168,8 @@ impl Offer {
     }
 
     /// Puts the functions into the prompt. Returns what tells text and calls apart in an answer, and what the answer must be:
-    /// a call, or what was `asked` for without the tools, or either.
+    /// a call, or what was `asked` for without the tools, or either. Where a function is strict, a call must be right wherever
+    /// the model makes one.
     pub(super) fn apply(
         &self,
         tokenizer: &Tokenizer,
@@ -185,14 +186,22 @@ impl Offer {
         let style = tokenizer.tool_style(render);
         let names = self.functions.iter().map(|function| function.name.clone()).collect();
         let most = if self.parallel { usize::MAX } else { 1 };
-        let calls = |or: Option<Constraint>| -> Result<Option<Asked>> {
-            let functions: Vec<(&str, Option<&Map<String, Value>>)> =
-                self.functions.iter().map(|function| (function.name.as_str(), function.parameters.as_ref())).collect();
-            Ok(Some(("tools", call_grammar(tokenizer, style, &functions, self.parallel, or)?)))
+        let any = Map::from_iter([("type".to_owned(), json!("object"))]);
+        let calls = |besides: Besides| -> Result<Option<Asked>> {
+            let functions = self.functions.iter().map(|function| {
+                let schema = match besides {
+                    Besides::Text if function.strict != Some(true) => Some(&any),
+                    _ => function.parameters.as_ref(),
+                };
+                (function.name.as_str(), schema)
+            });
+            let functions: Vec<_> = functions.collect();
+            Ok(Some(("tools", call_grammar(tokenizer, style, &functions, self.parallel, besides)?)))
         };
         let asked = match asked {
-            _ if self.must => calls(None)?,
-            Some((_, json @ (Constraint::JsonSchema(_) | Constraint::JsonObject))) => calls(Some(json))?,
+            _ if self.must => calls(Besides::Nothing)?,
+            Some((_, json @ (Constraint::JsonSchema(_) | Constraint::JsonObject))) => calls(Besides::Json(json))?,
+            None if self.functions.iter().any(|function| function.strict == Some(true)) => calls(Besides::Text)?,
             other => other,
         };
         Ok((CallReader::new(style, names, most), asked))

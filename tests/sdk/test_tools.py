@@ -85,6 +85,28 @@ def test_no_tools_no_calls(real):
     assert offered > none + 50, "the model was told of the tools"
 
 
+def test_a_strict_function_is_called_right_or_not_at_all(real):
+    def call(city):
+        function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+        return {"role": "assistant", "content": None, "tool_calls": [{"id": city, "type": "function", "function": function}]}
+
+    def cities(strict):
+        [called] = ask(real, messages=turns, tools=[{"type": "function", "function": {**WEATHER, "strict": strict}}]).choices[0].message.tool_calls
+        return arguments(called)["city"]
+
+    turns = [{"role": "user", "content": "Paris"}, call("Paris"), {"role": "user", "content": "Berlin"}, call("Berlin"), {"role": "user", "content": "Rome"}]
+    assert cities(strict=False) == "Rome", "what the model would say"
+    assert cities(strict=True) in CITY["properties"]["city"]["enum"]
+    # Where it does not call, it says what it would say anyway.
+    free, bound = (ask(real, tools=[{"type": "function", "function": {**WEATHER, "strict": strict}}]).choices[0].message for strict in (False, True))
+    assert free.content and free == bound
+    [flat] = real.responses.create(model="student", input=[
+        *({"role": turn["role"], "content": turn["content"]} if turn["content"] else
+          {"type": "function_call", "call_id": "1", **turn["tool_calls"][0]["function"]} for turn in turns)],
+        tools=[{"type": "function", **WEATHER, "strict": True}], temperature=0, max_output_tokens=80).output
+    assert json.loads(flat.arguments)["city"] in CITY["properties"]["city"]["enum"]
+
+
 def test_a_call_in_a_stream(real):
     whole = ask(real, tool_choice=ONE, parallel_tool_calls=False)
     chunks = list(ask(real, tool_choice=ONE, parallel_tool_calls=False, stream=True, logprobs=True, stream_options={"include_usage": True}))

@@ -1,4 +1,4 @@
-//! A grammar of calls: what an answer must be where a call is required, or where it may be one or JSON.
+//! A grammar of calls: what an answer must be where a call is required, or where it may be one or JSON, or text with calls in it.
 
 use serde_json::{Map, Value, json};
 
@@ -10,13 +10,24 @@ use crate::text::grammar::{Constraint, spaced};
 /// Most calls a grammar lets a model make in one turn: small ones would go on until they are cut off in the middle of one.
 const MOST_CALLS: usize = 8;
 
-/// Calls of the `functions` (names, and schemas of their arguments) in the model's own style; with `or`, JSON instead.
+/// What an answer may be besides calls.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Besides {
+    /// Nothing: it must call.
+    Nothing,
+    /// JSON of a schema, or any object.
+    Json(Constraint),
+    /// Text, which may go on to calls.
+    Text,
+}
+
+/// Calls of the `functions` (names, and schemas of their arguments) in the model's own style, or what else the answer may be.
 pub fn call_grammar(
     tokenizer: &Tokenizer,
     style: ToolStyle,
     functions: &[(&str, Option<&Map<String, Value>>)],
     parallel: bool,
-    or: Option<Constraint>,
+    besides: Besides,
 ) -> Result<Constraint> {
     let more = |between: &str| match parallel {
         true => format!("({} one){{0,{}}}", quoted(between), MOST_CALLS - 1),
@@ -24,15 +35,18 @@ pub fn call_grammar(
     };
     let names: Vec<String> = (0..functions.len()).map(|at| format!("call_{at}")).collect();
     let (any, [open, close]) = (names.join(" | "), [style.marks().0, style.marks().1]);
-    let (calls, one) = match style {
-        ToolStyle::Hermes => {
-            let (open, close) = (quoted(&format!("{open}\n")), quoted(&format!("\n{close}")));
-            (format!("one {}", more("\n")), format!("{open} ({any}) {close}"))
-        }
-        // Bare JSON could not be told from the other JSON while it is written.
-        ToolStyle::Llama if or.is_some() => (format!("{} one {}", mark(tokenizer, open), more("; ")), any),
+    // What stands after the opening mark.
+    let (inner, one) = match style {
+        ToolStyle::Hermes => ("one".to_owned(), format!("\"\\n\" ({any}) {}", quoted(&format!("\n{close}")))),
         ToolStyle::Llama => (format!("one {}", more("; ")), any),
-        ToolStyle::Mistral => (format!("{} \"[\" one {} \"]\"", mark(tokenizer, open), more(", ")), any),
+        ToolStyle::Mistral => (format!("\"[\" one {} \"]\"", more(", ")), any),
+    };
+    let opened = mark(tokenizer, open);
+    let calls = match style {
+        ToolStyle::Hermes if parallel => format!("{opened} one (\"\\n\" {opened} one){{0,{}}}", MOST_CALLS - 1),
+        // Bare JSON could not be told from the other JSON while it is written.
+        ToolStyle::Llama if !matches!(besides, Besides::Json(_)) => inner.clone(),
+        _ => format!("{opened} {inner}"),
     };
     let mut rules = vec![format!("calls: {calls}"), format!("one: {one}")];
     for (at, (name, parameters)) in functions.iter().enumerate() {
@@ -41,15 +55,35 @@ pub fn call_grammar(
         // Each schema is a document of its own, so that what it refers to is found.
         rules.push(format!("arguments_{at}: %json {}", spaced(&arguments(at, *parameters)?)?));
     }
-    match or {
-        None => rules.insert(0, "start: calls".into()),
-        Some(constraint) => {
+    match besides {
+        Besides::Nothing => rules.insert(0, "start: calls".into()),
+        Besides::Json(constraint) => {
             let schema = match constraint {
                 Constraint::JsonSchema(schema) => schema,
                 _ => json!({"type": "object"}),
             };
             rules.insert(0, "start: calls | answer".into());
             rules.push(format!("answer: %json {}", spaced(&schema)?));
+        }
+        Besides::Text => {
+            // Llama's bare call is one only at the beginning: there is no other text that begins like it.
+            let (start, text) = match style {
+                ToolStyle::Hermes => ("said*", r"(.|\n)+"),
+                ToolStyle::Mistral => ("said?", r"(.|\n)+"),
+                ToolStyle::Llama => ("(calls | said)?", r"\s*[^\s{](.|\n)*"),
+            };
+            let start = if parallel { start.to_owned() } else { start.replace('*', "?") };
+            rules.insert(0, format!("start: {start} TEXT?"));
+            rules.push(format!("said: opening {inner}"));
+            match tokenizer.special_id(open) {
+                Some(_) => rules.extend([format!("opening: TEXT? {opened}"), format!("TEXT: /{text}/")]),
+                // Lazy: with the last letter of the mark the text is over.
+                None => {
+                    let mark = regex::escape(open);
+                    rules.push(format!("opening[lazy]: /({text})?{mark}/"));
+                    rules.push(format!(r"TEXT: /{text}/ & ~/(.|\n)*{mark}(.|\n)*/"));
+                }
+            }
         }
     }
     Ok(Constraint::Lark(rules.join("\n")))
@@ -98,21 +132,18 @@ mod tests {
             "model": {"type": "BPE", "vocab": vocab, "merges": []}});
         Tokenizer::new(TokenizerOptions {
             tokenizer_json: json.to_string(),
-            chat_template: None,
-            bos_token: None,
             eos_token: Some("</s>".into()),
-            pad_token: None,
-            add_bos_token: false,
             eos_token_ids: vec![vocab["</s>"].as_u64().unwrap() as u32],
+            ..TokenizerOptions::default()
         })
         .unwrap()
     }
 
-    fn grammar(tokenizer: &Tokenizer, style: ToolStyle, parallel: bool, or: Option<Constraint>) -> Grammar {
+    fn grammar(tokenizer: &Tokenizer, style: ToolStyle, parallel: bool, besides: Besides) -> Grammar {
         let number = json!({"properties": {"n": {"$ref": "#/$defs/digit"}}, "required": ["n"], "additionalProperties": false,
             "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}}});
         let functions = [("add \"1\"", number.as_object()), ("now", None)];
-        Grammar::compile(tokenizer, call_grammar(tokenizer, style, &functions, parallel, or).unwrap()).unwrap()
+        Grammar::compile(tokenizer, call_grammar(tokenizer, style, &functions, parallel, besides).unwrap()).unwrap()
     }
 
     /// Whether the text is all that the grammar wants; special tokens are read as such.
@@ -143,7 +174,7 @@ mod tests {
                 "[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}, {\"name\": \"now\", \"arguments\": {}}]",
             ),
         ] {
-            let (any, single) = (grammar(&tokenizer, style, true, None), grammar(&tokenizer, style, false, None));
+            let [any, single] = [true, false].map(|parallel| grammar(&tokenizer, style, parallel, Besides::Nothing));
             assert!(takes(&tokenizer, &any, one) && takes(&tokenizer, &single, one), "{one}");
             assert!(takes(&tokenizer, &any, two) && !takes(&tokenizer, &single, two), "{two}");
             for wrong in [
@@ -170,7 +201,7 @@ mod tests {
         let tokenizer = letters();
         let schema = json!({"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"], "additionalProperties": false});
         for style in [ToolStyle::Hermes, ToolStyle::Llama] {
-            let either = grammar(&tokenizer, style, false, Some(Constraint::JsonSchema(schema.clone())));
+            let either = grammar(&tokenizer, style, false, Besides::Json(Constraint::JsonSchema(schema.clone())));
             assert!(takes(&tokenizer, &either, "{\"x\": true}") && !takes(&tokenizer, &either, "{\"y\": true}"));
             let call = format!("{{\"name\": \"now\", \"{}\": {{}}}}", style.arguments_key());
             let call = match style {
@@ -181,12 +212,53 @@ mod tests {
         }
     }
 
+    /// Whether the text may stand at the beginning of an answer.
+    fn begins(tokenizer: &Tokenizer, grammar: &Grammar, text: &str) -> bool {
+        let mut matcher = grammar.matcher();
+        let ids = tokenizer.encode(text, false).unwrap();
+        ids.into_iter().all(|id| matcher.mask().unwrap().allows(id) && matcher.commit(id).is_ok())
+    }
+
+    #[test]
+    fn text_is_free_until_a_call_begins() {
+        let tokenizer = letters();
+        for (style, open, close) in [
+            (ToolStyle::Hermes, "<tool_call>\n", "\n</tool_call>"),
+            (ToolStyle::Llama, "<|python_tag|>", ""),
+            (ToolStyle::Mistral, "[TOOL_CALLS][", "]"),
+        ] {
+            let [any, single] = [true, false].map(|parallel| grammar(&tokenizer, style, parallel, Besides::Text));
+            let call =
+                |n: u32| format!("{{\"name\": \"add \\\"1\\\"\", \"{}\": {{\"n\": {n}}}}}", style.arguments_key());
+            let right = format!("{open}{}{close}", call(4));
+            let texts = ["", "Hello,\nyou <tool_cal {1} [TOOL", " <|python_tag"];
+            for text in texts {
+                for free in [text.to_owned(), format!("{text}{right}")] {
+                    assert!(takes(&tokenizer, &any, &free) && takes(&tokenizer, &single, &free), "{free}");
+                }
+                for wrong in
+                    [call(12), call(4).replace("add", "sub"), call(4).replace("4}", "4, \"m\": 1}"), "1".into()]
+                {
+                    let wrong = format!("{text}{open}{wrong}");
+                    assert!(!begins(&tokenizer, &any, &wrong), "{wrong}");
+                }
+            }
+            if style == ToolStyle::Hermes {
+                let twice = format!("a {right} b {right} c");
+                assert!(takes(&tokenizer, &any, &twice) && !begins(&tokenizer, &single, &twice));
+            }
+            let bare = style == ToolStyle::Llama;
+            assert_eq!(begins(&tokenizer, &any, "{\"x\""), !bare, "a call may begin so: {style:?}");
+            assert!(takes(&tokenizer, &any, &call(4)));
+        }
+    }
+
     #[test]
     fn arguments_are_an_object() {
         let list = json!({"type": "array"});
         let tokenizer = letters();
-        let error = call_grammar(&tokenizer, ToolStyle::Hermes, &[("f", None), ("g", list.as_object())], true, None)
-            .unwrap_err();
+        let functions = [("f", None), ("g", list.as_object())];
+        let error = call_grammar(&tokenizer, ToolStyle::Hermes, &functions, true, Besides::Nothing).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("tools[1]"));
     }
 }
