@@ -262,16 +262,27 @@ impl Scheduler {
         if self.running.len() < self.limits.max_sequences {
             return true;
         }
-        let places = |role: &str| self.running.iter().filter(|other| other.role == role).count();
-        if places(sequence.role) > 0 {
+        if self.places(sequence.role) > 0 {
             return false;
         }
-        let candidates = (0..self.running.len()).filter(|at| self.running[*at].priority >= sequence.priority);
-        let last = candidates.max_by_key(|at| (places(self.running[*at].role), self.running[*at].rank()));
         // The last place of a role is not taken away: two roles would take it from each other for ever.
-        let Some(last) = last.filter(|at| places(self.running[*at].role) > 1) else { return false };
+        let may_go = |other: &Sequence| other.priority >= sequence.priority && self.places(other.role) > 1;
+        let Some(last) = self.first_to_go(may_go) else { return false };
         self.preempt(last, step, budget);
         true
+    }
+
+    fn places(&self, role: &str) -> usize {
+        self.running.iter().filter(|other| other.role == role).count()
+    }
+
+    /// Who is put back for others: of the last priority the role that runs most, and of that the last that came.
+    fn first_to_go(&self, may_go: impl Fn(&Sequence) -> bool) -> Option<usize> {
+        let candidates = (0..self.running.len()).filter(|at| may_go(&self.running[*at]));
+        candidates.max_by_key(|at| {
+            let Sequence { priority, role, id, .. } = &self.running[*at];
+            (*priority, self.places(role), *id)
+        })
     }
 
     /// Blocks that a sequence still needs for all its tokens and one more.
@@ -300,14 +311,14 @@ impl Scheduler {
         self.running.iter().filter(|other| other.pending() > 1).any(coming)
     }
 
-    /// Blocks for `len` more tokens of a running sequence, preempting those of the last rank; false if it was itself put back.
+    /// Blocks for `len` more tokens of a running sequence, putting back who is first to go; false if that is itself.
     fn make_room(&mut self, id: u64, len: usize, step: &mut Vec<Scheduled>, budget: &mut usize) -> bool {
         loop {
             let Some(at) = self.running.iter().position(|sequence| sequence.id == id) else { return false };
             if grow(&mut self.blocks, &mut self.running[at], len, self.limits.block_size) {
                 return true;
             }
-            let last = (0..self.running.len()).max_by_key(|at| self.running[*at].rank()).unwrap_or(at);
+            let last = self.first_to_go(|_| true).unwrap_or(at);
             self.preempt(last, step, budget);
         }
     }

@@ -154,6 +154,26 @@ fn a_flood_of_one_role_holds_up_no_other() {
     }
 }
 
+/// Three sequences fill the pool, then each wants one block more. Who came last is put back only where its role runs as much as
+/// any other, and a lower priority always.
+#[test]
+fn a_full_pool_puts_back_the_role_that_runs_most() {
+    for (roles, priority, stay) in [
+        (["student", "student", "teacher"], 0, [0, 2]),
+        (["student", "teacher", "reward"], 0, [0, 1]),
+        (["student", "student", "teacher"], 1, [0, 1]),
+    ] {
+        let mut scheduler = scheduler(9, 64);
+        for (id, role) in (0..).zip(roles) {
+            let priority = if id == 2 { priority } else { 0 };
+            scheduler.add(Sequence { priority, ..of(role, id, own(id, 11)) });
+        }
+        (0..3).for_each(|_| drop(advance(&mut scheduler, 99)));
+        let running: Vec<u64> = scheduler.running().iter().map(|sequence| sequence.id).collect();
+        assert_eq!((scheduler.preemptions, running), (1, stay.to_vec()));
+    }
+}
+
 /// Tokens of each role while all of them ask for more than there is.
 fn shares(scheduler: &mut Scheduler, first: u64, steps: usize, roles: &[(&'static str, usize)]) -> Vec<usize> {
     let mut id = first;
