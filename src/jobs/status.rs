@@ -71,11 +71,13 @@ impl Status {
     }
 
     /// Whether the state machine allows `self → next`: stages go forward and may be skipped (a job of ready pairs trains at
-    /// once), a live job can end in any way, a paused or failed one can be queued again, a paused one cancelled.
+    /// once), a live job can end in any way until its adapter goes live, which is not taken back; a paused or failed one can be
+    /// queued again, a paused one cancelled.
     pub fn allows(self, next: Status) -> bool {
         match (self, next) {
             (Status::Paused | Status::Failed, Status::Queued) | (Status::Paused, Status::Cancelled) => true,
             (from, _) if from.is_final() => false,
+            (Status::Publishing, Status::Cancelled | Status::Paused) => false,
             (_, Status::Failed | Status::Cancelled | Status::Paused) => true,
             (from, to) => (from as u8) < (to as u8),
         }
@@ -101,9 +103,10 @@ mod tests {
         assert!(Queued.allows(Synthesizing) && Queued.allows(Training) && Publishing.allows(Succeeded));
         assert!(!Training.allows(Scoring) && !Training.allows(Training) && !Training.allows(Queued));
         assert!(Paused.allows(Queued) && Failed.allows(Queued) && Paused.allows(Cancelled));
-        for live in [Queued, Synthesizing, Scoring, Training, Evaluating, Publishing] {
+        for live in [Queued, Synthesizing, Scoring, Training, Evaluating] {
             assert!(live.allows(Failed) && live.allows(Cancelled) && live.allows(Paused));
         }
+        assert!(Publishing.allows(Failed) && !Publishing.allows(Cancelled) && !Publishing.allows(Paused));
         for next in Status::ALL {
             assert!(!Succeeded.allows(next) && !Cancelled.allows(next), "{next:?}");
         }

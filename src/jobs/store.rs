@@ -237,7 +237,11 @@ impl Store {
                 "job {id} is {} and cannot become {}{}",
                 status.name(),
                 next.name(),
-                if status.is_final() && next != Status::Queued { ": it has ended" } else { "" }
+                match status {
+                    Status::Publishing => ": what goes live is not taken back, roll the adapter back instead",
+                    status if status.is_final() && next != Status::Queued => ": it has ended",
+                    _ => "",
+                }
             ))
             .at("id")),
         }

@@ -244,7 +244,8 @@ impl Jobs {
             Err(error) if error.code == Code::Cancelled && state.stopping => Ok(()),
             Err(error) => {
                 // What is out of reach now may be back when the job is resumed.
-                let ended = if error.code == Code::Unreachable { Status::Paused } else { Status::Failed };
+                let waits = error.code == Code::Unreachable && status.allows(Status::Paused);
+                let ended = if waits { Status::Paused } else { Status::Failed };
                 tracing::error!(job = id, %error, "job {}", ended.name());
                 let (_, kind, code) = error.code.row();
                 let body = json!({"message": error.to_string(), "type": kind, "code": code, "param": error.param});

@@ -44,6 +44,10 @@ impl Work {
             self.done.lock().unwrap().push(row);
         }
         context.stage(Status::Training)?;
+        context.stage(Status::Publishing)?;
+        while self.hold_at.load(Ordering::Acquire) == PUBLISHING {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         context.store.set_result(&context.job.id, &json!({"adapter_version": 1}))
     }
 }
@@ -72,6 +76,8 @@ fn start(work: &Arc<Work>) -> (tempfile::TempDir, Jobs) {
 }
 
 const NO_HOLD: usize = usize::MAX;
+/// Held after the last row.
+const PUBLISHING: usize = usize::MAX - 1;
 
 #[test]
 fn a_job_runs_to_its_end_and_says_each_step() {
@@ -89,8 +95,23 @@ fn a_job_runs_to_its_end_and_says_each_step() {
     assert_eq!(
         said(&jobs, &job.id).join("\n"),
         "queued\nsynthesizing\nsynthesizing 1/5\nsynthesizing 2/5\nsynthesizing 3/5\nsynthesizing 4/5\n\
-         synthesizing 5/5\ntraining\nsucceeded"
+         synthesizing 5/5\ntraining\npublishing\nsucceeded"
     );
+    jobs.shutdown();
+}
+
+#[test]
+fn a_job_whose_adapter_goes_live_is_neither_cancelled_nor_paused() {
+    let work = Work::new(PUBLISHING);
+    let (_folder, jobs) = start(&work);
+    let id = jobs.submit(&json!({})).unwrap().id;
+    until_status(&jobs, &id, Status::Publishing);
+    for error in [jobs.cancel(&id).unwrap_err(), jobs.pause(&id).unwrap_err()] {
+        assert!(error.status() == 409 && error.message.contains("roll the adapter back"), "{error}");
+    }
+    work.hold_at.store(NO_HOLD, Ordering::Release);
+    until_status(&jobs, &id, Status::Succeeded);
+    assert_eq!(jobs.store().get(&id).unwrap().result, json!({"adapter_version": 1}));
     jobs.shutdown();
 }
 
