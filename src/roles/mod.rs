@@ -34,6 +34,7 @@ pub use crate::weights::GenerationDefaults;
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::Adapter;
 use crate::telemetry::metrics;
 use load::{Backing, Loaded, Loader};
 
@@ -190,6 +191,26 @@ impl Roles {
     /// Name under `[models]` of the student's checkpoint.
     pub fn student_model(&self) -> &str {
         &self.student.name
+    }
+
+    /// What speaks against an adapter that fits the student: it says it was made for another model. Names are compared without
+    /// owner and case, and a file's name may go on after the model's.
+    pub fn doubt(&self, adapter: &Adapter) -> Option<String> {
+        let said = adapter.config.base_model_name_or_path.as_deref().filter(|name| !name.is_empty())?;
+        let last =
+            |name: &str| name.trim_end_matches('/').rsplit(['/', '\\']).next().unwrap_or_default().to_lowercase();
+        let (path, base) = (&self.student.path, last(said));
+        let folder = path.parent().filter(|_| path.is_file());
+        let names = [Some(path.as_path()), folder].into_iter().flatten().map(|path| last(&path.display().to_string()));
+        if names.chain([self.student.name.to_lowercase()]).any(|name| name.starts_with(&base)) {
+            return None;
+        }
+        Some(format!(
+            "its adapter_config.json says it was made for `{said}`, and the student is `{}` at {}: it fits, but if the weights differ \
+             so will its answers",
+            self.student.name,
+            path.display()
+        ))
     }
 
     /// Requests worth having in flight to these: what an engine runs at once, or the endpoints of the widest remote one.

@@ -105,6 +105,20 @@ def test_the_life_of_an_adapter(tiny):
         plain(tiny, "/unload_lora_adapter", lora_name="life")
 
 
+def test_one_made_for_another_model_is_taken_with_a_warning(tiny):
+    other = shutil.copytree(FIXTURES / "tiny-llama/adapter", ROOT / "incoming/stranger")
+    config = other / "adapter_config.json"
+    config.write_text(config.read_text().replace('"tiny-llama"', '"HuggingFaceTB/SmolLM2-135M"'))
+    said = plain(tiny, "/load_lora_adapter", lora_name="stranger", lora_path="incoming/stranger")
+    assert said.startswith("Success: LoRA adapter 'stranger' added successfully. Warning: ") and "`HuggingFaceTB/SmolLM2-135M`" in said
+    assert "SmolLM2-135M" in post(tiny, "/lora_adapters/stranger/publish", version=1)["warning"]
+    # The folder's name, whoever owns it.
+    config.write_text(config.read_text().replace("HuggingFaceTB/SmolLM2-135M", "someone/Tiny-Llama"))
+    plain(tiny, "/unload_lora_adapter", lora_name="stranger")
+    assert "warning" not in post(tiny, "/lora_adapters/stranger/publish", path="incoming/stranger")
+    plain(tiny, "/unload_lora_adapter", lora_name="stranger")
+
+
 def test_what_does_not_fit_names_the_tensor(tiny):
     with pytest.raises(openai.UnprocessableEntityError) as wrong:
         plain(tiny, "/load_lora_adapter", lora_name="wrong", lora_path="incoming/other")

@@ -122,6 +122,10 @@ pub(crate) struct AdapterVersion {
     active_leases: usize,
     /// Folder with its PEFT files.
     source: String,
+    /// What speaks against it, though it fits: it says it was made for another model. Only in the answer to a change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    warning: Option<String>,
 }
 
 /// Versions with the same content.
@@ -175,6 +179,7 @@ impl From<&AdapterCard> for AdapterVersion {
             live: card.live,
             active_leases: card.active_leases,
             source: card.source.display().to_string(),
+            warning: None,
         }
     }
 }
@@ -183,7 +188,15 @@ impl From<&AdapterCard> for AdapterVersion {
 fn live(state: &AppState, lease: &Lease) -> Result<HttpResponse> {
     let cards = state.roles.adapters().list();
     let found = cards.iter().find(|card| card.alias == lease.alias && card.version == lease.version);
-    Ok(HttpResponse::Ok().json(AdapterVersion::from(found.ok_or_else(|| Error::no_model(&lease.alias))?)))
+    let version = AdapterVersion::from(found.ok_or_else(|| Error::no_model(&lease.alias))?);
+    Ok(HttpResponse::Ok().json(AdapterVersion { warning: doubt(state, lease), ..version }))
+}
+
+/// What speaks against an adapter, for the reply; the log has it too.
+fn doubt(state: &AppState, lease: &Lease) -> Option<String> {
+    let doubt = state.roles.doubt(&lease.adapter)?;
+    tracing::warn!(adapter = lease.alias, version = lease.version, "{doubt}");
+    Some(doubt)
 }
 
 async fn list(state: web::Data<AppState>) -> Reply {
@@ -223,8 +236,8 @@ async fn load(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: LoadRequest = parse(&body)?;
     let mode = request.mode()?;
     let (roles, name) = (state.roles.clone(), request.lora_name.clone());
-    blocking(move || roles.adapters().load(&request.lora_name, &request.lora_path, mode)).await?;
-    Ok(success(&name, "added"))
+    let lease = blocking(move || roles.adapters().load(&request.lora_name, &request.lora_path, mode)).await?;
+    Ok(success(&name, "added", doubt(&state, &lease)))
 }
 
 async fn unload(state: web::Data<AppState>, body: web::Bytes) -> Reply {
@@ -232,11 +245,13 @@ async fn unload(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     named("lora_name", &request.lora_name)?;
     let (roles, name) = (state.roles.clone(), request.lora_name.clone());
     blocking(move || roles.adapters().unload(&request.lora_name, request.expected_generation.as_deref())).await?;
-    Ok(success(&name, "removed"))
+    Ok(success(&name, "removed", None))
 }
 
-fn success(name: &str, what: &str) -> HttpResponse {
-    let text = format!("Success: LoRA adapter '{name}' {what} successfully.");
+/// The text that vLLM sends, and a warning where there is one.
+fn success(name: &str, what: &str, warning: Option<String>) -> HttpResponse {
+    let warning = warning.map_or_else(String::new, |warning| format!(" Warning: {warning}."));
+    let text = format!("Success: LoRA adapter '{name}' {what} successfully.{warning}");
     HttpResponse::Ok().content_type("text/plain; charset=utf-8").body(text)
 }
 
