@@ -1,10 +1,13 @@
 # CPU image. The kernels choose their instruction set at run time, so one image runs well on any x86-64 or arm64 machine.
-#   docker build -t rdpo .
+#   docker build -t rdpo --build-arg GIT_SHA="$(git rev-parse --short HEAD)" .
 #   docker run -p 8080:8080 -v rdpo-data:/var/lib/rdpo/data -v "$PWD/models:/var/lib/rdpo/models:ro" rdpo
 FROM rust:1.95-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
+# For `rdpo_build_info`.
+ARG GIT_SHA=unknown
+ENV RDPO_GIT_SHA=$GIT_SHA
 RUN cargo build --release --locked --bin rdpo
 
 FROM debian:bookworm-slim

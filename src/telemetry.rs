@@ -55,7 +55,7 @@ macro_rules! metrics {
 }
 
 metrics! {
-    build_info: IntGaugeVec("Constant 1, labelled with what was built.", ["version", "backend"]);
+    build_info: IntGaugeVec("Constant 1, labelled with what was built.", ["version", "backend", "git_sha"]);
     model_info: IntGaugeVec("Constant 1, labelled with what each role runs.", ["role", "model", "dtype", "quant"]);
     model_loaded: IntGaugeVec("1 once the role can answer.", ["role"]);
     start_time_seconds: Gauge("Unix time the process was ready.");

@@ -36,11 +36,16 @@ pub(super) async fn guard(
     let given = request.headers().get(&REQUEST_ID).filter(|id| id.len() <= 128).cloned();
     let id = given.or_else(|| HeaderValue::from_str(&format!("req-{}", uuid::Uuid::new_v4().simple())).ok());
     let admitted = authorize(&request).and_then(|()| state.map_or(Ok(()), |state| state.drain.check()));
+    let bodiless = request.method() == Method::HEAD;
     let answered = match admitted {
         Ok(()) => next.call(request).await.map(ServiceResponse::map_into_boxed_body),
         Err(error) => Ok(request.into_response(ApiError(error).error_response())),
     };
     let mut response = match answered {
+        // A stream would be made to its end for nobody; other bodies are counted for `content-length` and not sent.
+        Ok(response) if bodiless && response.response().body().size() == BodySize::Stream => {
+            response.map_body(|_, _| BoxBody::new(actix_web::body::None::new()))
+        }
         Ok(response) => in_api_form(response),
         Err(error) => {
             flight.answered(error.error_response().status());

@@ -93,7 +93,9 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 /// leaves running jobs to be resumed.
 pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
     metrics().start_time_seconds.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()));
-    let version = [env!("CARGO_PKG_VERSION"), if candle_core::utils::cuda_is_available() { "cuda" } else { "cpu" }];
+    let backend = if candle_core::utils::cuda_is_available() { "cuda" } else { "cpu" };
+    // Whoever builds for others says the commit: asking git here would build everything again after each one.
+    let version = [env!("CARGO_PKG_VERSION"), backend, option_env!("RDPO_GIT_SHA").unwrap_or("unknown")];
     metrics().build_info.with_label_values(&version).set(1);
     let data = web::Data::from(state.clone());
     let server = HttpServer::new(move || {

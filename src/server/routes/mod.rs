@@ -14,7 +14,7 @@ pub(super) mod tokenize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use actix_web::web::ServiceConfig;
-use actix_web::{App, FromRequest, Handler, HttpRequest, Responder, Route, web};
+use actix_web::{App, FromRequest, Handler, HttpRequest, Responder, Route, guard, web};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -28,9 +28,12 @@ pub(super) struct Routes<'a> {
 }
 
 impl Routes<'_> {
-    /// A path with the methods it has.
+    /// A path with the methods it has; what has GET ([`reads`]) has HEAD.
     fn on(&mut self, path: &str, methods: Vec<(&'static str, Route)>) {
-        let names: Vec<String> = methods.iter().map(|(method, _)| method.to_uppercase()).collect();
+        let mut names: Vec<String> = methods.iter().map(|(method, _)| method.to_uppercase()).collect();
+        if let Some(at) = names.iter().position(|name| name == "GET") {
+            names.insert(at + 1, "HEAD".into());
+        }
         let allowed = names.join(", ");
         let no_method = web::to(move |request: HttpRequest| {
             let allowed = allowed.clone();
@@ -50,7 +53,7 @@ impl Routes<'_> {
         Args: FromRequest + 'static,
         F::Output: Responder + 'static,
     {
-        self.on(path, vec![("get", web::get().to(handler))]);
+        self.on(path, vec![("get", reads().to(handler))]);
     }
 
     fn post<F, Args>(&mut self, path: &str, handler: F)
@@ -61,6 +64,11 @@ impl Routes<'_> {
     {
         self.on(path, vec![("post", web::post().to(handler))]);
     }
+}
+
+/// A route of GET, and of HEAD, whose answer leaves without its body.
+fn reads() -> Route {
+    web::route().guard(guard::Any(guard::Get()).or(guard::Head()))
 }
 
 pub(super) fn configure(app: &mut ServiceConfig) {

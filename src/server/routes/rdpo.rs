@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{List, PageOf, Routes, TokensUsed};
+use super::{List, PageOf, Routes, TokensUsed, reads};
 use crate::error::{Code, Error, Result};
 use crate::jobs::{EventRow, Job, Status};
 use crate::rdpo::{JobRequest, Pair, Sample, find_behavior, known_behaviors, synthesize as run_synthesis};
@@ -28,7 +28,7 @@ const MOST_CONVERSATIONS: usize = 256;
 pub(super) fn configure(routes: &mut Routes<'_>) {
     routes.get("/v1/rdpo/behaviors", behaviors);
     routes.post("/v1/rdpo/synthesize", synthesize);
-    routes.on("/v1/rdpo/train", vec![("get", web::get().to(list)), ("post", web::post().to(create))]);
+    routes.on("/v1/rdpo/train", vec![("get", reads().to(list)), ("post", web::post().to(create))]);
     routes.get("/v1/rdpo/train/{id}", get);
     routes.get("/v1/rdpo/train/{id}/events", events);
     routes.get("/v1/rdpo/train/{id}/pairs", pairs);

@@ -19,8 +19,8 @@ use self::input::answer_turn;
 pub(crate) use self::request::{ResponseRequest, Truncation};
 use self::store::Stored;
 pub(in crate::server) use self::store::StoredResponses;
-use super::Routes;
 use super::rdpo::{Query, limit};
+use super::{Routes, reads};
 use crate::engine::request::{FinishReason, Usage};
 use crate::error::{Error, Result};
 use crate::roles::Target;
@@ -34,7 +34,7 @@ use crate::text::{Message, RenderOptions};
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
     routes.post("/v1/responses", create);
-    let one: Vec<(&'static str, Route)> = vec![("get", web::get().to(fetch)), ("delete", web::delete().to(forget))];
+    let one: Vec<(&'static str, Route)> = vec![("get", reads().to(fetch)), ("delete", web::delete().to(forget))];
     routes.on("/v1/responses/{id}", one);
     routes.post("/v1/responses/{id}/cancel", cancel);
     routes.get("/v1/responses/{id}/input_items", input_items);
