@@ -16,7 +16,7 @@ use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
 use crate::server::forward::forward;
 use crate::server::messages::{ChatMessage, messages};
-use crate::server::reply::{Reply, error_body, event, parse, sse};
+use crate::server::reply::{Reply, blocking, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::server::tools::{ChatTool, Offer, call_id, chat_functions};
 use crate::text::{CallReader, Message, RenderOptions, Said, ToolCall};
@@ -136,11 +136,11 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     };
     let tokenizer = target.tokenizer()?;
     let (reader, asked) = offer.apply(tokenizer, sampling.asked()?, &mut render, &mut params)?;
-    let rendered = tokenizer.render(&turns, &render)?;
-    let prompt = tokenizer.encode(&rendered, request.add_special_tokens.unwrap_or(false))?;
-    let prompt = sampling.truncate(prompt, &target, &params)?;
     let last = turns.last().filter(|turn| request.echo == Some(true) && turn.role == "assistant");
     let before = last.map_or_else(String::new, |turn| turn.content.clone());
+    let (words, special) = (tokenizer.clone(), request.add_special_tokens.unwrap_or(false));
+    let prompt = blocking(move || words.encode(&words.render(&turns, &render)?, special)).await?;
+    let prompt = sampling.truncate(prompt, &target, &params)?;
     sampling.constrain(tokenizer, asked, &mut params).await?;
     let ask = Ask {
         logprobs: params.logprobs.is_some(),

@@ -13,7 +13,7 @@ use crate::roles::{Start, Target};
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Collected, Head};
 use crate::server::forward::forward;
-use crate::server::reply::{Reply, error_body, event, parse, sse};
+use crate::server::reply::{Reply, blocking, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::text::Tokenizer;
 
@@ -68,9 +68,13 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let tokenizer = target.tokenizer()?.clone();
     let special = request.add_special_tokens.unwrap_or(true);
+    let encode = |texts: Vec<String>| {
+        let words = tokenizer.clone();
+        blocking(move || texts.iter().map(|text| words.encode(text, special)).collect::<Result<Vec<_>>>())
+    };
     let prompts: Vec<Vec<u32>> = match request.prompt {
-        Prompt::Text(text) => vec![tokenizer.encode(&text, special)?],
-        Prompt::Texts(texts) => texts.iter().map(|text| tokenizer.encode(text, special)).collect::<Result<_>>()?,
+        Prompt::Text(text) => encode(vec![text]).await?,
+        Prompt::Texts(texts) => encode(texts).await?,
         Prompt::Ids(ids) => vec![ids],
         Prompt::ManyIds(all) => all,
     };

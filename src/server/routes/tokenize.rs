@@ -9,7 +9,7 @@ use super::Routes;
 use crate::error::Error;
 use crate::server::AppState;
 use crate::server::messages::{ChatMessage, messages};
-use crate::server::reply::{Reply, parse};
+use crate::server::reply::{Reply, blocking, parse};
 use crate::server::tools::{ChatTool, Offer, chat_functions};
 use crate::text::RenderOptions;
 
@@ -64,18 +64,22 @@ pub(crate) struct Text {
 async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: TokenizeRequest = parse(&body)?;
     let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
-    let tokenizer = target.tokenizer()?;
+    let tokenizer = target.tokenizer()?.clone();
     let tools = Offer::read(chat_functions(request.tools)?, None, None)?.shown();
-    let tokens = match (&request.prompt, &request.messages) {
-        (Some(prompt), None) => tokenizer.encode(prompt, request.add_special_tokens.unwrap_or(true))?,
+    let words = tokenizer.clone();
+    let tokens = match (request.prompt, request.messages) {
+        (Some(prompt), None) => {
+            blocking(move || words.encode(&prompt, request.add_special_tokens.unwrap_or(true))).await?
+        }
         (None, Some(turns)) => {
             let render = RenderOptions {
                 add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
-                kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
+                kwargs: request.chat_template_kwargs.unwrap_or_default(),
                 tools,
                 ..RenderOptions::default()
             };
-            tokenizer.encode_chat(&messages(turns)?, &render)?
+            let turns = messages(&turns)?;
+            blocking(move || words.encode_chat(&turns, &render)).await?
         }
         _ => return Err(Error::invalid("prompt", "give either `prompt` or `messages`").into()),
     };

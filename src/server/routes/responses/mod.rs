@@ -27,7 +27,7 @@ use crate::roles::Target;
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
 use crate::server::forward::outgoing;
-use crate::server::reply::{Reply, named_event, parse, sse};
+use crate::server::reply::{Reply, blocking, named_event, parse, sse};
 use crate::server::sampling::{Refused, Sampling};
 use crate::server::tools::{Offer, flat_functions};
 use crate::text::{Message, RenderOptions};
@@ -95,7 +95,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let tokenizer = target.tokenizer()?.clone();
     let (reader, asked) = offer.apply(&tokenizer, asked, &mut render, &mut params)?;
     sampling.constrain(&tokenizer, asked, &mut params).await?;
-    let prompt = encode(&target, &turns, &render, params.max_tokens, request.truncation.unwrap_or_default())?;
+    let (asked, room, truncation) = (target.clone(), params.max_tokens, request.truncation.unwrap_or_default());
+    let prompt = blocking(move || encode(&asked, &turns, &render, room, truncation)).await?;
     let prompt = sampling.truncate(prompt, &target, &params)?;
     let choices = Choices::submit(&target, &[prompt], &params, 1, limit).map_err(answer::about("input"))?;
     let steps = steps(choices, reader, Writer::new(response), tokenizer);
