@@ -20,6 +20,7 @@
 //! dimension, C hidden size, F feed-forward size, V vocabulary, R LoRA rank.
 
 pub mod error;
+pub mod size;
 pub mod telemetry;
 
 pub mod cli;

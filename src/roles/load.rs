@@ -9,6 +9,7 @@ use super::{DeviceOptions, ModelOptions, Remote, Role, RoleOptions, RolesOptions
 use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LoadOptions, WeightFormat};
+use crate::size::bytes;
 use crate::telemetry::metrics;
 use crate::text::Tokenizer;
 use crate::weights::{Checkpoint, GenerationDefaults};
@@ -177,47 +178,10 @@ fn device(options: &DeviceOptions) -> Result<Device> {
     }
 }
 
-/// A size such as `2GiB`, `512 MiB`, `1.5GB` or a bare number of bytes.
-pub(super) fn bytes(text: &str, field: &str) -> Result<usize> {
-    let text = text.trim();
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor = match unit.trim() {
-        "" | "B" => 1.0,
-        "KiB" => 1024.0,
-        "MiB" => 1024f64.powi(2),
-        "GiB" => 1024f64.powi(3),
-        "TiB" => 1024f64.powi(4),
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "TB" => 1e12,
-        _ => f64::NAN,
-    };
-    let value = number.parse::<f64>().unwrap_or(f64::NAN) * factor;
-    if value.is_finite() && value >= 1.0 {
-        Ok(value as usize)
-    } else {
-        Err(Error::invalid(field, format!("`{text}` is not a size; write it like \"2GiB\" or \"512MiB\"")))
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(bytes("2GiB", "f").unwrap(), 2 << 30);
-        assert_eq!(bytes(" 1.5 KiB ", "f").unwrap(), 1536);
-        assert_eq!(bytes("3MB", "f").unwrap(), 3_000_000);
-        assert_eq!(bytes("77", "f").unwrap(), 77);
-        for bad in ["", "GiB", "-1GiB", "2 gigs", "1.2.3MB", "0"] {
-            let error = bytes(bad, "kv_cache.memory").unwrap_err();
-            assert_eq!(error.param.as_deref(), Some("kv_cache.memory"), "{bad}");
-        }
-    }
 
     #[test]
     fn a_device_is_named_when_wrong() {

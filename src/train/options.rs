@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use crate::error::{Error, Result};
 use crate::model::SITES;
+use crate::size::bytes;
 use crate::weights::{LoraConfig, check_pattern};
 
 /// Instances of the generalized loss; see the README for the formula.
@@ -281,28 +282,7 @@ impl TrainingOptions {
 
     /// `activation_memory` in bytes.
     pub fn activation_bytes(&self) -> Result<usize> {
-        let text = self.activation_memory.trim();
-        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-        let unit: f64 = match text[digits..].trim() {
-            "" | "B" => 1.0,
-            "kB" | "KB" => 1e3,
-            "MB" => 1e6,
-            "GB" => 1e9,
-            "TB" => 1e12,
-            "KiB" => 1024.0,
-            "MiB" => 1024f64.powi(2),
-            "GiB" => 1024f64.powi(3),
-            "TiB" => 1024f64.powi(4),
-            _ => f64::NAN,
-        };
-        let bytes = text[..digits].parse::<f64>().unwrap_or(f64::NAN) * unit;
-        if !bytes.is_finite() {
-            return Err(Error::invalid(
-                "activation_memory",
-                format!("`{text}` is not a size; write a number and a unit, for example \"1GiB\" or \"512MiB\"."),
-            ));
-        }
-        Ok(bytes as usize)
+        bytes(&self.activation_memory, "activation_memory")
     }
 }
 
@@ -470,6 +450,8 @@ mod tests {
         );
         let smooth = LossOptions { label_smoothing: 0.5, kind: LossKind::Robust, ..Default::default() };
         assert_eq!(param(smooth.validate("loss")), "loss.label_smoothing");
+        let memory = TrainingOptions { activation_memory: "much".into(), ..Default::default() };
+        assert_eq!(param(memory.validate("training")), "training.activation_memory");
         let unused = LossOptions { label_smoothing: 0.1, kind: LossKind::Dpo, ..Default::default() };
         assert_eq!(param(unused.validate("loss")), "loss.label_smoothing");
     }
@@ -483,19 +465,5 @@ mod tests {
         assert!(LoraOptions { target_modules: vec![], ..Default::default() }.validate("lora").is_err());
         let twice = LoraOptions { target_modules: vec!["q_proj".into(), "q_proj".into()], ..Default::default() };
         assert!(twice.validate("lora").is_err());
-    }
-
-    #[test]
-    fn memory_sizes() {
-        let bytes =
-            |text: &str| TrainingOptions { activation_memory: text.into(), ..Default::default() }.activation_bytes();
-        assert_eq!(bytes("1GiB").unwrap(), 1 << 30);
-        assert_eq!(bytes("1.5 KiB").unwrap(), 1536);
-        assert_eq!(bytes("2GB").unwrap(), 2_000_000_000);
-        assert_eq!(bytes("0").unwrap(), 0);
-        for bad in ["", "GiB", "1 gibi", "-1GiB", "1.2.3MB"] {
-            let training = TrainingOptions { activation_memory: bad.into(), ..Default::default() };
-            assert_eq!(param(training.validate("training")), "training.activation_memory", "{bad}");
-        }
     }
 }
