@@ -1,8 +1,10 @@
 //! The serving engine: one owner thread per checkpoint holds the KV pool and runs flat steps; everything else talks to it
 //! through the cloneable [`Engine`].
 
+mod batch;
 mod blocks;
 mod gate;
+mod live;
 pub mod request;
 mod sampler;
 mod scheduler;
@@ -25,7 +27,8 @@ use crate::error::{Code, Error, Result};
 use crate::model::{Decoder, KvPool};
 use crate::telemetry::metrics;
 use crate::text::Tokenizer;
-use step::{Owner, Submission};
+use live::Submission;
+use step::Owner;
 
 /// Limits of one engine.
 #[derive(Clone, Debug)]

@@ -3,45 +3,23 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
 
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
-use tokio::sync::mpsc::UnboundedSender;
 
-use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
-use super::sampler::{self, Draw};
+use super::batch::Batch;
+use super::live::{Live, Outcome, Submission};
+use super::request::{Event, FinishReason, Task, TokenLogprob, Usage};
+use super::sampler;
 use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::{EngineStats, GateGuard, Shared};
-use crate::error::{Code, Error, Result};
-use crate::model::{Attend, Decoder, KvPool, LoraRows, PagedBatch, PagedSequence, RowGroup};
+use crate::error::{Error, Result};
+use crate::model::{Attend, Decoder, KvPool, PagedSequence};
 use crate::telemetry::metrics;
-use crate::text::{Matcher, StreamDecoder};
 
 /// Rows of logits held at once while a prompt's log-probabilities are read.
 const LOGIT_ROWS: usize = 64;
-
-/// A request on its way in.
-pub(super) struct Submission {
-    pub(super) request: Request,
-    pub(super) events: UnboundedSender<Event>,
-    pub(super) arrived: Instant,
-}
-
-/// What the thread knows of a live request besides its sequence.
-struct Live {
-    request: Request,
-    events: UnboundedSender<Event>,
-    decoder: StreamDecoder,
-    /// Where the answer stands in its grammar; locked by the one thread that samples it.
-    matcher: Option<Mutex<Matcher>>,
-    seed: u64,
-    arrived: Instant,
-    started: bool,
-    last_token: Option<Instant>,
-    prompt_logprobs: Vec<Option<TokenLogprob>>,
-}
 
 pub(super) struct Owner {
     pub(super) shared: Arc<Shared>,
@@ -49,17 +27,6 @@ pub(super) struct Owner {
     pub(super) scheduler: Scheduler,
     live: HashMap<u64, Live>,
     next_id: u64,
-}
-
-/// What the step's logits said about one sequence.
-enum Outcome {
-    Token(u32, Option<TokenLogprob>),
-    NextToken(Vec<f32>),
-    Score(f32),
-    PromptRead,
-    /// The text is whole and no further token is allowed.
-    Complete,
-    Failed(Error),
 }
 
 impl Owner {
@@ -104,42 +71,10 @@ impl Owner {
     }
 
     fn admit(&mut self, submission: Submission) {
-        let Submission { request, events, arrived } = submission;
-        let id = self.next_id;
+        let live = Live::new(submission, self.shared.tokenizer.clone());
+        self.scheduler.add(live.sequence(self.next_id));
+        self.live.insert(self.next_id, live);
         self.next_id += 1;
-        let generation = request.adapter.as_ref().map(|adapter| adapter.generation.clone());
-        // Log-probabilities of the prompt need every row computed.
-        let reuse = request.params.prompt_logprobs.is_none();
-        let params = &request.params;
-        let mut sequence = Sequence::new(id, request.prompt.clone(), generation, reuse);
-        (sequence.priority, sequence.role) = (params.priority, request.role);
-        if let Some(salt) = &params.cache_salt {
-            sequence.salt(salt);
-        }
-        let decoder = StreamDecoder::new(
-            self.shared.tokenizer.clone(),
-            params.stop.clone(),
-            params.include_stop_str_in_output,
-            params.skip_special_tokens,
-        );
-        let matcher = params.grammar.as_ref().map(|grammar| Mutex::new(grammar.matcher()));
-        let seed = params.seed.unwrap_or_else(rand::random);
-        let prompt_logprobs = if reuse { Vec::new() } else { vec![None; request.prompt.len()] };
-        self.live.insert(
-            id,
-            Live {
-                request,
-                events,
-                decoder,
-                matcher,
-                seed,
-                arrived,
-                started: false,
-                last_token: None,
-                prompt_logprobs,
-            },
-        );
-        self.scheduler.add(sequence);
     }
 
     fn drop_cancelled(&mut self) {
@@ -169,24 +104,30 @@ impl Owner {
 
     /// One flat step; an outcome for every sequence whose last token was computed.
     fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Outcome)>> {
+        let mut batch = Batch::new(self.pool.block_size);
+        for scheduled in step {
+            let adapter = self.live[&scheduled.id].request.adapter.as_ref();
+            batch.push(self.sequence(scheduled.id), scheduled.len, adapter);
+        }
         let shared = self.shared.clone();
         let device = shared.gate.serve();
         // On a thread of the pool, which hands an operation's parts to the others without going to sleep meanwhile.
-        rayon::scope(|_| self.compute(step, &shared.model, device))
+        rayon::scope(|_| self.compute(step, &batch, &shared.model, device))
     }
 
-    fn compute(&mut self, step: &[Scheduled], model: &Decoder, device: GateGuard<'_>) -> Result<Vec<(u64, Outcome)>> {
-        let (ids, positions, batch, groups) = self.batch(step);
-        let attend = Attend::Paged { pool: &self.pool, batch: &batch };
-        let lora =
-            if groups.iter().all(|group| group.adapter.is_none()) { LoraRows::Base } else { LoraRows::Served(&groups) };
-        let hidden = model.forward(&ids, &positions, attend, lora)?; // (N, C)
-
+    fn compute(
+        &mut self,
+        step: &[Scheduled],
+        batch: &Batch,
+        model: &Decoder,
+        device: GateGuard<'_>,
+    ) -> Result<Vec<(u64, Outcome)>> {
+        let attend = Attend::Paged { pool: &self.pool, batch: &batch.paged };
+        let hidden = model.forward(&batch.ids, &batch.positions, attend, batch.lora())?; // (N, C)
         let (mut rows, mut wanting) = (Vec::new(), Vec::new());
-        for (scheduled, paged) in step.iter().zip(&batch.sequences) {
+        for (scheduled, paged) in step.iter().zip(&batch.paged.sequences) {
             self.read_prompt(scheduled, paged, &hidden)?;
-            let sequence = self.sequence(scheduled.id);
-            if paged.context == sequence.tokens.len() {
+            if paged.context == self.sequence(scheduled.id).tokens.len() {
                 rows.push((paged.start + paged.len - 1) as u32);
                 wanting.push(scheduled.id);
             }
@@ -201,38 +142,12 @@ impl Owner {
         }
         let logits = model.logits(&last)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
         drop(device);
-        Ok(wanting.into_par_iter().zip(logits).map(|(id, mut row)| (id, self.outcome(id, &mut row))).collect())
+        let outcome = |(id, mut row): (u64, Vec<f32>)| (id, self.live[&id].outcome(self.sequence(id), &mut row));
+        Ok(wanting.into_par_iter().zip(logits).map(outcome).collect())
     }
 
     fn sequence(&self, id: u64) -> &Sequence {
         self.scheduler.get(id).expect("a scheduled sequence runs. This is a bug.")
-    }
-
-    /// Ids, positions, cache targets and adapter groups of the step's rows.
-    fn batch(&self, step: &[Scheduled]) -> (Vec<u32>, Vec<u32>, PagedBatch, Vec<RowGroup>) {
-        let block_size = self.pool.block_size;
-        let (mut ids, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut sequences, mut groups): (Vec<PagedSequence>, Vec<RowGroup>) = (Vec::new(), Vec::new());
-        for scheduled in step {
-            let sequence = self.sequence(scheduled.id);
-            let (start, context) = (ids.len(), sequence.computed + scheduled.len);
-            for position in sequence.computed..context {
-                ids.push(sequence.tokens[position]);
-                positions.push(position as u32);
-                slots.push(sequence.blocks[position / block_size] * block_size as u32 + (position % block_size) as u32);
-            }
-            let blocks = sequence.blocks[..context.div_ceil(block_size)].to_vec();
-            sequences.push(PagedSequence { start, len: scheduled.len, context, blocks });
-            let adapter = self.live[&scheduled.id].request.adapter.clone();
-            let name = |adapter: &Option<Arc<crate::model::Adapter>>| {
-                adapter.as_ref().map(|adapter| adapter.generation.clone())
-            };
-            match groups.last_mut() {
-                Some(group) if name(&group.adapter) == name(&adapter) => group.len += scheduled.len,
-                _ => groups.push(RowGroup { start, len: scheduled.len, adapter }),
-            }
-        }
-        (ids, positions, PagedBatch { block_size, slots, sequences }, groups)
     }
 
     /// Log-probabilities of the prompt tokens that this chunk's rows predict.
@@ -260,115 +175,31 @@ impl Owner {
         Ok(())
     }
 
-    fn outcome(&self, id: u64, logits: &mut [f32]) -> Outcome {
-        let (live, sequence) = (&self.live[&id], self.sequence(id));
-        let params = &live.request.params;
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            let text = "the model's logits are not finite: its weights or the adapter are broken";
-            return Outcome::Failed(Error::internal(text));
-        }
-        match &live.request.task {
-            Task::NextToken(ids) => {
-                let total = sampler::log_sum_exp(logits);
-                Outcome::NextToken(ids.iter().map(|id| (f64::from(logits[*id as usize]) - total) as f32).collect())
-            }
-            Task::Score | Task::Generate if params.max_tokens == Some(0) => Outcome::PromptRead,
-            Task::Score | Task::Generate => {
-                let (prompt, output) = sequence.tokens.split_at(sequence.prompt_len);
-                self.draw(live, prompt, output, logits).unwrap_or_else(Outcome::Failed)
-            }
-        }
-    }
-
-    /// One token, by the request's parameters and grammar.
-    fn draw(&self, live: &Live, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Result<Outcome> {
-        let params = &live.request.params;
-        let mut banned: Vec<u32> = sampler::ends_of(&params.bad_words, output).collect();
-        if output.len() < params.min_tokens {
-            banned.extend(self.shared.tokenizer.eos_token_ids().iter().chain(&params.stop_token_ids));
-        }
-        let mut matcher = live.matcher.as_ref().map(|matcher| matcher.lock().unwrap_or_else(PoisonError::into_inner));
-        let mask = matcher.as_mut().map(|matcher| matcher.mask()).transpose()?;
-        let draw = Draw { params, prompt, output, seed: live.seed, banned: &banned, mask: mask.as_ref() };
-        let (id, logprob) = sampler::sample(logits, &draw);
-        if logits[id as usize] > f32::NEG_INFINITY {
-            return Ok(Outcome::Token(id, logprob));
-        }
-        if matcher.is_some_and(|mut matcher| matcher.is_accepting()) {
-            return Ok(Outcome::Complete);
-        }
-        let text = "No token is left that the format, `allowed_token_ids`, `bad_words` and `min_tokens` all allow.";
-        Err(Error::new(Code::InvalidValue, text))
-    }
-
+    /// Tells the client, and ends what is at its end.
     fn settle(&mut self, id: u64, outcome: Outcome) {
         let Some(live) = self.live.get_mut(&id) else { return };
-        let first = live.last_token.is_none();
-        let now = Instant::now();
-        let before = live.last_token.replace(now);
-        if first && !live.prompt_logprobs.is_empty() {
+        if !live.prompt_logprobs.is_empty() {
             let _ = live.events.send(Event::Prompt(std::mem::take(&mut live.prompt_logprobs)));
         }
-        let (token, logprob) = match outcome {
-            Outcome::Token(token, logprob) => (token, logprob),
-            Outcome::NextToken(values) => {
-                let usage = self.usage(id);
-                return self.end(id, Event::NextToken(values, usage), "stop");
-            }
-            Outcome::Score(score) => {
-                let usage = self.usage(id);
-                return self.end(id, Event::Score(score, usage), "stop");
-            }
+        let ended = match outcome {
+            Outcome::NextToken(values) => return self.end(id, Event::NextToken(values, self.usage(id)), "stop"),
+            Outcome::Score(score) => return self.end(id, Event::Score(score, self.usage(id)), "stop"),
             Outcome::Failed(error) => return self.end(id, Event::Failed(error), "error"),
-            Outcome::Complete => {
-                let text = live.decoder.finish();
-                return self.done(id, text, FinishReason::Stop { text: None, token: None });
+            Outcome::Complete => Some((live.rest(), FinishReason::Stop { text: None, token: None })),
+            Outcome::PromptRead => Some((String::new(), FinishReason::Length)),
+            Outcome::Token(drawn) => {
+                self.scheduler.push_token(id, drawn.id);
+                let (total, written) = self
+                    .scheduler
+                    .get(id)
+                    .map_or((0, 0), |sequence| (sequence.tokens.len(), sequence.tokens.len() - sequence.prompt_len));
+                let most = live.request.params.max_tokens.unwrap_or(usize::MAX);
+                live.take(drawn, written >= most || total >= self.shared.max_model_len)
             }
-            Outcome::PromptRead => return self.done(id, String::new(), FinishReason::Length),
         };
-        let role = [live.request.role];
-        match before {
-            None => metrics()
-                .time_to_first_token_seconds
-                .with_label_values(&role)
-                .observe((now - live.arrived).as_secs_f64()),
-            Some(before) => {
-                metrics().inter_token_latency_seconds.with_label_values(&role).observe((now - before).as_secs_f64())
-            }
-        }
-        metrics().generation_tokens_total.with_label_values(&role).inc();
-        self.scheduler.push_token(id, token);
-        let matcher = live.matcher.as_mut().map(|matcher| matcher.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let complete = match matcher {
-            None => false,
-            Some(matcher) => match matcher.commit(token) {
-                Ok(()) => matcher.is_complete(),
-                Err(error) => return self.end(id, Event::Failed(error), "error"),
-            },
-        };
-        let params = &live.request.params;
-        let ends = complete || !params.ignore_eos;
-        let is_eos = ends && self.shared.tokenizer.eos_token_ids().contains(&token);
-        let asked = params.stop_token_ids.contains(&token);
-        if is_eos || asked {
-            let _ = live.events.send(Event::Token { id: token, text: String::new(), logprob });
-            let text = live.decoder.finish();
-            return self.done(id, text, FinishReason::Stop { text: None, token: asked.then_some(token) });
-        }
-        let max_tokens = params.max_tokens;
-        let (text, stop) = live.decoder.push(token);
-        let _ = live.events.send(Event::Token { id: token, text, logprob });
-        if let Some(stop) = stop {
-            return self.done(id, String::new(), FinishReason::Stop { text: Some(stop), token: None });
-        }
-        if complete {
-            let text = live.decoder.finish();
-            return self.done(id, text, FinishReason::Stop { text: None, token: None });
-        }
-        let (total, prompt) = (self.sequence(id).tokens.len(), self.sequence(id).prompt_len);
-        if max_tokens.is_some_and(|max| total - prompt >= max) || total >= self.shared.max_model_len {
-            let text = self.live.get_mut(&id).map(|live| live.decoder.finish()).unwrap_or_default();
-            self.done(id, text, FinishReason::Length);
+        if let Some((text, reason)) = ended {
+            let label = if reason == FinishReason::Length { "length" } else { "stop" };
+            self.end(id, Event::Done { text, reason, usage: self.usage(id) }, label);
         }
     }
 
@@ -379,12 +210,6 @@ impl Owner {
             cached_tokens: sequence.cached,
             completion_tokens: sequence.tokens.len() - sequence.prompt_len,
         }
-    }
-
-    fn done(&mut self, id: u64, text: String, reason: FinishReason) {
-        let label = if reason == FinishReason::Length { "length" } else { "stop" };
-        let usage = self.usage(id);
-        self.end(id, Event::Done { text, reason, usage }, label);
     }
 
     /// Sends the last event and forgets the request; its cache is already back when the client hears of it.
