@@ -19,6 +19,7 @@
 //! **Axis letters** in shape comments: N tokens of a flat step, S sequences, H query heads, K key/value heads, D head
 //! dimension, C hidden size, F feed-forward size, V vocabulary, R LoRA rank.
 
+pub mod cores;
 pub mod error;
 pub mod size;
 pub mod telemetry;

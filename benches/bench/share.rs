@@ -77,7 +77,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let dtype = argument(0, "auto").parse()?;
     let share = number(argument(1, "0.5"))?;
     let streams = number(argument(2, "4"))? as usize;
-    let gate = Arc::new(Gate::new(share));
+    let gate = Arc::new(Gate::on_cores(share));
     let (engine, model) = engine::start_with(Path::new(MODEL), dtype, gate.clone())?;
     let text = include_str!("../../LICENSE");
     let (_, pairs) = train::load(Path::new(MODEL), dtype, text, train::Shape::default())?;
@@ -133,7 +133,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         stop.store(false, Ordering::Relaxed);
         let (before, begin) = (done.load(Ordering::Relaxed), Instant::now());
         std::thread::scope(|threads| -> Result<()> {
-            let worker = threads.spawn(|| training(&mut trainer, &pairs, &gate, &stop, &done));
+            let worker = threads.spawn(|| gate.training(|| training(&mut trainer, &pairs, &gate, &stop, &done)));
             if serving {
                 beside = serve(Duration::from_secs(SECONDS))?;
             } else {

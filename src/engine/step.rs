@@ -111,8 +111,7 @@ impl Owner {
         }
         let shared = self.shared.clone();
         let device = shared.gate.serve();
-        // On a thread of the pool, which hands an operation's parts to the others without going to sleep meanwhile.
-        rayon::scope(|_| self.compute(step, &batch, &shared.model, device))
+        device.run(|device| self.compute(step, &batch, &shared.model, device))
     }
 
     fn compute(

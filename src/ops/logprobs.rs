@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{FrozenLinear, cpu};
+use crate::cores::spread;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
 
@@ -71,20 +72,18 @@ pub fn token_logprobs(
 /// T log-probs; the logits, (T, V), become d log p(target) / d logits = `onehot − softmax` where that is wanted.
 fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
     let width = logits.len() / targets.len();
-    logits
-        .par_chunks_mut(width)
-        .zip(targets)
-        .map(|(row, target)| {
-            let aim = row[*target as usize];
-            let (max, sum) = softmax_row(row);
-            if wanted {
-                let scale = -(1.0 / sum) as f32;
-                scale_row(row, scale);
-                row[*target as usize] += 1.0;
-            }
-            (f64::from(aim - max) - sum.ln()) as f32
-        })
-        .collect()
+    let rows = logits.par_chunks_mut(width).zip(targets);
+    let one = |(row, target): (&mut [f32], &u32)| {
+        let aim = row[*target as usize];
+        let (max, sum) = softmax_row(row);
+        if wanted {
+            let scale = -(1.0 / sum) as f32;
+            scale_row(row, scale);
+            row[*target as usize] += 1.0;
+        }
+        (f64::from(aim - max) - sum.ln()) as f32
+    };
+    spread(|| rows.map(one).collect())
 }
 
 /// [`in_place`] of candle's operations.

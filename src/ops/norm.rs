@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+use crate::cores::spread;
 use crate::error::Result;
 use crate::kernels::cpu::{rms_norm_backward_row, rms_norm_row};
 
@@ -35,10 +36,8 @@ impl CustomOp1 for RmsNorm {
         let mut y = vec![0f32; x.len()];
         cpu::with_floats([&self.weight], |[weight]| {
             let c = weight.len();
-            y.par_chunks_mut(c)
-                .with_min_len(16)
-                .zip(x.par_chunks(c))
-                .for_each(|(y, x)| rms_norm_row(x, weight, self.eps, y));
+            let rows = y.par_chunks_mut(c).with_min_len(16).zip(x.par_chunks(c));
+            spread(|| rows.for_each(|(y, x)| rms_norm_row(x, weight, self.eps, y)));
             Ok(())
         })?;
         Ok((CpuStorage::F32(y), layout.shape().clone()))
@@ -49,11 +48,8 @@ impl CustomOp1 for RmsNorm {
         let mut dx = vec![0f32; x.elem_count()];
         cpu::with_floats([x, &self.weight, &dy], |[x, weight, dy]| {
             let c = weight.len();
-            let rows = x.par_chunks(c).zip(dy.par_chunks(c));
-            dx.par_chunks_mut(c)
-                .with_min_len(16)
-                .zip(rows)
-                .for_each(|(dx, (x, dy))| rms_norm_backward_row(x, weight, self.eps, dy, dx));
+            let rows = dx.par_chunks_mut(c).with_min_len(16).zip(x.par_chunks(c).zip(dy.par_chunks(c)));
+            spread(|| rows.for_each(|(dx, (x, dy))| rms_norm_backward_row(x, weight, self.eps, dy, dx)));
             Ok(())
         })?;
         cpu::tensor(dx, x.shape()).map(Some)

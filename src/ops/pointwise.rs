@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu;
+use crate::cores::spread;
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Activation;
 use crate::kernels::cpu::{self as kernels, rope_row};
@@ -44,10 +45,8 @@ impl CustomOp2 for Gated {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (gate, up) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(CHUNK)
-            .zip(gate.par_chunks(CHUNK))
-            .zip(up.par_chunks(CHUNK))
-            .for_each(|((out, gate), up)| kernels::gated(self.activation, gate, up, out));
+        let chunks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+        spread(|| chunks.for_each(|((out, gate), up)| kernels::gated(self.activation, gate, up, out)));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -62,11 +61,12 @@ impl CustomOp2 for Gated {
         let (mut dgate, mut dup) = (vec![0f32; gate.elem_count()], vec![0f32; up.elem_count()]);
         cpu::with_floats([gate, up, &dout], |[gate, up, dout]| {
             let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dout.par_chunks(CHUNK));
-            dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).zip(inputs).for_each(
-                |((dgate, dup), ((gate, up), dout))| {
+            let chunks = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).zip(inputs);
+            spread(|| {
+                chunks.for_each(|((dgate, dup), ((gate, up), dout))| {
                     kernels::gated_backward(self.activation, gate, up, dout, dgate, dup);
-                },
-            );
+                });
+            });
             Ok(())
         })?;
         Ok((Some(cpu::tensor(dgate, gate.shape())?), Some(cpu::tensor(dup, up.shape())?)))
@@ -104,11 +104,8 @@ impl CustomOp1 for Rope {
         let mut y = vec![0f32; x.len()];
         cpu::with_floats([&self.cos, &self.sin], |[cos, sin]| {
             let tables = cos.par_chunks(d / 2).zip(sin.par_chunks(d / 2));
-            y.par_chunks_mut(h * d)
-                .with_min_len(16)
-                .zip(x.par_chunks(h * d))
-                .zip(tables)
-                .for_each(|((y, x), (cos, sin))| rope_row(x, cos, sin, self.sign, y));
+            let rows = y.par_chunks_mut(h * d).with_min_len(16).zip(x.par_chunks(h * d)).zip(tables);
+            spread(|| rows.for_each(|((y, x), (cos, sin))| rope_row(x, cos, sin, self.sign, y)));
             Ok(())
         })?;
         Ok((CpuStorage::F32(y), layout.shape().clone()))

@@ -221,9 +221,8 @@ impl<'a> Run<'a> {
         let base = self.roles.student_base()?;
         let engine = base.engine()?;
         let gate = engine.gate();
-        let mut hooks = Pacing::new(self, &gate);
-        let outcome = train(&self.train_job(&base, pairs)?, &mut hooks)?;
-        drop(hooks);
+        let job = self.train_job(&base, pairs)?;
+        let outcome = gate.training(|| train(&job, &mut Pacing::new(self, &gate)))?;
         let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
         self.set_result(&json!({"training": {
             "steps": outcome.steps, "adapter_step": outcome.adapter_step, "last": last,

@@ -59,7 +59,8 @@ impl<'a> Loader<'a> {
             ));
         }
         let device = device(&options.device)?;
-        let gate = Arc::new(Gate::new(options.training_share));
+        let share = options.training_share;
+        let gate = Arc::new(if device.is_cpu() { Gate::on_cores(share) } else { Gate::new(share) });
         Ok(Loader { options, device, gate, loaded: Vec::new() })
     }
 

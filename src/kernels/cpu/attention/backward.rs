@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::scores::{Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks};
+use crate::cores::spread;
 use crate::kernels::cpu::level::{Level, Out, level};
 use crate::kernels::cpu::matmul::{PANEL, Tile};
 use crate::kernels::cpu::rowwise::{dot_row, score_gradient_row};
@@ -23,14 +24,13 @@ pub fn attention_backward(
     let level = level();
     let cut: Vec<Vec<Block<'_>>> =
         parts.iter().map(|rows| rows.iter().flat_map(|rows| blocks(heads, rows)).collect()).collect();
-    (0..cut.len() * heads.key).into_par_iter().with_max_len(1).for_each_init(
-        || Task::new(level, heads),
-        |task, index| {
-            for block in &cut[index / heads.key] {
-                task.block(block, index % heads.key, (q, k, v), (out, dout), places);
-            }
-        },
-    );
+    let tasks = (0..cut.len() * heads.key).into_par_iter().with_max_len(1);
+    let walk = |task: &mut Task, index: usize| {
+        for block in &cut[index / heads.key] {
+            task.block(block, index % heads.key, (q, k, v), (out, dout), places);
+        }
+    };
+    spread(|| tasks.for_each_init(|| Task::new(level, heads), walk));
     found
 }
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::level::{Level, filled, level};
+use crate::cores::spread;
 pub use backward::attention_backward;
 use scores::Scratch;
 
@@ -100,12 +101,16 @@ fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f
     // SAFETY: every row of every head is in one task, which writes it whole.
     unsafe {
         filled(q.len(), |out| {
-            (0..blocks.len() * heads.key).into_par_iter().for_each_init(
-                || Scratch::new(level, heads),
-                |scratch, task| {
-                    scratch.attend(&blocks[task / heads.key], task % heads.key, (q, k, v), out);
-                },
-            );
+            let tasks = (0..blocks.len() * heads.key).into_par_iter();
+            let attend = || {
+                tasks.for_each_init(
+                    || Scratch::new(level, heads),
+                    |scratch, task| {
+                        scratch.attend(&blocks[task / heads.key], task % heads.key, (q, k, v), out);
+                    },
+                )
+            };
+            spread(attend);
         })
     }
 }

@@ -22,6 +22,7 @@ use rayon::prelude::*;
 
 use super::level::{Level, Out, filled, has_bf16_products, level};
 use super::rowwise::add_row;
+use crate::cores::spread;
 use coded::CodePanels;
 #[cfg(target_arch = "x86_64")]
 use coded::CodedPanel;
@@ -212,15 +213,17 @@ impl Packed {
             }
         };
         let count = self.n.div_ceil(PANEL);
-        let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
-        let groups = count.div_ceil(together);
-        (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
-            let (at, group) = (task % blocks, task / blocks);
-            let rows = at * block..m.min((at + 1) * block);
-            for panel in group * together..count.min((group + 1) * together) {
-                let columns = PANEL.min(self.n - panel * PANEL);
-                multiply(rows.clone(), panel, columns, y.at(rows.start * self.n + panel * PANEL));
-            }
+        spread(|| {
+            let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
+            let groups = count.div_ceil(together);
+            (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
+                let (at, group) = (task % blocks, task / blocks);
+                let rows = at * block..m.min((at + 1) * block);
+                for panel in group * together..count.min((group + 1) * together) {
+                    let columns = PANEL.min(self.n - panel * PANEL);
+                    multiply(rows.clone(), panel, columns, y.at(rows.start * self.n + panel * PANEL));
+                }
+            });
         });
     }
 
@@ -309,7 +312,7 @@ impl Packed {
         let len = panel_len::<bf16>(PANEL, k);
         let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
         let of_panels = numbers.par_chunks_mut(len).enumerate();
-        of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to));
+        spread(|| of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to)));
         Some(Packed { n, k, panels: Panels::Bf16(numbers) })
     }
 
@@ -442,23 +445,25 @@ impl Packed {
         let (n, k) = (self.n, self.k);
         let (blocks, block) = row_blocks(m, TURNED.min(n));
         let count = k.div_ceil(PANEL);
-        let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).max(1);
-        let groups = count.div_ceil(together);
         let turned = || vec![T::default(); TURNED.min(n.next_multiple_of(PANEL)) * PANEL];
-        (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(turned, |turned, task| {
-            let (at, group) = (task % blocks, task / blocks);
-            let rows = at * block..m.min((at + 1) * block);
-            for start in (0..n).step_by(TURNED) {
-                let some = start..n.min(start + TURNED);
-                for index in group * together..count.min((group + 1) * together) {
-                    let panels = some.start / PANEL..some.end.div_ceil(PANEL);
-                    for (panel, to) in panels.zip(turned.chunks_exact_mut(PANEL * PANEL)) {
-                        turn(panel, index * PANEL, to);
+        spread(|| {
+            let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).max(1);
+            let groups = count.div_ceil(together);
+            (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(turned, |turned, task| {
+                let (at, group) = (task % blocks, task / blocks);
+                let rows = at * block..m.min((at + 1) * block);
+                for start in (0..n).step_by(TURNED) {
+                    let some = start..n.min(start + TURNED);
+                    for index in group * together..count.min((group + 1) * together) {
+                        let panels = some.start / PANEL..some.end.div_ceil(PANEL);
+                        for (panel, to) in panels.zip(turned.chunks_exact_mut(PANEL * PANEL)) {
+                            turn(panel, index * PANEL, to);
+                        }
+                        let columns = PANEL.min(k - index * PANEL);
+                        multiply(turned, rows.clone(), some.clone(), columns, dx.at(rows.start * k + index * PANEL));
                     }
-                    let columns = PANEL.min(k - index * PANEL);
-                    multiply(turned, rows.clone(), some.clone(), columns, dx.at(rows.start * k + index * PANEL));
                 }
-            }
+            });
         });
     }
 }
@@ -522,7 +527,7 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
     let out = Out(out.as_mut_ptr());
     let (blocks, block) = if turned { (1, m) } else { row_blocks(m, k) };
     let count = n.div_ceil(PANEL);
-    (0..blocks * count).into_par_iter().for_each(|task| {
+    let one = |task: usize| {
         let (at, panel) = (task % blocks, task / blocks);
         let rows = at * block..m.min((at + 1) * block);
         let (stride, from) = if turned { (m, rows.start) } else { (k, rows.start * k) };
@@ -549,5 +554,6 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
         // SAFETY: rows and columns are inside out and no other task has them; `whole` lives until here.
         unsafe { tile.run(level, rows.len(), out.at(rows.start * n + panel * PANEL), n) };
         drop(whole);
-    });
+    };
+    spread(|| (0..blocks * count).into_par_iter().for_each(one));
 }

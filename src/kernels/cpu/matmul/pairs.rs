@@ -9,6 +9,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::tile::ROWS;
+use crate::cores::spread;
 
 /// Activations as pairs along K: (M, ⌈K/2⌉), an odd K padded with zero.
 pub(super) struct Pairs {
@@ -27,7 +28,7 @@ impl Pairs {
         let mut numbers = Vec::with_capacity(x.len() / k * width);
         let rows = x.par_chunks(k).zip(numbers.spare_capacity_mut().par_chunks_mut(width)).with_min_len(16);
         // SAFETY: the caller's promise; the spare room of a row is ⌈K/2⌉ pairs.
-        rows.for_each(|(x, to)| unsafe { round_row(x, to.as_mut_ptr().cast()) });
+        spread(|| rows.for_each(|(x, to)| unsafe { round_row(x, to.as_mut_ptr().cast()) }));
         // SAFETY: every row was written.
         unsafe { numbers.set_len(x.len() / k * width) };
         Pairs { numbers, width }
