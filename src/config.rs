@@ -57,7 +57,7 @@ pub struct StoreOptions {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingSection {
-    /// Share of device time training keeps while serving is busy, in (0, 1].
+    /// Share of the device that training keeps while serving is busy, in (0, 1]: of the cores, or of the time on a GPU.
     pub device_share: f64,
 }
 

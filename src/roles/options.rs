@@ -271,7 +271,7 @@ pub struct RolesOptions {
     pub reward: RewardOptions,
     /// Adapters.
     pub adapters: AdapterOptions,
-    /// Share of device time training keeps while serving is busy.
+    /// Share of the device that training keeps while serving is busy.
     pub training_share: f64,
 }
 
