@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::SpeculativeOptions;
 use crate::error::{Error, Result};
 use crate::roles::{
     AdapterOptions, DeviceOptions, JudgeOptions, KvCacheOptions, ModelOptions, RewardOptions, RoleOptions, RolesOptions,
@@ -71,6 +72,8 @@ pub struct Settings {
     pub device: DeviceOptions,
     /// KV cache and batch limits.
     pub kv_cache: KvCacheOptions,
+    /// Speculative decoding.
+    pub speculative_config: SpeculativeOptions,
     /// Models by name.
     pub models: BTreeMap<String, ModelOptions>,
     /// Who is what.
@@ -213,6 +216,7 @@ impl Settings {
         RolesOptions {
             device: self.device.clone(),
             kv_cache: self.kv_cache.clone(),
+            speculative_config: self.speculative_config.clone(),
             models: self.models.clone(),
             teacher: self.roles.teacher.clone(),
             student: self.roles.student.clone(),
@@ -303,6 +307,10 @@ mod tests {
             ("[server]\nprot = 1", vec![], "server"),
             ("", vec![("RDPO_SERVER__PORT", "many")], "server.port"),
             ("[training]\ndevice_share = 0.0", vec![], "training.device_share"),
+            ("[speculative_config]\nmethod = \"eagle\"", vec![], "speculative_config.method"),
+            ("[speculative_config]\nprompt_lookup_len = 2", vec![], "speculative_config"),
+            ("[speculative_config]\nprompt_lookup_min = 0", vec![], "speculative_config.prompt_lookup_min"),
+            ("[speculative_config]\nprompt_lookup_min = 20", vec![], "speculative_config.prompt_lookup_min"),
             ("[models.m]\npath = \"x\"", vec![], "roles.teacher.model"),
         ] {
             let error = load(text, &variables).unwrap_err();

@@ -72,6 +72,9 @@ metrics! {
     request_queue_time_seconds: HistogramVec("From arrival to the first step.", ["role"], LATENCY);
     prompt_tokens_total: IntCounterVec("Prompt tokens read.", ["role"]);
     generation_tokens_total: IntCounterVec("Tokens generated.", ["role"]);
+    spec_decode_num_drafts_total: IntCounterVec("Drafts verified.", ["role"]);
+    spec_decode_num_draft_tokens_total: IntCounterVec("Tokens of the drafts verified.", ["role"]);
+    spec_decode_num_accepted_tokens_total: IntCounterVec("Of these, tokens that were right.", ["role"]);
     prompt_tokens_cached_total: IntCounterVec("Prompt tokens found in the prefix cache.", ["role"]);
     request_success_total: IntCounterVec("Requests ended, by reason.", ["role", "finish_reason"]);
     preemptions_total: IntCounter("Sequences put back because the pool was full.");
@@ -140,6 +143,9 @@ pub fn start_series() {
             &metrics.prompt_tokens_cached_total,
             &metrics.prefix_cache_queries_total,
             &metrics.prefix_cache_hits_total,
+            &metrics.spec_decode_num_drafts_total,
+            &metrics.spec_decode_num_draft_tokens_total,
+            &metrics.spec_decode_num_accepted_tokens_total,
         ] {
             counter.with_label_values(&[role]).inc_by(0);
         }

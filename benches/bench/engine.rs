@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use rdpo::engine::{Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, Task};
+use rdpo::engine::{
+    Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, SpeculativeOptions, Task,
+};
 use rdpo::error::{Error, Result};
 use rdpo::model::{Adapter, Decoder, LoadOptions, LoraParams, WeightFormat};
 use rdpo::train::LoraOptions;
@@ -33,6 +35,7 @@ pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) ->
         max_waiting: 64,
         max_model_len: None,
         prefix_caching: false,
+        speculative: SpeculativeOptions::default(),
     };
     Ok((Engine::start(model.clone(), Arc::new(tokenizer), gate, options)?, model))
 }

@@ -1,8 +1,9 @@
-//! One request that runs: its row of logits to a token, its tokens to text and to an end.
+//! One request that runs: its rows of logits to tokens, its tokens to text and to an end.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use rayon::prelude::*;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::request::{Event, FinishReason, Request, Task, TokenLogprob};
@@ -90,8 +91,39 @@ impl Live {
         sequence
     }
 
-    /// What the logits after the sequence's last token say.
-    pub(super) fn outcome(&self, sequence: &Sequence, logits: &mut [f32]) -> Outcome {
+    /// How long a draft may be: the last token that has room follows it, and nothing follows an end.
+    pub(super) fn room(&self, sequence: &Sequence, max_model_len: usize) -> usize {
+        let end =
+            self.request.params.max_tokens.map_or(max_model_len, |most| max_model_len.min(sequence.prompt_len + most));
+        end.saturating_sub(sequence.settled() + 1)
+    }
+
+    /// What the logits after the sequence's last token say, and those after each token of its draft up to the first that is
+    /// another than drafted.
+    pub(super) fn outcomes(&self, sequence: &Sequence, rows: Vec<Vec<f32>>) -> Vec<Outcome> {
+        let draft = &sequence.tokens[sequence.settled()..];
+        let right =
+            |at: usize, outcome: &Outcome| matches!(outcome, Outcome::Token(drawn) if draft.get(at) == Some(&drawn.id));
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        let outcome = |(at, mut row): (usize, Vec<f32>)| self.outcome(sequence, sequence.settled() + at, &mut row);
+        if self.matcher.is_none() {
+            outcomes = rows.into_par_iter().enumerate().map(outcome).collect();
+        } else {
+            // A grammar's state moves with each token.
+            for row in rows.into_iter().enumerate() {
+                outcomes.push(outcome(row));
+                if !right(outcomes.len() - 1, &outcomes[outcomes.len() - 1]) {
+                    break;
+                }
+            }
+        }
+        let wrong = outcomes.iter().enumerate().position(|(at, outcome)| !right(at, outcome));
+        outcomes.truncate(wrong.map_or(usize::MAX, |at| at + 1));
+        outcomes
+    }
+
+    /// What the logits after the first `len` tokens say.
+    fn outcome(&self, sequence: &Sequence, len: usize, logits: &mut [f32]) -> Outcome {
         if !logits.iter().all(|logit| logit.is_finite()) {
             let text = "the model's logits are not finite: its weights or the adapter are broken";
             return Outcome::Failed(Error::internal(text));
@@ -103,7 +135,7 @@ impl Live {
             }
             Task::Score | Task::Generate if self.request.params.max_tokens == Some(0) => Outcome::PromptRead,
             Task::Score | Task::Generate => {
-                let (prompt, output) = sequence.tokens.split_at(sequence.prompt_len);
+                let (prompt, output) = sequence.tokens[..len].split_at(sequence.prompt_len);
                 self.draw(prompt, output, logits).unwrap_or_else(Outcome::Failed)
             }
         }

@@ -5,6 +5,7 @@ mod batch;
 mod blocks;
 mod gate;
 mod live;
+mod lookup;
 pub mod request;
 mod sampler;
 mod scheduler;
@@ -19,6 +20,7 @@ use std::time::Instant;
 use candle_core::DType;
 
 pub use gate::{Gate, GateGuard};
+pub use lookup::{SpeculativeMethod, SpeculativeOptions};
 pub use request::{Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
 pub use sampler::{Draw, sample};
 pub use scheduler::{Limits, Scheduled, Scheduler, Sequence};
@@ -49,6 +51,8 @@ pub struct EngineOptions {
     pub max_model_len: Option<usize>,
     /// Share KV of equal prefixes.
     pub prefix_caching: bool,
+    /// Drafts.
+    pub speculative: SpeculativeOptions,
 }
 
 /// Numbers an operator asks for.
@@ -151,6 +155,7 @@ impl Engine {
                 return Err(Error::invalid(name, format!("`{name}` must be at least 1")));
             }
         }
+        options.speculative.check()?;
         let dtype = if model.device().is_cpu() { DType::F32 } else { model.compute_dtype() };
         let longest =
             options.max_model_len.unwrap_or(config.max_position_embeddings).min(config.max_position_embeddings);
@@ -191,7 +196,7 @@ impl Engine {
             block_size,
             prefix_caching: options.prefix_caching,
         };
-        let owner = Owner::new(shared.clone(), pool, Scheduler::new(limits, num_blocks));
+        let owner = Owner::new(shared.clone(), pool, Scheduler::new(limits, num_blocks), options.speculative);
         let (commands, receiver) = channel();
         std::thread::Builder::new().name(format!("engine-{}", options.name)).spawn(move || {
             let _ending = Ending(owner.shared.clone());

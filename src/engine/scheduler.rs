@@ -13,8 +13,10 @@ use super::blocks::{BlockManager, Chain, root};
 pub struct Sequence {
     /// Id, given by the caller.
     pub id: u64,
-    /// Prompt and what was generated.
+    /// Prompt, what was generated, and a draft of what may follow while a step computes it.
     pub tokens: Vec<u32>,
+    /// Tokens of the draft.
+    drafted: usize,
     /// Tokens of the prompt.
     pub prompt_len: usize,
     /// Tokens whose KV is in the cache.
@@ -48,6 +50,7 @@ impl Sequence {
             id,
             prompt_len: prompt.len(),
             tokens: prompt,
+            drafted: 0,
             computed: 0,
             cached: 0,
             blocks: Vec::new(),
@@ -69,8 +72,13 @@ impl Sequence {
         self.chain = self.root;
     }
 
-    fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+    /// Tokens without the draft.
+    pub(super) fn settled(&self) -> usize {
+        self.tokens.len() - self.drafted
+    }
+
+    pub(super) fn pending(&self) -> usize {
+        self.settled() - self.computed
     }
 
     fn rank(&self) -> (i64, u64) {
@@ -102,7 +110,7 @@ pub struct Limits {
 
 /// Queues of sequences and the blocks they hold.
 pub struct Scheduler {
-    limits: Limits,
+    pub(super) limits: Limits,
     pub(super) blocks: BlockManager,
     /// By rank.
     waiting: Vec<Sequence>,
@@ -149,11 +157,34 @@ impl Scheduler {
         self.running.iter().find(|sequence| sequence.id == id)
     }
 
-    /// Appends what was sampled for a running sequence.
+    /// Appends a draft to a sequence that decodes, for this step only: as much of it as there are blocks for, given back with
+    /// what was not right of it, so that nobody is put back for it. How much.
+    pub fn draft(&mut self, id: u64, draft: &[u32]) -> usize {
+        let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) else { return 0 };
+        let mut fits = |len: &usize| grow(&mut self.blocks, sequence, 1 + len, self.limits.block_size);
+        let len = (1..=draft.len()).rev().find(|len| fits(len)).unwrap_or(0);
+        sequence.tokens.extend(&draft[..len]);
+        sequence.drafted = len;
+        *self.served.entry(sequence.role).or_default() += len as u64;
+        self.forget_served();
+        len
+    }
+
+    /// Appends what was sampled for a running sequence. What was drafted stays as long as it is what was sampled.
     pub fn push_token(&mut self, id: u64, token: u32) {
-        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
-            sequence.tokens.push(token);
+        let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) else { return };
+        let settled = sequence.settled();
+        if sequence.tokens.get(settled) == Some(&token) {
+            sequence.drafted -= 1;
+            sequence.computed += 1;
+            seal(&mut self.blocks, sequence, self.limits);
+            return;
         }
+        sequence.tokens.truncate(settled);
+        sequence.tokens.push(token);
+        sequence.drafted = 0;
+        let kept = blocks_for(sequence.computed, self.limits.block_size).min(sequence.blocks.len());
+        sequence.blocks.drain(kept..).rev().for_each(|id| self.blocks.release(id));
     }
 
     /// Takes a sequence out, wherever it is, and gives its blocks back.
@@ -225,17 +256,12 @@ impl Scheduler {
         step
     }
 
-    /// Marks what a step computed and makes its full blocks findable.
+    /// Marks what a step computed, drafts aside, and makes its full blocks findable.
     pub fn complete(&mut self, step: &[Scheduled]) {
-        let size = self.limits.block_size;
         for scheduled in step {
             let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == scheduled.id) else { continue };
-            sequence.computed += scheduled.len;
-            while self.limits.prefix_caching && (sequence.sealed + 1) * size <= sequence.computed {
-                let tokens = &sequence.tokens[sequence.sealed * size..(sequence.sealed + 1) * size];
-                sequence.chain = self.blocks.seal(sequence.blocks[sequence.sealed], sequence.chain, tokens);
-                sequence.sealed += 1;
-            }
+            sequence.computed += scheduled.len - sequence.drafted;
+            seal(&mut self.blocks, sequence, self.limits);
         }
     }
 
@@ -367,6 +393,16 @@ fn grow(blocks: &mut BlockManager, sequence: &mut Sequence, len: usize, block_si
     }
     sequence.blocks.extend((0..missing).filter_map(|_| blocks.allocate()));
     true
+}
+
+/// Makes the blocks findable that are full of computed tokens.
+fn seal(blocks: &mut BlockManager, sequence: &mut Sequence, limits: Limits) {
+    let size = limits.block_size;
+    while limits.prefix_caching && (sequence.sealed + 1) * size <= sequence.computed {
+        let tokens = &sequence.tokens[sequence.sealed * size..(sequence.sealed + 1) * size];
+        sequence.chain = blocks.seal(sequence.blocks[sequence.sealed], sequence.chain, tokens);
+        sequence.sealed += 1;
+    }
 }
 
 fn release_all(blocks: &mut BlockManager, sequence: &Sequence) {

@@ -261,6 +261,37 @@ fn a_prompt_half_read_keeps_its_room() {
     assert_eq!((advance(&mut scheduler, 1), scheduler.preemptions), (vec![2], 0));
 }
 
+#[test]
+fn a_draft_keeps_what_was_right_and_gives_the_rest_back() {
+    let mut scheduler = scheduler(3, 64);
+    scheduler.add(Sequence::new(1, vec![5; 7], None, true));
+    let step = scheduler.schedule();
+    scheduler.complete(&step);
+    scheduler.push_token(1, 8);
+    let mut step = scheduler.schedule();
+    assert_eq!(scheduler.draft(1, &[1, 2, 3, 4, 5, 6]), 4, "as far as there are blocks");
+    step[0].len += 4;
+    check(&scheduler);
+    scheduler.complete(&step);
+    for (token, settled, computed, blocks) in [(1, 9, 9, 3), (9, 10, 9, 3)] {
+        scheduler.push_token(1, token);
+        let sequence = scheduler.get(1).unwrap();
+        assert_eq!((sequence.settled(), sequence.computed, sequence.blocks.len()), (settled, computed, blocks));
+    }
+    assert_eq!(scheduler.get(1).unwrap().tokens[7..], [8, 1, 9]);
+    // All of the next is wrong: the blocks are those that it would hold without.
+    let mut step = scheduler.schedule();
+    step[0].len += scheduler.draft(1, &[4, 4]);
+    scheduler.complete(&step);
+    scheduler.push_token(1, 7);
+    check(&scheduler);
+    scheduler.remove(1);
+    check(&scheduler);
+    assert_eq!((scheduler.preemptions, scheduler.blocks.available()), (0, 3));
+    let (found, _) = scheduler.blocks.find_prefix(root(None, None), &[5, 5, 5, 5, 5, 5, 5, 8, 1, 9, 4, 4, 0]);
+    assert_eq!(found.len(), 2, "no block with a token that was thrown away");
+}
+
 proptest! {
     #[test]
     fn random_schedules_lose_no_block_and_finish_everything(
@@ -275,16 +306,31 @@ proptest! {
         }
         let mut steps = 0;
         while !scheduler.is_idle() {
-            let step = scheduler.schedule();
+            let mut step = scheduler.schedule();
             prop_assert!(!step.is_empty(), "a step always makes progress");
+            let (put_back, mut room) = (scheduler.preemptions, budget - step.iter().map(|scheduled| scheduled.len).sum::<usize>());
+            for scheduled in &mut step {
+                if scheduler.get(scheduled.id).is_some_and(|sequence| sequence.pending() == 1) {
+                    let draft = [1, steps as u32 % 3, 1];
+                    let len = scheduler.draft(scheduled.id, &draft[..room.min(3)]);
+                    (scheduled.len, room) = (scheduled.len + len, room - len);
+                }
+            }
+            prop_assert_eq!(put_back, scheduler.preemptions, "nobody is put back for a draft");
             prop_assert!(step.iter().map(|scheduled| scheduled.len).sum::<usize>() <= budget);
             check(&scheduler);
             scheduler.complete(&step);
             for scheduled in &step {
                 let sequence = scheduler.get(scheduled.id).expect("scheduled sequences run");
                 if sequence.pending() == 0 {
-                    let done = sequence.tokens.len() >= sequence.prompt_len + wanted;
-                    if done { scheduler.remove(scheduled.id) } else { scheduler.push_token(scheduled.id, steps as u32 % 3) }
+                    if sequence.settled() >= sequence.prompt_len + wanted {
+                        scheduler.remove(scheduled.id);
+                        continue;
+                    }
+                    // A token that was drafted is computed already, and another follows.
+                    while scheduler.get(scheduled.id).unwrap().pending() == 0 {
+                        scheduler.push_token(scheduled.id, steps as u32 % 3);
+                    }
                 }
             }
             steps += 1;

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::batch::Batch;
 use super::live::{Live, Outcome, Submission};
+use super::lookup::{self, SpeculativeOptions};
 use super::request::{Event, FinishReason, Task, TokenLogprob, Usage};
 use super::sampler;
 use super::scheduler::{Scheduled, Scheduler, Sequence};
@@ -25,13 +26,19 @@ pub(super) struct Owner {
     pub(super) shared: Arc<Shared>,
     pub(super) pool: KvPool,
     pub(super) scheduler: Scheduler,
+    speculative: SpeculativeOptions,
     live: HashMap<u64, Live>,
     next_id: u64,
 }
 
 impl Owner {
-    pub(super) fn new(shared: Arc<Shared>, pool: KvPool, scheduler: Scheduler) -> Self {
-        Owner { shared, pool, scheduler, live: HashMap::new(), next_id: 0 }
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        pool: KvPool,
+        scheduler: Scheduler,
+        speculative: SpeculativeOptions,
+    ) -> Self {
+        Owner { shared, pool, scheduler, speculative, live: HashMap::new(), next_id: 0 }
     }
 
     /// Runs until every handle is gone.
@@ -49,18 +56,22 @@ impl Owner {
                 self.admit(submission);
             }
             self.drop_cancelled();
-            let step = self.scheduler.schedule();
+            let mut step = self.scheduler.schedule();
             self.publish_stats();
             if step.is_empty() {
                 continue;
             }
             self.note_started(&step);
+            self.draft(&mut step);
             let outcomes = catch_unwind(AssertUnwindSafe(|| self.forward(&step)))
                 .unwrap_or_else(|_| Err(Error::internal("the engine's step panicked. This is a bug.")));
             match outcomes {
                 Ok(outcomes) => {
                     self.scheduler.complete(&step);
-                    outcomes.into_iter().for_each(|(id, outcome)| self.settle(id, outcome));
+                    for (id, outcomes) in outcomes {
+                        self.count_accepted(id, outcomes.len() - 1);
+                        outcomes.into_iter().for_each(|outcome| self.settle(id, outcome));
+                    }
                 }
                 Err(error) => {
                     tracing::error!(%error, sequences = step.len(), "engine step failed");
@@ -102,8 +113,46 @@ impl Owner {
         }
     }
 
-    /// One flat step; an outcome for every sequence whose last token was computed.
-    fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Outcome)>> {
+    /// Adds drafts to the sequences that decode, as far as they are worth it and the step has room.
+    fn draft(&mut self, step: &mut [Scheduled]) {
+        let eos = self.shared.tokenizer.eos_token_ids();
+        let (mut answers, mut found, mut drafts) = (0, Vec::new(), Vec::new());
+        for (at, scheduled) in step.iter().enumerate() {
+            let (live, sequence) = (&self.live[&scheduled.id], self.sequence(scheduled.id));
+            if sequence.pending() > 1 || sequence.tokens.len() == sequence.prompt_len {
+                continue;
+            }
+            answers += 1;
+            let room = live.room(sequence, self.shared.max_model_len);
+            if let Some(mut draft) = self.speculative.find(&sequence.tokens, room) {
+                let end = draft.tokens.iter().position(|token| eos.contains(token));
+                draft.tokens.truncate(end.unwrap_or(usize::MAX));
+                found.push(at);
+                drafts.push(draft);
+            }
+        }
+        let rows: usize = step.iter().map(|scheduled| scheduled.len).sum();
+        let lens = lookup::plan(&drafts, answers, self.scheduler.limits.max_batch_tokens - rows);
+        for ((at, draft), len) in found.into_iter().zip(drafts).zip(lens) {
+            let len = self.scheduler.draft(step[at].id, &draft.tokens[..len]);
+            step[at].len += len;
+            if len > 0 {
+                let role = [self.live[&step[at].id].request.role];
+                metrics().spec_decode_num_drafts_total.with_label_values(&role).inc();
+                metrics().spec_decode_num_draft_tokens_total.with_label_values(&role).inc_by(len as u64);
+            }
+        }
+    }
+
+    fn count_accepted(&self, id: u64, count: usize) {
+        if let Some(live) = self.live.get(&id).filter(|_| count > 0) {
+            let role = [live.request.role];
+            metrics().spec_decode_num_accepted_tokens_total.with_label_values(&role).inc_by(count as u64);
+        }
+    }
+
+    /// One flat step; the outcomes of every sequence whose last token was computed, at least one each.
+    fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Vec<Outcome>)>> {
         let mut batch = Batch::new(self.pool.block_size);
         for scheduled in step {
             let adapter = self.live[&scheduled.id].request.adapter.as_ref();
@@ -120,29 +169,34 @@ impl Owner {
         batch: &Batch,
         model: &Decoder,
         device: GateGuard<'_>,
-    ) -> Result<Vec<(u64, Outcome)>> {
+    ) -> Result<Vec<(u64, Vec<Outcome>)>> {
         let attend = Attend::Paged { pool: &self.pool, batch: &batch.paged };
         let hidden = model.forward(&batch.ids, &batch.positions, attend, batch.lora())?; // (N, C)
         let (mut rows, mut wanting) = (Vec::new(), Vec::new());
         for (scheduled, paged) in step.iter().zip(&batch.paged.sequences) {
             self.read_prompt(scheduled, paged, &hidden)?;
-            if paged.context == self.sequence(scheduled.id).tokens.len() {
-                rows.push((paged.start + paged.len - 1) as u32);
-                wanting.push(scheduled.id);
+            let sequence = self.sequence(scheduled.id);
+            if paged.context == sequence.tokens.len() {
+                // The last token's and those of the draft behind it.
+                let first = paged.start + sequence.settled() - 1 - sequence.computed;
+                rows.extend((first..paged.start + paged.len).map(|row| row as u32));
+                wanting.push((scheduled.id, paged.start + paged.len - first));
             }
         }
         if rows.is_empty() {
             return Ok(Vec::new());
         }
         let last = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        if wanting.iter().all(|id| self.live[id].request.task == Task::Score) {
+        if wanting.iter().all(|(id, _)| self.live[id].request.task == Task::Score) {
             let scores = model.scores(&last)?;
-            return Ok(wanting.into_iter().zip(scores).map(|(id, score)| (id, Outcome::Score(score))).collect());
+            return Ok(wanting.iter().zip(scores).map(|((id, _), score)| (*id, vec![Outcome::Score(score)])).collect());
         }
-        let logits = model.logits(&last)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        let mut logits = model.logits(&last)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?.into_iter();
         drop(device);
-        let outcome = |(id, mut row): (u64, Vec<f32>)| (id, self.live[&id].outcome(self.sequence(id), &mut row));
-        Ok(wanting.into_par_iter().zip(logits).map(outcome).collect())
+        let rows: Vec<(u64, Vec<Vec<f32>>)> =
+            wanting.into_iter().map(|(id, count)| (id, logits.by_ref().take(count).collect())).collect();
+        let outcomes = |(id, rows): (u64, Vec<Vec<f32>>)| (id, self.live[&id].outcomes(self.sequence(id), rows));
+        Ok(rows.into_par_iter().map(outcomes).collect())
     }
 
     fn sequence(&self, id: u64) -> &Sequence {
@@ -191,7 +245,7 @@ impl Owner {
                 let (total, written) = self
                     .scheduler
                     .get(id)
-                    .map_or((0, 0), |sequence| (sequence.tokens.len(), sequence.tokens.len() - sequence.prompt_len));
+                    .map_or((0, 0), |sequence| (sequence.settled(), sequence.settled() - sequence.prompt_len));
                 let most = live.request.params.max_tokens.unwrap_or(usize::MAX);
                 live.take(drawn, written >= most || total >= self.shared.max_model_len)
             }
@@ -207,7 +261,7 @@ impl Owner {
         Usage {
             prompt_tokens: sequence.prompt_len,
             cached_tokens: sequence.cached,
-            completion_tokens: sequence.tokens.len() - sequence.prompt_len,
+            completion_tokens: sequence.settled() - sequence.prompt_len,
         }
     }
 

@@ -128,6 +128,7 @@ impl<'a> Loader<'a> {
             max_waiting: cache.max_waiting,
             max_model_len: model.max_model_len,
             prefix_caching: cache.prefix_caching,
+            speculative: self.options.speculative_config.clone(),
         };
         let held = decoder.bytes() as i64;
         let engine = Engine::start(decoder, tokenizer, self.gate.clone(), options)?;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::reward::Rubric;
+use crate::engine::SpeculativeOptions;
 use crate::error::{Error, Result};
 
 /// `[device]`.
@@ -261,6 +262,8 @@ pub struct RolesOptions {
     pub device: DeviceOptions,
     /// Cache.
     pub kv_cache: KvCacheOptions,
+    /// Drafts.
+    pub speculative_config: SpeculativeOptions,
     /// Models by name.
     pub models: BTreeMap<String, ModelOptions>,
     /// Teacher.
@@ -278,6 +281,7 @@ pub struct RolesOptions {
 impl RolesOptions {
     /// Whether every role can be what it is said to be.
     pub fn check(&self) -> Result<()> {
+        self.speculative_config.check()?;
         self.teacher.check("teacher")?;
         self.student.check_native("student", "the student is trained where it is served, by this server")?;
         match &self.reward {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use rdpo::engine::{
-    Engine, EngineOptions, Event, EventStream, FinishReason, Gate, Request, SamplingParams, Task, TokenLogprob, Usage,
+    Engine, EngineOptions, Event, EventStream, FinishReason, Gate, Request, SamplingParams, SpeculativeOptions, Task,
+    TokenLogprob, Usage,
 };
 use rdpo::error::Code;
 use rdpo::model::{Adapter, Attend, Decoder, LoadOptions, LoraRows, RowGroup, WeightFormat};
@@ -17,7 +18,7 @@ use rdpo::weights::{AdapterFile, Checkpoint};
 const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
 /// Between the paged and the plain attention, which add in different orders.
 const TOLERANCE: f32 = 1e-4;
-const EOS: u32 = 2;
+pub(super) const EOS: u32 = 2;
 
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(format!("tiny-{name}"))
@@ -33,6 +34,7 @@ pub(super) fn options() -> EngineOptions {
         max_waiting: 64,
         max_model_len: None,
         prefix_caching: true,
+        speculative: SpeculativeOptions::default(),
     }
 }
 
@@ -49,7 +51,7 @@ pub(super) fn pool_of(blocks: usize) -> usize {
     blocks * 2 * 2 * 4 * 2 * 8 * 4
 }
 
-fn adapter(engine: &Engine) -> Arc<Adapter> {
+pub(super) fn adapter(engine: &Engine) -> Arc<Adapter> {
     let file = AdapterFile::read(&folder("llama").join("adapter")).unwrap();
     Arc::new(Adapter::from_file(&file, engine.model()).unwrap())
 }
@@ -60,7 +62,7 @@ fn sequences(name: &str) -> Vec<Vec<u32>> {
     serde_json::from_value(expected["sequences"].clone()).unwrap()
 }
 
-fn greedy(max_tokens: usize) -> SamplingParams {
+pub(super) fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         temperature: 0.0,
         max_tokens: Some(max_tokens),
@@ -70,7 +72,7 @@ fn greedy(max_tokens: usize) -> SamplingParams {
     }
 }
 
-fn sampled(max_tokens: usize, seed: u64) -> SamplingParams {
+pub(super) fn sampled(max_tokens: usize, seed: u64) -> SamplingParams {
     SamplingParams { temperature: 0.9, top_p: 0.95, seed: Some(seed), ..greedy(max_tokens) }
 }
 
@@ -200,7 +202,7 @@ fn alone(options: EngineOptions, max_tokens: usize) -> Vec<Answer> {
 }
 
 /// Submits while the device is taken, so that all of them are there for the second step.
-fn together(engine: &Engine, requests: Vec<Request>) -> Vec<Answer> {
+pub(super) fn together(engine: &Engine, requests: Vec<Request>) -> Vec<Answer> {
     let gate = engine.gate();
     let device = gate.serve();
     let streams: Vec<_> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
@@ -208,7 +210,7 @@ fn together(engine: &Engine, requests: Vec<Request>) -> Vec<Answer> {
     streams.into_iter().map(answer).collect()
 }
 
-fn assert_same(got: &[Answer], expected: &[Answer]) {
+pub(super) fn assert_same(got: &[Answer], expected: &[Answer]) {
     assert_eq!(got.len(), expected.len());
     for (got, expected) in got.iter().zip(expected) {
         assert_eq!(got.bits(), expected.bits());

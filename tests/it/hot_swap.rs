@@ -28,6 +28,7 @@ pub(crate) fn options(data: &Path, reward: RewardOptions) -> RolesOptions {
             max_sequences: 8,
             ..KvCacheOptions::default()
         },
+        speculative_config: Default::default(),
         models: models.into_iter().map(|(name, path)| (name.to_owned(), model(fixture(path)))).collect(),
         teacher: RoleOptions::native("tiny"),
         student: RoleOptions::native("again"),

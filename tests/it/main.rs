@@ -10,6 +10,7 @@ mod gradients;
 mod grammar;
 mod hot_swap;
 mod jobs;
+mod lookup;
 mod method;
 mod openapi;
 mod parity;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
-use rdpo::engine::{Engine, EngineOptions, Event, Gate, Request, SamplingParams, Task};
+use rdpo::engine::{Engine, EngineOptions, Event, Gate, Request, SamplingParams, SpeculativeOptions, Task};
 use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, WeightFormat};
 use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
 use rdpo::text::{Message, RenderOptions, Tokenizer};
@@ -186,6 +186,7 @@ fn sampler_and_trainer_give_sampled_tokens_the_same_log_probs() {
             max_waiting: 16,
             max_model_len: None,
             prefix_caching: true,
+            speculative: SpeculativeOptions::default(),
         };
         let engine = Engine::start(model.clone(), tokenizer.clone(), Arc::new(Gate::new(0.5)), options).unwrap();
         let lora = LoraOptions { r: 4, alpha: 8.0, ..LoraOptions::default() };
