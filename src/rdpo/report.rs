@@ -30,8 +30,9 @@ pub struct Comparison {
     pub tokens_base: usize,
     /// Tokens of `aligned`.
     pub tokens_aligned: usize,
-    /// Sum over the tokens of `aligned` of log π − log base, nats.
-    pub log_ratio: f64,
+    /// Estimate of KL(π ‖ base) summed over the tokens of `aligned`, nats: e^−d − 1 + d with d = log π − log base of each token, which has
+    /// less spread than d itself and is never negative (Schulman 2020, "Approximating KL divergence", k3).
+    pub kl: f64,
 }
 
 /// Base against new adapter.
@@ -75,7 +76,7 @@ impl Report {
             })
             .sum();
         let tokens: usize = samples.iter().map(|one| one.tokens_aligned).sum();
-        let ratio: f64 = samples.iter().map(|one| one.log_ratio).sum();
+        let kl: f64 = samples.iter().map(|one| one.kl).sum();
         let per_prompt = samples.len().max(1) as f64;
         Report {
             prompts: samples.len(),
@@ -86,7 +87,7 @@ impl Report {
             win_rate_interval: (!scored.is_empty()).then(|| wilson(wins, scored.len() as f64)),
             mean_tokens_base: samples.iter().map(|one| one.tokens_base).sum::<usize>() as f64 / per_prompt,
             mean_tokens_aligned: tokens as f64 / per_prompt,
-            kl_per_token: if tokens == 0 { 0.0 } else { ratio / tokens as f64 },
+            kl_per_token: if tokens == 0 { 0.0 } else { kl / tokens as f64 },
             samples,
         }
     }
@@ -125,12 +126,12 @@ pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: 
     };
     let (old, new) = tokio::try_join!(base.answer(&messages, params.clone()), aligned.answer(&messages, params))?;
     let asked = base.tokenizer()?.encode_chat(&messages, &RenderOptions::default())?;
-    let log_ratio = match new.ids.is_empty() {
+    let kl = match new.ids.is_empty() {
         true => 0.0,
         false => {
             let (under_new, under_base) =
                 tokio::try_join!(aligned.logprobs_of(&asked, &new.ids), base.logprobs_of(&asked, &new.ids))?;
-            under_new.iter().zip(&under_base).map(|(new, base)| f64::from(*new) - f64::from(*base)).sum()
+            under_new.iter().zip(&under_base).map(|(new, base)| kl_of(f64::from(*new) - f64::from(*base))).sum()
         }
     };
     let plain = prompt.messages();
@@ -151,8 +152,13 @@ pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: 
         aligned: new.text.trim().to_owned(),
         tokens_base: old.ids.len(),
         tokens_aligned: new.ids.len(),
-        log_ratio,
+        kl,
     })
+}
+
+/// What a token drawn from π with log π − log base = `d` says of KL(π ‖ base).
+fn kl_of(d: f64) -> f64 {
+    (-d).exp_m1() + d
 }
 
 #[cfg(test)]
@@ -169,7 +175,7 @@ mod tests {
             score_aligned: aligned,
             tokens_base: 2,
             tokens_aligned: 4,
-            log_ratio: 0.4,
+            kl: 0.4,
         }
     }
 
@@ -185,6 +191,15 @@ mod tests {
         assert_eq!(report.mean_reward_aligned, Some(2.0));
         assert!((report.kl_per_token - 0.1).abs() < 1e-12);
         assert_eq!(Report::of(vec![]).win_rate, None);
+    }
+
+    #[test]
+    fn the_divergence_is_its_samples_mean_and_never_negative() {
+        // π = (0.5, 0.5), base = (0.25, 0.75).
+        let of = |base: f64| kl_of((0.5 / base).ln());
+        let exact = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((0.5 * of(0.25) + 0.5 * of(0.75) - exact).abs() < 1e-12);
+        assert!(of(0.25) > 0.0 && of(0.75) > 0.0 && kl_of(0.0) == 0.0);
     }
 
     #[test]
