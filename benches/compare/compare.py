@@ -5,6 +5,7 @@
     compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
     compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, several streams by its batch API
     compare.py server [--runs 3]          llama.cpp's own server on the same GGUF file against `rdpo serve`: 1, 8 and 32 streaming clients
+    compare.py lookup [--runs 3]          `rdpo serve` without prompt lookup and with it: the turns of self-critique, 16 at once and one by one
     compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
     compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
     compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
@@ -14,6 +15,7 @@ Every run is a process of its own, so that peak memory is its own, and the two s
 changes it for both. Build first: `cargo bench --no-run --bench bench && cargo build --release`.
 """
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -26,6 +28,7 @@ import tempfile
 import time
 
 import streams
+import turns
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
@@ -175,16 +178,22 @@ def peer_server(arguments):
         return streams.measure(port)
 
 
+def demo_work():
+    """The built-in behaviour of `rdpo demo`, its prompts, and what fills a request's places."""
+    import tomllib
+
+    behavior = tomllib.loads((ROOT / "src/rdpo/behaviors/sycophancy.toml").read_text())
+    prompts = (ROOT / "src/cli/demo_prompts.txt").read_text().split("\n\n")[0].splitlines()
+    return behavior, prompts, lambda text, **places: re.sub(r"\{(\w+)\}", lambda at: places.get(at[1], at[0]), text)
+
+
 def peer_method(arguments):
     """Answer, critique, revision, judge and one epoch of DPO, with the prompts of `rdpo demo` and its built-in behaviour."""
-    import tomllib
     import torch
 
     model, tokenizer = load(arguments.dtype)
     tokenizer.padding_side = "left"
-    behavior = tomllib.loads((ROOT / "src/rdpo/behaviors/sycophancy.toml").read_text())
-    prompts = (ROOT / "src/cli/demo_prompts.txt").read_text().split("\n\n")[0].splitlines()
-    fill = lambda text, **places: re.sub(r"\{(\w+)\}", lambda at: places.get(at[1], at[0]), text)
+    behavior, prompts, fill = demo_work()
     render = lambda turns: tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     encode = lambda texts: tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
 
@@ -372,16 +381,40 @@ def own_generate(arguments):
 own_llama = own_generate
 
 
-def own_server(arguments):
+@contextlib.contextmanager
+def own_serving(arguments, more=""):
     with tempfile.TemporaryDirectory() as folder:
         settings = pathlib.Path(folder) / "rdpo.toml"
         role = '{ model = "smollm2" }'
         settings.write_text(
             f'[models.smollm2]\npath = "{MODEL}"\ndtype = "{arguments.own_dtype}"\n'
             f'[roles]\nteacher = {role}\nstudent = {role}\nreward = {{ kind = "judge", model = "smollm2" }}\n'
-            f'[store]\npath = "{folder}/jobs.sqlite"\n[adapters]\npath = "{folder}/adapters"\n')
+            f'[store]\npath = "{folder}/jobs.sqlite"\n[adapters]\npath = "{folder}/adapters"\n{more}')
         with streams.serving([TARGET / "rdpo", "serve", "--config", settings, "--port", "PORT"]) as port:
-            return streams.measure(port)
+            yield port
+
+
+def own_server(arguments):
+    with own_serving(arguments) as port:
+        return streams.measure(port)
+
+
+def lookup(arguments):
+    """The same turns without drafts and with them; the tokens must be the same."""
+    behavior, prompts, fill = demo_work()
+    requests = [[fill(behavior[name], prompt=prompt, principle=behavior["principle"]) for prompt in prompts] for name in ("critique", "revision")]
+    runs = {"none": [], "ngram": []}
+    for _ in range(arguments.runs):
+        for method, found in runs.items():
+            with own_serving(arguments, f'[speculative_config]\nmethod = "{method}"\n') as port:
+                turns.ask(port, [{"role": "user", "content": "Hi"}], 0, "warm")
+                parts = [turns.measure(port, prompts, requests, at_once) for at_once in (len(prompts), 1)]
+            found.append(({name: speed for speeds, _ in parts for name, speed in speeds.items()}, [tokens for _, tokens in parts]))
+    assert all(tokens == runs["none"][0][1] for found in runs.values() for _, tokens in found), "drafts changed an answer"
+    print("| tokens/s | without | with | ratio |\n|---|---|---|---|")
+    for name in runs["none"][0][0]:
+        without, with_it = (statistics.median(speeds[name] for speeds, _ in found) for found in runs.values())
+        print(f"| {name} | {without:.0f} | {with_it:.0f} | {with_it / without:.2f} |")
 
 
 def own_method(arguments):
@@ -415,7 +448,7 @@ def peer(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["train", "generate", "llama", "server", "method"]
-    parser.add_argument("what", choices=["export", "curve", "interop", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
+    parser.add_argument("what", choices=["export", "curve", "interop", "lookup", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the peer")
     parser.add_argument("--own-dtype", default="auto", help="of rdpo")
@@ -423,7 +456,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.what == "export":
         return export()
-    if arguments.what in ("curve", "interop", "scale"):
+    if arguments.what in ("curve", "interop", "lookup", "scale"):
         return globals()[arguments.what](arguments)
     if arguments.what.startswith("peer-"):
         return print(json.dumps(globals()["peer_" + arguments.what.removeprefix("peer-")](arguments)))

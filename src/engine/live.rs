@@ -104,21 +104,21 @@ impl Live {
         let draft = &sequence.tokens[sequence.settled()..];
         let right =
             |at: usize, outcome: &Outcome| matches!(outcome, Outcome::Token(drawn) if draft.get(at) == Some(&drawn.id));
-        let mut outcomes: Vec<Outcome> = Vec::new();
         let outcome = |(at, mut row): (usize, Vec<f32>)| self.outcome(sequence, sequence.settled() + at, &mut row);
         if self.matcher.is_none() {
-            outcomes = rows.into_par_iter().enumerate().map(outcome).collect();
-        } else {
-            // A grammar's state moves with each token.
-            for row in rows.into_iter().enumerate() {
-                outcomes.push(outcome(row));
-                if !right(outcomes.len() - 1, &outcomes[outcomes.len() - 1]) {
-                    break;
-                }
+            let mut outcomes: Vec<Outcome> = rows.into_par_iter().enumerate().map(outcome).collect();
+            let wrong = outcomes.iter().enumerate().position(|(at, outcome)| !right(at, outcome));
+            outcomes.truncate(wrong.map_or(usize::MAX, |at| at + 1));
+            return outcomes;
+        }
+        // A grammar's state moves with each token.
+        let mut outcomes = Vec::new();
+        for (at, row) in rows.into_iter().enumerate() {
+            outcomes.push(outcome((at, row)));
+            if !right(at, &outcomes[at]) {
+                break;
             }
         }
-        let wrong = outcomes.iter().enumerate().position(|(at, outcome)| !right(at, outcome));
-        outcomes.truncate(wrong.map_or(usize::MAX, |at| at + 1));
         outcomes
     }
 

@@ -69,7 +69,9 @@ impl Owner {
                 Ok(outcomes) => {
                     self.scheduler.complete(&step);
                     for (id, outcomes) in outcomes {
-                        self.count_accepted(id, outcomes.len() - 1);
+                        let role = [self.live[&id].request.role];
+                        let right = metrics().spec_decode_num_accepted_tokens_total.with_label_values(&role);
+                        right.inc_by(outcomes.len() as u64 - 1);
                         outcomes.into_iter().for_each(|outcome| self.settle(id, outcome));
                     }
                 }
@@ -141,13 +143,6 @@ impl Owner {
                 metrics().spec_decode_num_drafts_total.with_label_values(&role).inc();
                 metrics().spec_decode_num_draft_tokens_total.with_label_values(&role).inc_by(len as u64);
             }
-        }
-    }
-
-    fn count_accepted(&self, id: u64, count: usize) {
-        if let Some(live) = self.live.get(&id).filter(|_| count > 0) {
-            let role = [live.request.role];
-            metrics().spec_decode_num_accepted_tokens_total.with_label_values(&role).inc_by(count as u64);
         }
     }
 
