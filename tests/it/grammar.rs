@@ -321,9 +321,9 @@ fn company_and_preemption_do_not_change_a_constrained_answer() {
     let engine = start("llama", EngineOptions { kv_memory_bytes: pool_of(60), ..options() });
     let preempted = || rdpo::telemetry::metrics().preemptions_total.get();
     let before = preempted();
-    let streams: Vec<_> = (0..6)
-        .map(|seed| engine.submit(request(&[3, 4, 5], under(engine.tokenizer(), order(), seed))).unwrap())
-        .collect();
+    // Compiled first: the answers have to run at once.
+    let requests: Vec<_> = (0..6).map(|seed| request(&[3, 4, 5], under(engine.tokenizer(), order(), seed))).collect();
+    let streams: Vec<_> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
     let together: Vec<Answer> = streams.into_iter().map(answer).collect();
     for (alone, together) in alone.iter().zip(&together) {
         assert_eq!((&alone.ids, &alone.reason), (&together.ids, &together.reason));
