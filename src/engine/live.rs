@@ -6,6 +6,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::lookup::Draft;
 use super::request::{Event, FinishReason, Request, Task, TokenLogprob};
 use super::sampler::{self, Draw};
 use super::scheduler::Sequence;
@@ -96,6 +97,15 @@ impl Live {
         let end =
             self.request.params.max_tokens.map_or(max_model_len, |most| max_model_len.min(sequence.prompt_len + most));
         end.saturating_sub(sequence.settled() + 1)
+    }
+
+    /// The tokens that usually write what the grammar leaves no choice about. The last may run into what follows: it is left out.
+    pub(super) fn forced(&self, most: usize) -> Option<Draft> {
+        let mut matcher = self.matcher.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = self.tokenizer.encode(std::str::from_utf8(&matcher.forced()).ok()?, false).ok()?;
+        tokens.pop();
+        tokens.truncate(most);
+        (!tokens.is_empty()).then(|| Draft::forced(tokens))
     }
 
     /// What the logits after the sequence's last token say, and those after each token of its draft up to the first that is

@@ -1,4 +1,4 @@
-//! Speculative decoding by prompt lookup: where the last tokens of a text occurred before, what followed then is a draft of what
+//! Speculative decoding. What a grammar forces is a draft of itself. Otherwise it is prompt lookup: where the last tokens of a text occurred before, what followed then is a draft of what
 //! follows now. A revision repeats much of the answer it revises, code repeats its names.
 //!
 //! A draft's tokens are rows of the step like any other. Each is sampled as it would be without a draft, and the first token that
@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 
 /// What a step costs besides its rows, in rows.
 const FIXED_ROWS: f64 = 2.0;
+/// What a grammar forces is as likely as what follows after so many equal tokens.
+const FORCED: usize = 32;
 /// Tokens looked back over; a look takes some microseconds.
 const MOST_SCANNED: usize = 8192;
 
@@ -105,6 +107,13 @@ pub(super) struct Draft {
     pub(super) tokens: Vec<u32>,
     /// Tokens before them that are the same where they were found.
     matched: usize,
+}
+
+impl Draft {
+    /// Of tokens that a grammar leaves no choice about but where one ends and the next begins.
+    pub(super) fn forced(tokens: Vec<u32>) -> Self {
+        Draft { tokens, matched: FORCED }
+    }
 }
 
 /// How likely the next token is the one that followed before, after so many equal ones. In the turns of self-critique and in plain

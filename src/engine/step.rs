@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::batch::Batch;
 use super::live::{Live, Outcome, Submission};
-use super::lookup::{self, SpeculativeOptions};
+use super::lookup::{self, SpeculativeMethod, SpeculativeOptions};
 use super::request::{Event, FinishReason, Task, TokenLogprob, Usage};
 use super::sampler;
 use super::scheduler::{Scheduled, Scheduler, Sequence};
@@ -126,7 +126,12 @@ impl Owner {
             }
             answers += 1;
             let room = live.room(sequence, self.shared.max_model_len);
-            if let Some(mut draft) = self.speculative.find(&sequence.tokens, room) {
+            let forced = || live.forced(room.min(self.speculative.num_speculative_tokens));
+            let draft = match self.speculative.method {
+                SpeculativeMethod::None => None,
+                SpeculativeMethod::Ngram => forced().or_else(|| self.speculative.find(&sequence.tokens, room)),
+            };
+            if let Some(mut draft) = draft {
                 let end = draft.tokens.iter().position(|token| eos.contains(token));
                 draft.tokens.truncate(end.unwrap_or(usize::MAX));
                 found.push(at);

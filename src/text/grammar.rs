@@ -107,6 +107,11 @@ impl Matcher {
         self.0.consume_token(id).map_err(|error| invalid(&error.to_string()))
     }
 
+    /// What must be written next, in whatever tokens; nothing where there is a choice.
+    pub fn forced(&mut self) -> Vec<u8> {
+        self.0.compute_ff_bytes()
+    }
+
     /// Whether the text so far could be the whole.
     pub fn is_accepting(&mut self) -> bool {
         self.0.is_accepting().unwrap_or(false)

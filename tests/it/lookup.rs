@@ -7,6 +7,7 @@ use rdpo::engine::{
 };
 use rdpo::telemetry::metrics;
 use rdpo::text::{Constraint, Grammar};
+use serde_json::json;
 
 use super::engine::{
     Answer, EOS, adapter, assert_same, greedy, options, pool_of, request, run, sampled, start, together,
@@ -110,6 +111,23 @@ fn drafts_fit_small_steps_and_small_pools() {
         all_blocks_are_back(&engine);
     }
     assert!(preempted() > before && counted("small")[2] > 0);
+}
+
+/// The keys of an object are not chosen: they are drafted, though the text had none before.
+#[test]
+fn what_a_grammar_forces_is_drafted() {
+    let schema = json!({"type": "object", "properties": {"considered": {"type": "boolean"}, "recommended": {"type": "boolean"}},
+        "required": ["considered", "recommended"], "additionalProperties": false});
+    let ask = |engine: &Engine, role| -> Vec<Answer> {
+        let params = |seed| {
+            let grammar = Grammar::compile(engine.tokenizer(), Constraint::JsonSchema(schema.clone())).unwrap();
+            SamplingParams { grammar: Some(Arc::new(grammar)), ignore_eos: false, ..sampled(200, seed) }
+        };
+        (0..4).map(|seed| run(engine, Request { role, ..request(&[3, 4, 5], params(seed)) })).collect()
+    };
+    check(&ask(&start("llama", options()), "forced"), &ask(&start("llama", off()), "unforced"));
+    let [drafts, drafted, right] = counted("forced");
+    assert!(right > 4 * 15, "{drafts} {drafted} {right}");
 }
 
 /// What was drafted and thrown away is in no block that a later prompt finds.
