@@ -6,30 +6,32 @@ mod blocks;
 mod gate;
 mod live;
 mod lookup;
+mod queue;
 pub mod request;
 mod sampler;
 mod scheduler;
 mod step;
+mod writer;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use candle_core::DType;
 
 pub use gate::{Gate, GateGuard};
 pub use lookup::{SpeculativeMethod, SpeculativeOptions};
+pub use queue::Queue;
 pub use request::{Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
 pub use sampler::{Draw, sample};
 pub use scheduler::{Limits, Scheduled, Scheduler, Sequence};
+pub use writer::{Ending, Outcome, Writer};
 
 use crate::error::{Code, Error, Result};
 use crate::model::{Decoder, KvPool};
 use crate::telemetry::metrics;
 use crate::text::Tokenizer;
-use live::Submission;
 use step::Owner;
 
 /// Limits of one engine.
@@ -77,9 +79,7 @@ struct Shared {
     tokenizer: Arc<Tokenizer>,
     gate: Arc<Gate>,
     max_model_len: usize,
-    max_waiting: usize,
-    /// Requests accepted and not yet begun, by role: a flood of one leaves the others their room.
-    waiting: Mutex<HashMap<&'static str, usize>>,
+    queue: Queue,
     stats: Mutex<EngineStats>,
     /// What this engine last added to the gauges of a role, which all engines share.
     counted: Mutex<HashMap<&'static str, (i64, i64)>>,
@@ -88,38 +88,15 @@ struct Shared {
 }
 
 /// Says that the owner thread has ended, however it did.
-struct Ending(Arc<Shared>);
+struct ThreadEnd(Arc<Shared>);
 
-impl Drop for Ending {
+impl Drop for ThreadEnd {
     fn drop(&mut self) {
         self.0.alive.store(false, Ordering::Relaxed);
     }
 }
 
 impl Shared {
-    fn waiting(&self) -> usize {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
-    }
-
-    /// A place in the queue; 429 where it is full.
-    fn enter_queue(&self, role: &'static str) -> Result<()> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_role = waiting.entry(role).or_default();
-        if *of_role >= self.max_waiting {
-            metrics().queue_rejections_total.with_label_values(&[role]).inc();
-            let text = format!("{of_role} requests are waiting already; try again in a moment");
-            return Err(Error::new(Code::RateLimited, text));
-        }
-        *of_role += 1;
-        Ok(())
-    }
-
-    fn leave_queue(&self, role: &'static str) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_role = waiting.entry(role).or_default();
-        *of_role = of_role.saturating_sub(1);
-    }
-
     fn count(&self, role: &'static str, running: i64, waiting: i64) {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let before = counted.insert(role, (running, waiting)).unwrap_or_default();
@@ -134,7 +111,7 @@ impl Shared {
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
-    commands: Sender<Submission>,
+    commands: Sender<Writer>,
 }
 
 impl Engine {
@@ -177,8 +154,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             name: options.name.clone(),
             max_model_len: longest.min(num_blocks * block_size),
-            max_waiting: options.max_waiting,
-            waiting: Mutex::default(),
+            queue: Queue::new(options.max_waiting),
             stats: Mutex::new(EngineStats {
                 total_blocks: num_blocks,
                 free_blocks: num_blocks,
@@ -199,7 +175,7 @@ impl Engine {
         let owner = Owner::new(shared.clone(), pool, Scheduler::new(limits, num_blocks), options.speculative);
         let (commands, receiver) = channel();
         std::thread::Builder::new().name(format!("engine-{}", options.name)).spawn(move || {
-            let _ending = Ending(owner.shared.clone());
+            let _end = ThreadEnd(owner.shared.clone());
             let bytes = owner.pool.bytes();
             owner.run(&receiver);
             metrics().gpu_memory_bytes.with_label_values(&["kv"]).sub(bytes as i64);
@@ -222,10 +198,10 @@ impl Engine {
         if scores && request.params.prompt_logprobs.is_some() {
             return Err(Error::invalid("prompt_logprobs", "A sequence classifier has no `prompt_logprobs`."));
         }
-        self.shared.enter_queue(request.role)?;
+        self.shared.queue.enter(request.role)?;
         let (events, stream) = tokio::sync::mpsc::unbounded_channel();
-        let submission = Submission { request, events, arrived: Instant::now() };
-        self.commands.send(submission).map_err(|_| Error::new(Code::Overloaded, "the engine has stopped"))?;
+        let writer = Writer::new(request, events, self.shared.tokenizer.clone(), self.shared.max_model_len);
+        self.commands.send(writer).map_err(|_| Error::new(Code::Overloaded, "the engine has stopped"))?;
         Ok(stream)
     }
 
@@ -256,12 +232,12 @@ impl Engine {
 
     /// Most requests of a role that may wait.
     pub fn max_waiting(&self) -> usize {
-        self.shared.max_waiting
+        self.shared.queue.most()
     }
 
     /// Current numbers.
     pub fn stats(&self) -> EngineStats {
         let stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        EngineStats { waiting: self.shared.waiting(), ..stats }
+        EngineStats { waiting: self.shared.queue.waiting(), ..stats }
     }
 }

@@ -230,7 +230,7 @@ impl SamplingParams {
 
 impl Request {
     /// Range checks, each error naming the field as the API does. `max_model_len` counts prompt and answer.
-    pub(super) fn validate(&self, vocab_size: usize, max_model_len: usize) -> Result<()> {
+    pub fn validate(&self, vocab_size: usize, max_model_len: usize) -> Result<()> {
         let params = &self.params;
         params.check()?;
         let known = |field: &str, id: u32| {

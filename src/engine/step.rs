@@ -9,11 +9,12 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::batch::Batch;
-use super::live::{Live, Outcome, Submission};
+use super::live::Live;
 use super::lookup::{self, SpeculativeMethod, SpeculativeOptions};
-use super::request::{Event, FinishReason, Task, TokenLogprob, Usage};
+use super::request::{Task, TokenLogprob, Usage};
 use super::sampler;
 use super::scheduler::{Scheduled, Scheduler, Sequence};
+use super::writer::{Ending, Outcome, Writer};
 use super::{EngineStats, GateGuard, Shared};
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, KvPool, PagedSequence};
@@ -42,18 +43,18 @@ impl Owner {
     }
 
     /// Runs until every handle is gone.
-    pub(super) fn run(mut self, commands: &Receiver<Submission>) {
+    pub(super) fn run(mut self, commands: &Receiver<Writer>) {
         loop {
             if self.scheduler.is_idle() {
                 self.publish_stats();
                 match commands.recv() {
-                    Ok(submission) => self.admit(submission),
+                    Ok(writer) => self.admit(writer),
                     Err(_) => return,
                 }
             }
             // With the last handle gone, what was accepted is still answered.
-            while let Ok(submission) = commands.try_recv() {
-                self.admit(submission);
+            while let Ok(writer) = commands.try_recv() {
+                self.admit(writer);
             }
             self.drop_cancelled();
             let mut step = self.scheduler.schedule();
@@ -69,7 +70,7 @@ impl Owner {
                 Ok(outcomes) => {
                     self.scheduler.complete(&step);
                     for (id, outcomes) in outcomes {
-                        let role = [self.live[&id].request.role];
+                        let role = [self.live[&id].role()];
                         let right = metrics().spec_decode_num_accepted_tokens_total.with_label_values(&role);
                         right.inc_by(outcomes.len() as u64 - 1);
                         outcomes.into_iter().for_each(|outcome| self.settle(id, outcome));
@@ -77,22 +78,24 @@ impl Owner {
                 }
                 Err(error) => {
                     tracing::error!(%error, sequences = step.len(), "engine step failed");
-                    step.iter().for_each(|scheduled| self.end(scheduled.id, Event::Failed(error.clone()), "error"));
+                    step.iter().for_each(|scheduled| self.end(scheduled.id, Ending::Failed(error.clone())));
                 }
             }
         }
     }
 
-    fn admit(&mut self, submission: Submission) {
-        let live = Live::new(submission, self.shared.tokenizer.clone());
+    fn admit(&mut self, writer: Writer) {
+        let live = Live::new(writer);
         self.scheduler.add(live.sequence(self.next_id));
         self.live.insert(self.next_id, live);
         self.next_id += 1;
     }
 
     fn drop_cancelled(&mut self) {
-        let gone: Vec<u64> = self.live.iter().filter(|(_, live)| live.events.is_closed()).map(|(id, _)| *id).collect();
-        gone.into_iter().for_each(|id| self.finish(id, "abort"));
+        let gone = self.live.iter().filter(|(_, live)| live.writer.is_abandoned());
+        for id in gone.map(|(id, _)| *id).collect::<Vec<u64>>() {
+            self.finish(id, "abort");
+        }
     }
 
     /// Queue time and prefix-cache counts, once a request.
@@ -105,9 +108,12 @@ impl Owner {
             if std::mem::replace(&mut live.started, true) {
                 continue;
             }
-            self.shared.leave_queue(live.request.role);
-            let (metrics, role) = (metrics(), [live.request.role]);
-            metrics.request_queue_time_seconds.with_label_values(&role).observe(live.arrived.elapsed().as_secs_f64());
+            self.shared.queue.leave(live.role());
+            let (metrics, role) = (metrics(), [live.role()]);
+            metrics
+                .request_queue_time_seconds
+                .with_label_values(&role)
+                .observe(live.writer.arrived.elapsed().as_secs_f64());
             metrics.prompt_tokens_total.with_label_values(&role).inc_by(sequence.prompt_len as u64);
             metrics.prompt_tokens_cached_total.with_label_values(&role).inc_by(sequence.cached as u64);
             metrics.prefix_cache_queries_total.with_label_values(&role).inc_by(sequence.prompt_len as u64);
@@ -125,7 +131,7 @@ impl Owner {
                 continue;
             }
             answers += 1;
-            let room = live.room(sequence, self.shared.max_model_len);
+            let room = live.room(sequence);
             let forced = || live.forced(room.min(self.speculative.num_speculative_tokens));
             let draft = match self.speculative.method {
                 SpeculativeMethod::None => None,
@@ -144,7 +150,7 @@ impl Owner {
             let len = self.scheduler.draft(step[at].id, &draft.tokens[..len]);
             step[at].len += len;
             if len > 0 {
-                let role = [self.live[&step[at].id].request.role];
+                let role = [self.live[&step[at].id].role()];
                 metrics().spec_decode_num_drafts_total.with_label_values(&role).inc();
                 metrics().spec_decode_num_draft_tokens_total.with_label_values(&role).inc_by(len as u64);
             }
@@ -155,7 +161,7 @@ impl Owner {
     fn forward(&mut self, step: &[Scheduled]) -> Result<Vec<(u64, Vec<Outcome>)>> {
         let mut batch = Batch::new(self.pool.block_size);
         for scheduled in step {
-            let adapter = self.live[&scheduled.id].request.adapter.as_ref();
+            let adapter = self.live[&scheduled.id].writer.request.adapter.as_ref();
             batch.push(self.sequence(scheduled.id), scheduled.len, adapter);
         }
         let shared = self.shared.clone();
@@ -187,7 +193,7 @@ impl Owner {
             return Ok(Vec::new());
         }
         let last = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        if wanting.iter().all(|(id, _)| self.live[id].request.task == Task::Score) {
+        if wanting.iter().all(|(id, _)| self.live[id].writer.request.task == Task::Score) {
             let scores = model.scores(&last)?;
             return Ok(wanting.iter().zip(scores).map(|((id, _), score)| (*id, vec![Outcome::Score(score)])).collect());
         }
@@ -206,9 +212,9 @@ impl Owner {
     /// Log-probabilities of the prompt tokens that this chunk's rows predict.
     fn read_prompt(&mut self, scheduled: &Scheduled, paged: &PagedSequence, hidden: &Tensor) -> Result<()> {
         let live = &self.live[&scheduled.id];
-        let Some(top) = live.request.params.prompt_logprobs else { return Ok(()) };
+        let Some(top) = live.writer.request.params.prompt_logprobs else { return Ok(()) };
         // They were sent with the first token: a preempted sequence reads its prompt again without them.
-        if live.prompt_logprobs.is_empty() {
+        if live.writer.prompt_logprobs.is_empty() {
             return Ok(());
         }
         let sequence = self.sequence(scheduled.id);
@@ -222,7 +228,7 @@ impl Owner {
                 logits.par_iter().zip(targets).map(|(row, target)| sampler::logprob_of(row, *target, top)).collect();
             let live = self.live.get_mut(&scheduled.id).expect("a scheduled sequence is live. This is a bug.");
             for (offset, logprob) in found.into_iter().enumerate() {
-                live.prompt_logprobs[first + chunk * LOGIT_ROWS + offset + 1] = Some(logprob);
+                live.writer.prompt_logprobs[first + chunk * LOGIT_ROWS + offset + 1] = Some(logprob);
             }
         }
         Ok(())
@@ -231,59 +237,43 @@ impl Owner {
     /// Tells the client, and ends what is at its end.
     fn settle(&mut self, id: u64, outcome: Outcome) {
         let Some(live) = self.live.get_mut(&id) else { return };
-        if !live.prompt_logprobs.is_empty() {
-            let _ = live.events.send(Event::Prompt(std::mem::take(&mut live.prompt_logprobs)));
+        if let Some(token) = outcome.token() {
+            self.scheduler.push_token(id, token);
         }
-        let ended = match outcome {
-            Outcome::NextToken(values) => return self.end(id, Event::NextToken(values, self.usage(id)), "stop"),
-            Outcome::Score(score) => return self.end(id, Event::Score(score, self.usage(id)), "stop"),
-            Outcome::Failed(error) => return self.end(id, Event::Failed(error), "error"),
-            Outcome::Complete => Some((live.rest(), FinishReason::Stop { text: None, token: None })),
-            Outcome::PromptRead => Some((String::new(), FinishReason::Length)),
-            Outcome::Token(drawn) => {
-                self.scheduler.push_token(id, drawn.id);
-                let (total, written) = self
-                    .scheduler
-                    .get(id)
-                    .map_or((0, 0), |sequence| (sequence.settled(), sequence.settled() - sequence.prompt_len));
-                let most = live.request.params.max_tokens.unwrap_or(usize::MAX);
-                live.take(drawn, written >= most || total >= self.shared.max_model_len)
-            }
-        };
-        if let Some((text, reason)) = ended {
-            let label = if reason == FinishReason::Length { "length" } else { "stop" };
-            self.end(id, Event::Done { text, reason, usage: self.usage(id) }, label);
+        let answered = answered(self.scheduler.get(id));
+        if let Some(ending) = live.writer.write(outcome, answered) {
+            self.end(id, ending);
         }
     }
 
+    /// None where a step failed in which the sequence was put back.
     fn usage(&self, id: u64) -> Usage {
-        let sequence = self.sequence(id);
+        let sequence = self.scheduler.get(id);
         Usage {
-            prompt_tokens: sequence.prompt_len,
-            cached_tokens: sequence.cached,
-            completion_tokens: sequence.settled() - sequence.prompt_len,
+            prompt_tokens: sequence.map_or(0, |sequence| sequence.prompt_len),
+            cached_tokens: sequence.map_or(0, |sequence| sequence.cached),
+            completion_tokens: answered(sequence),
         }
     }
 
     /// Sends the last event and forgets the request; its cache is already back when the client hears of it.
-    fn end(&mut self, id: u64, event: Event, reason: &str) {
-        let events = self.live.get(&id).map(|live| live.events.clone());
-        self.finish(id, reason);
+    fn end(&mut self, id: u64, ending: Ending) {
+        let usage = self.usage(id);
+        let live = self.finish(id, ending.label());
         self.publish_stats();
-        if let Some(events) = events {
-            let _ = events.send(event);
+        if let Some(live) = live {
+            live.writer.end(ending, usage);
         }
     }
 
-    fn finish(&mut self, id: u64, reason: &str) {
+    fn finish(&mut self, id: u64, reason: &str) -> Option<Live> {
         self.scheduler.remove(id);
-        let Some(live) = self.live.remove(&id) else { return };
+        let live = self.live.remove(&id)?;
         if !live.started {
-            self.shared.leave_queue(live.request.role);
+            self.shared.queue.leave(live.role());
         }
-        let role = live.request.role;
-        metrics().request_success_total.with_label_values(&[role, reason]).inc();
-        metrics().e2e_request_latency_seconds.with_label_values(&[role]).observe(live.arrived.elapsed().as_secs_f64());
+        live.writer.count(reason);
+        Some(live)
     }
 
     fn publish_stats(&mut self) {
@@ -292,7 +282,7 @@ impl Owner {
         let running = self.scheduler.running().len();
         let stats = EngineStats {
             running,
-            waiting: self.shared.waiting(),
+            waiting: self.shared.queue.waiting(),
             total_blocks: total,
             free_blocks: free,
             cached_blocks: cached,
@@ -304,9 +294,14 @@ impl Owner {
             .set((total - free - cached) as f64 / total.max(1) as f64);
         metrics().preemptions_total.inc_by(std::mem::take(&mut self.scheduler.preemptions) as u64);
         for role in ["teacher", "reward", "student"] {
-            let of_role = self.live.values().filter(|live| live.request.role == role);
+            let of_role = self.live.values().filter(|live| live.role() == role);
             let (started, waiting): (Vec<_>, Vec<_>) = of_role.partition(|live| live.started);
             self.shared.count(role, started.len() as i64, waiting.len() as i64);
         }
     }
+}
+
+/// Tokens of the answer so far.
+fn answered(sequence: Option<&Sequence>) -> usize {
+    sequence.map_or(0, |sequence| sequence.settled() - sequence.prompt_len)
 }

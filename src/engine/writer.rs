@@ -1,0 +1,258 @@
+//! One request's answer as it is made: what a row of logits says, what of it is sent, and when it ends. It knows no scheduler and
+//! no pool, so that an engine of another make can be made to answer as this one does.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
+use super::sampler::{self, Draw};
+use crate::error::{Code, Error, Result};
+use crate::telemetry::metrics;
+use crate::text::{Matcher, StreamDecoder, Tokenizer};
+
+/// A request and all that its answer needs besides its tokens.
+pub struct Writer {
+    /// What was asked.
+    pub request: Request,
+    /// When.
+    pub arrived: Instant,
+    /// Gathered until the first token is there.
+    pub(super) prompt_logprobs: Vec<Option<TokenLogprob>>,
+    events: UnboundedSender<Event>,
+    tokenizer: Arc<Tokenizer>,
+    max_model_len: usize,
+    decoder: StreamDecoder,
+    /// Where the answer stands in its grammar; locked by the one thread that samples it.
+    matcher: Option<Mutex<Matcher>>,
+    seed: u64,
+    last_token: Option<Instant>,
+}
+
+/// What a row of logits says.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The next token.
+    Token(Drawn),
+    /// Answer to [`Task::NextToken`].
+    NextToken(Vec<f32>),
+    /// Answer to [`Task::Score`].
+    Score(f32),
+    /// Nothing but the prompt was to be read.
+    PromptRead,
+    /// The text is whole and no further token is allowed.
+    Complete,
+    /// The request fails.
+    Failed(Error),
+}
+
+impl Outcome {
+    /// The token, where it is one.
+    pub fn token(&self) -> Option<u32> {
+        match self {
+            Outcome::Token(drawn) => Some(drawn.id),
+            _ => None,
+        }
+    }
+}
+
+/// A sampled token.
+#[derive(Debug)]
+pub struct Drawn {
+    id: u32,
+    logprob: Option<TokenLogprob>,
+    /// The grammar lets nothing follow.
+    complete: bool,
+}
+
+/// How an answer ends.
+#[derive(Debug)]
+pub enum Ending {
+    /// With text that was held back.
+    Done(String, FinishReason),
+    /// With the answer to [`Task::NextToken`].
+    NextToken(Vec<f32>),
+    /// With the answer to [`Task::Score`].
+    Score(f32),
+    /// Without one.
+    Failed(Error),
+}
+
+impl Ending {
+    /// The reason in the metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Ending::Done(_, FinishReason::Length) => "length",
+            Ending::Done(..) | Ending::NextToken(_) | Ending::Score(_) => "stop",
+            Ending::Failed(_) => "error",
+        }
+    }
+
+    fn event(self, usage: Usage) -> Event {
+        match self {
+            Ending::Done(text, reason) => Event::Done { text, reason, usage },
+            Ending::NextToken(values) => Event::NextToken(values, usage),
+            Ending::Score(score) => Event::Score(score, usage),
+            Ending::Failed(error) => Event::Failed(error),
+        }
+    }
+}
+
+impl Writer {
+    /// A request that arrived now. `max_model_len` counts prompt and answer.
+    pub fn new(
+        request: Request,
+        events: UnboundedSender<Event>,
+        tokenizer: Arc<Tokenizer>,
+        max_model_len: usize,
+    ) -> Self {
+        let params = &request.params;
+        let decoder = StreamDecoder::new(
+            tokenizer.clone(),
+            params.stop.clone(),
+            params.include_stop_str_in_output,
+            params.skip_special_tokens,
+        );
+        let read = if reuses(&request) { 0 } else { request.prompt.len() };
+        Writer {
+            prompt_logprobs: vec![None; read],
+            matcher: params.grammar.as_ref().map(|grammar| Mutex::new(grammar.matcher())),
+            seed: params.seed.unwrap_or_else(rand::random),
+            arrived: Instant::now(),
+            last_token: None,
+            decoder,
+            request,
+            events,
+            tokenizer,
+            max_model_len,
+        }
+    }
+
+    /// Nobody listens any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Until nobody listens any more.
+    pub async fn abandoned(&self) {
+        self.events.closed().await;
+    }
+
+    /// Most tokens of the answer.
+    pub fn room(&self) -> usize {
+        let context = self.max_model_len.saturating_sub(self.request.prompt.len());
+        self.request.params.max_tokens.map_or(context, |most| most.min(context))
+    }
+
+    /// Whether each further row must wait for the token before it.
+    pub(super) fn has_grammar(&self) -> bool {
+        self.matcher.is_some()
+    }
+
+    /// The tokens that usually write what the grammar leaves no choice about. The last may run into what follows: it is left out.
+    pub(super) fn forced(&self, most: usize) -> Option<Vec<u32>> {
+        let mut matcher = self.matcher.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = self.tokenizer.encode(std::str::from_utf8(&matcher.forced()).ok()?, false).ok()?;
+        tokens.pop();
+        tokens.truncate(most);
+        (!tokens.is_empty()).then_some(tokens)
+    }
+
+    /// What the logits after `prompt` and `output` say; a grammar moves on by the token that is drawn. logits: V values, changed in place.
+    pub fn read(&self, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Outcome {
+        if !logits.iter().all(|logit| logit.is_finite()) {
+            let text = "the model's logits are not finite: its weights or the adapter are broken";
+            return Outcome::Failed(Error::internal(text));
+        }
+        match &self.request.task {
+            Task::NextToken(ids) => {
+                let total = sampler::log_sum_exp(logits);
+                Outcome::NextToken(ids.iter().map(|id| (f64::from(logits[*id as usize]) - total) as f32).collect())
+            }
+            Task::Score | Task::Generate if self.request.params.max_tokens == Some(0) => Outcome::PromptRead,
+            Task::Score | Task::Generate => self.draw(prompt, output, logits).unwrap_or_else(Outcome::Failed),
+        }
+    }
+
+    /// One token, by the request's parameters and grammar.
+    fn draw(&self, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Result<Outcome> {
+        let params = &self.request.params;
+        let mut banned: Vec<u32> = sampler::ends_of(&params.bad_words, output).collect();
+        if output.len() < params.min_tokens {
+            banned.extend(self.tokenizer.eos_token_ids().iter().chain(&params.stop_token_ids));
+        }
+        let mut matcher = self.matcher.as_ref().map(|matcher| matcher.lock().unwrap_or_else(PoisonError::into_inner));
+        let mask = matcher.as_mut().map(|matcher| matcher.mask()).transpose()?;
+        let draw = Draw { params, prompt, output, seed: self.seed, banned: &banned, mask: mask.as_ref() };
+        let (id, logprob) = sampler::sample(logits, &draw);
+        if logits[id as usize] > f32::NEG_INFINITY {
+            matcher.as_mut().map(|matcher| matcher.commit(id)).transpose()?;
+            let complete = matcher.is_some_and(|matcher| matcher.is_complete());
+            return Ok(Outcome::Token(Drawn { id, logprob, complete }));
+        }
+        if matcher.is_some_and(|mut matcher| matcher.is_accepting()) {
+            return Ok(Outcome::Complete);
+        }
+        let text = "No token is left that the format, `allowed_token_ids`, `bad_words` and `min_tokens` all allow.";
+        Err(Error::new(Code::InvalidValue, text))
+    }
+
+    /// Sends what the outcome brings; how the answer ends, where it does. `answered` counts its tokens, this one too.
+    pub fn write(&mut self, outcome: Outcome, answered: usize) -> Option<Ending> {
+        if !self.prompt_logprobs.is_empty() {
+            let _ = self.events.send(Event::Prompt(std::mem::take(&mut self.prompt_logprobs)));
+        }
+        let Drawn { id, logprob, complete } = match outcome {
+            Outcome::Token(drawn) => drawn,
+            Outcome::NextToken(values) => return Some(Ending::NextToken(values)),
+            Outcome::Score(score) => return Some(Ending::Score(score)),
+            Outcome::Failed(error) => return Some(Ending::Failed(error)),
+            Outcome::Complete => return Some(self.stop(None)),
+            Outcome::PromptRead => return Some(Ending::Done(String::new(), FinishReason::Length)),
+        };
+        self.observe();
+        let params = &self.request.params;
+        let is_eos = (complete || !params.ignore_eos) && self.tokenizer.eos_token_ids().contains(&id);
+        let asked = params.stop_token_ids.contains(&id);
+        let (text, stop) = if is_eos || asked { Default::default() } else { self.decoder.push(id) };
+        let _ = self.events.send(Event::Token { id, text, logprob });
+        match stop {
+            Some(stop) => Some(Ending::Done(String::new(), FinishReason::Stop { text: Some(stop), token: None })),
+            None if is_eos || asked || complete => Some(self.stop(asked.then_some(id))),
+            None => (answered >= self.room()).then(|| Ending::Done(self.decoder.finish(), FinishReason::Length)),
+        }
+    }
+
+    /// Counts a token and the time it took.
+    fn observe(&mut self) {
+        let (metrics, role, now) = (metrics(), [self.request.role], Instant::now());
+        let (times, since) = match self.last_token.replace(now) {
+            None => (&metrics.time_to_first_token_seconds, self.arrived),
+            Some(before) => (&metrics.inter_token_latency_seconds, before),
+        };
+        times.with_label_values(&role).observe((now - since).as_secs_f64());
+        metrics.generation_tokens_total.with_label_values(&role).inc();
+    }
+
+    fn stop(&mut self, token: Option<u32>) -> Ending {
+        Ending::Done(self.decoder.finish(), FinishReason::Stop { text: None, token })
+    }
+
+    /// Sends the end.
+    pub fn end(&self, ending: Ending, usage: Usage) {
+        let _ = self.events.send(ending.event(usage));
+    }
+
+    /// Counts the request as ended, for a reason as [`Ending::label`] gives it or `abort`.
+    pub fn count(&self, reason: &str) {
+        let role = self.request.role;
+        metrics().request_success_total.with_label_values(&[role, reason]).inc();
+        metrics().e2e_request_latency_seconds.with_label_values(&[role]).observe(self.arrived.elapsed().as_secs_f64());
+    }
+}
+
+/// Log-probabilities of the prompt need every row computed.
+pub(super) fn reuses(request: &Request) -> bool {
+    request.params.prompt_logprobs.is_none()
+}
