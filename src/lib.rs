@@ -3,7 +3,7 @@
 //! **Serving, one request:**
 //! 1. [`server`] parses a route's JSON into core types;
 //! 2. [`roles`] resolves the model name to an engine and pins an adapter generation for the whole request; a remote role is
-//!    asked at its endpoints, and what follows happens there;
+//!    asked at its endpoints, and what follows happens there; one on mistral.rs has its logits from there, and the rest of this;
 //! 3. [`text`] renders the chat template and encodes token ids;
 //! 4. [`engine`] queues the request on the one thread that owns the KV pool;
 //! 5. its scheduler picks sequences, its block manager reserves cache, its batch builder lays out one flat step;

@@ -155,9 +155,12 @@ pub fn start_series() {
     }
 }
 
+/// What mistral.rs says while all is well (it warns of paged attention on every CPU) is not for this server's users.
+const USUAL_LEVELS: &str = "info,mistralrs_core=error,mistralrs_quant=error";
+
 /// Sends log lines to standard error; `RUST_LOG` chooses what (default `info`), `RDPO_LOG_FORMAT=json` how.
 pub fn init_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| USUAL_LEVELS.into());
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let json = std::env::var("RDPO_LOG_FORMAT").is_ok_and(|format| format == "json");
     let result = if json { lines.json().try_init() } else { lines.try_init() };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::{DeviceOptions, ModelOptions, Remote, Role, RoleOptions, RolesOptions};
+use super::{Backend, DeviceOptions, Mistral, ModelOptions, Remote, Role, RoleOptions, RolesOptions};
 use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LoadOptions, WeightFormat};
@@ -39,6 +39,7 @@ impl Drop for Loaded {
 /// What a role's model is.
 pub(super) enum Backing {
     Native(Arc<Loaded>),
+    Mistral(Arc<Mistral>),
     Remote(Arc<Remote>),
 }
 
@@ -48,6 +49,7 @@ pub(super) struct Loader<'a> {
     device: Device,
     gate: Arc<Gate>,
     pub(super) loaded: Vec<Arc<Loaded>>,
+    mistral: Vec<Arc<Mistral>>,
 }
 
 impl<'a> Loader<'a> {
@@ -61,19 +63,20 @@ impl<'a> Loader<'a> {
         let device = device(&options.device)?;
         let share = options.training_share;
         let gate = Arc::new(if device.is_cpu() { Gate::on_cores(share) } else { Gate::new(share) });
-        Ok(Loader { options, device, gate, loaded: Vec::new() })
+        Ok(Loader { options, device, gate, loaded: Vec::new(), mistral: Vec::new() })
     }
 
     /// The role's checkpoint, or its endpoints.
     pub(super) fn backing(&mut self, role: Role, options: &RoleOptions) -> Result<Backing> {
-        match options.is_remote() {
-            true => Remote::new(role, options).map(Backing::Remote),
-            false => self.get(role.name(), &options.model).map(Backing::Native),
+        match options.backend {
+            Backend::Native => self.get(role.name(), &options.model).map(Backing::Native),
+            Backend::Mistralrs => self.get_mistral(role, &options.model).map(Backing::Mistral),
+            Backend::Remote => Remote::new(role, options).map(Backing::Remote),
         }
     }
 
-    /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and format).
-    pub(super) fn get(&mut self, role: &str, name: &str) -> Result<Arc<Loaded>> {
+    /// What [models.NAME] says, and the path on disk.
+    fn find(&self, role: &str, name: &str) -> Result<(&'a ModelOptions, PathBuf)> {
         let model = self.options.models.get(name).ok_or_else(|| {
             let known = self.options.models.keys().cloned().collect::<Vec<_>>().join(", ");
             Error::invalid(format!("roles.{role}.model"), format!("there is no [models.{name}]; there is: {known}"))
@@ -91,21 +94,36 @@ impl<'a> Loader<'a> {
                 format!("there is no model at {}{advice}", model.path.display()),
             ));
         }
-        let weights = model.dtype.parse::<WeightFormat>().map_err(|error| error.at(field("dtype")))?;
         let canonical = model.path.canonicalize().map_err(|error| Error::invalid(field("path"), format!("{error}")))?;
-        let checkpoint = Checkpoint::open(&canonical)?;
+        Ok((model, canonical))
+    }
+
+    /// The checkpoint `role` names; loaded unless another role has it already (same canonical path and format).
+    pub(super) fn get(&mut self, role: &str, name: &str) -> Result<Arc<Loaded>> {
+        let (model, path) = self.find(role, name)?;
+        let weights = model.dtype.parse::<WeightFormat>().map_err(|error| error.at(format!("models.{name}.dtype")))?;
+        let checkpoint = Checkpoint::open(&path)?;
         let same = |one: &&Arc<Loaded>| one.path == *checkpoint.path() && one.weights == weights;
         if let Some(found) = self.loaded.iter().find(same) {
-            if model.max_model_len != found.max_model_len {
-                return Err(Error::invalid(
-                    field("max_model_len"),
-                    format!("`{}` is the same checkpoint with another max_model_len; make them equal", found.name),
-                ));
-            }
+            same_context(name, model, &found.name, found.max_model_len)?;
             return Ok(found.clone());
         }
         let loaded = Arc::new(self.start(name, model, &checkpoint, weights)?);
         self.loaded.push(loaded.clone());
+        Ok(loaded)
+    }
+
+    /// The same in mistral.rs.
+    fn get_mistral(&mut self, role: Role, name: &str) -> Result<Arc<Mistral>> {
+        let (model, path) = self.find(role.name(), name)?;
+        let checkpoint = Checkpoint::open_any(&path)?;
+        let same = |one: &&Arc<Mistral>| one.path == *checkpoint.path() && one.dtype == model.dtype;
+        if let Some(found) = self.mistral.iter().find(same) {
+            same_context(name, model, &found.name, found.longest)?;
+            return Ok(found.clone());
+        }
+        let loaded = Mistral::load(role, name, model, &checkpoint, self.options)?;
+        self.mistral.push(loaded.clone());
         Ok(loaded)
     }
 
@@ -117,7 +135,7 @@ impl<'a> Loader<'a> {
         weights: WeightFormat,
     ) -> Result<Loaded> {
         let decoder = Arc::new(Decoder::load(checkpoint, &LoadOptions { device: self.device.clone(), weights })?);
-        let tokenizer = Arc::new(Tokenizer::new(checkpoint.tokenizer()?)?);
+        let tokenizer = tokenizer(checkpoint)?;
         let cache = &self.options.kv_cache;
         let options = EngineOptions {
             name: name.to_owned(),
@@ -144,6 +162,20 @@ impl<'a> Loader<'a> {
             bytes: held,
         })
     }
+}
+
+/// Two names of one checkpoint in memory have to agree on its context.
+fn same_context(name: &str, model: &ModelOptions, other: &str, longest: Option<usize>) -> Result<()> {
+    if model.max_model_len == longest {
+        return Ok(());
+    }
+    let text = format!("`{other}` is the same checkpoint with another max_model_len; make them equal");
+    Err(Error::invalid(format!("models.{name}.max_model_len"), text))
+}
+
+/// The checkpoint's tokenizer.
+pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Arc<Tokenizer>> {
+    Ok(Arc::new(Tokenizer::new(checkpoint.tokenizer()?)?))
 }
 
 fn device(options: &DeviceOptions) -> Result<Device> {

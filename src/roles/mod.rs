@@ -5,6 +5,7 @@ mod confine;
 mod flight;
 mod judge;
 mod load;
+mod mistral;
 mod options;
 mod pool;
 mod remote;
@@ -22,6 +23,7 @@ pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
 pub use confine::confined;
 pub use flight::usage;
 pub use judge::fill;
+pub use mistral::Mistral;
 pub use options::{
     AdapterOptions, Backend, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
     RewardOptions, RoleOptions, RolesOptions, RuleOptions,
@@ -106,7 +108,7 @@ impl Roles {
         };
         let native = match &teacher {
             Backing::Native(teacher) => Some(teacher),
-            Backing::Remote(_) => None,
+            Backing::Mistral(_) | Backing::Remote(_) => None,
         };
         for (role, one) in [("teacher", native), ("student", Some(&student))] {
             if let Some(one) = one.filter(|one| one.engine.model().config().num_labels > 0) {
@@ -241,6 +243,10 @@ impl Roles {
             |id: &str, root: &str| ModelCard { root: root.to_owned(), max_model_len: 0, ..base(id, &self.student) };
         let card = |id: &str, backing: &Backing| match backing {
             Backing::Native(loaded) => base(id, loaded),
+            Backing::Mistral(mistral) => {
+                let root = mistral.path.display().to_string();
+                ModelCard { max_model_len: mistral.max_model_len(), ..other(id, &root) }
+            }
             Backing::Remote(remote) => other(id, remote.model()),
         };
         let mut cards = vec![card("teacher", &self.teacher)];
@@ -279,6 +285,7 @@ impl Roles {
         for (role, seat) in seats {
             let (name, dtype, stored) = match seat {
                 Some(Backing::Native(one)) => (one.name.clone(), one.weights.to_string(), one.stored.clone()),
+                Some(Backing::Mistral(one)) => (one.name.clone(), one.dtype.clone(), one.stored.clone()),
                 Some(Backing::Remote(remote)) => (remote.model().to_owned(), "remote".into(), "remote".into()),
                 None => (self.reward.kind().to_owned(), "none".to_owned(), "none".to_owned()),
             };
@@ -290,17 +297,12 @@ impl Roles {
 
 impl Backing {
     fn target(&self, model: &str, role: Role) -> Target {
-        match self {
-            Backing::Native(loaded) => target(model, role, loaded),
-            Backing::Remote(remote) => Target {
-                model: model.to_owned(),
-                role,
-                seat: Seat::Remote(remote.clone()),
-                lease: None,
-                reward: None,
-                defaults: GenerationDefaults::default(),
-            },
-        }
+        let (seat, defaults) = match self {
+            Backing::Native(loaded) => return target(model, role, loaded),
+            Backing::Mistral(mistral) => (Seat::Mistral(mistral.clone()), mistral.defaults.clone()),
+            Backing::Remote(remote) => (Seat::Remote(remote.clone()), GenerationDefaults::default()),
+        };
+        Target { model: model.to_owned(), role, seat, lease: None, reward: None, defaults }
     }
 }
 

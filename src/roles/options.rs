@@ -45,7 +45,8 @@ pub struct KvCacheOptions {
 pub struct ModelOptions {
     /// Folder or `.gguf` file.
     pub path: PathBuf,
-    /// `auto` (as stored, floats as bf16), `f32`, `bf16`, `f16`, or quantized when loaded: `q8_0`, `q4_1`, `q4_k`.
+    /// `auto` (as stored, floats as bf16), `f32`, `bf16`, `f16`, or quantized when loaded: `q8_0`, `q4_1`, `q4_k`, and on
+    /// `mistralrs` whatever its in-situ quantization has.
     #[serde(default = "auto")]
     pub dtype: String,
     /// Longest prompt + answer, tokens.
@@ -64,6 +65,8 @@ pub enum Backend {
     /// In this process.
     #[default]
     Native,
+    /// In this process, by mistral.rs.
+    Mistralrs,
     /// Behind OpenAI-compatible endpoints.
     Remote,
 }
@@ -124,7 +127,7 @@ impl RoleOptions {
         ];
         let wrong = |key: &str, why: &str| Err(Error::invalid(format!("roles.{role}.{key}"), why));
         match (self.backend, given.iter().find(|(_, given)| *given)) {
-            (Backend::Native, Some((key, _))) => wrong(key, "belongs to `backend = \"remote\"`"),
+            (Backend::Native | Backend::Mistralrs, Some((key, _))) => wrong(key, "belongs to `backend = \"remote\"`"),
             (Backend::Remote, _) if self.url.is_some() != self.urls.is_empty() => {
                 wrong("urls", "a remote role needs `url`, or several as `urls`")
             }
@@ -132,9 +135,9 @@ impl RoleOptions {
         }
     }
 
-    /// The same for a role that has to run in this process; `why` says why it has to.
+    /// The same for a role that has to run on this server's own engine; `why` says why it has to.
     pub fn check_native(&self, role: &str, why: &str) -> Result<()> {
-        if self.is_remote() {
+        if self.backend != Backend::Native {
             return Err(Error::invalid(format!("roles.{role}.backend"), format!("must be `native`: {why}")));
         }
         self.check(role)
@@ -287,7 +290,7 @@ impl RolesOptions {
         match &self.reward {
             RewardOptions::Judge(judge) => judge.role.check("reward"),
             RewardOptions::Classifier(role) => {
-                role.check_native("reward", "a classifier's score is no chat; a `judge` can be remote")
+                role.check_native("reward", "a classifier's score is no chat; a `judge` can be `mistralrs` or `remote`")
             }
             RewardOptions::Rules { .. } | RewardOptions::Http(_) => Ok(()),
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Lease, Remote, Reward, Role};
+use super::{Lease, Mistral, Remote, Reward, Role};
 use crate::engine::{Engine, Event, EventStream, FinishReason, Request, SamplingParams, Task, TokenLogprob, Usage};
 use crate::error::{Code, Error, Result};
 use crate::telemetry::metrics;
@@ -18,6 +18,8 @@ const QUEUE_PATIENCE: Duration = Duration::from_secs(300);
 pub enum Seat {
     /// In this process: it has tokens, log-probabilities, adapters.
     Native(Engine),
+    /// In this process, by mistral.rs: it has tokens and log-probabilities.
+    Mistral(Arc<Mistral>),
     /// At endpoints: it goes on from chats and texts.
     Remote(Arc<Remote>),
     /// Nowhere: a reward without a model.
@@ -63,37 +65,68 @@ pub struct Answer {
 }
 
 impl Target {
-    /// The engine; a 400 naming `model` for a remote role and for a reward role that generates nothing.
+    /// The engine; a 400 naming `model` for a role that runs elsewhere and for a reward role that generates nothing.
     pub fn engine(&self) -> Result<&Engine> {
+        match &self.seat {
+            Seat::Native(engine) => Ok(engine),
+            Seat::Mistral(_) => {
+                Err(Error::invalid("model", format!("`{}` runs on mistralrs: its model is out of reach", self.model)))
+            }
+            Seat::Remote(_) | Seat::Empty => Err(self.has_no_tokens()),
+        }
+    }
+
+    fn has_no_tokens(&self) -> Error {
         let why = match &self.seat {
-            Seat::Native(engine) => return Ok(engine),
             Seat::Remote(_) => {
                 format!("`{}` is remote: it goes on from chats and texts, its tokens are at its endpoint", self.model)
             }
-            Seat::Empty => {
+            _ => {
                 let kind = self.reward.as_ref().map_or("reward", |reward| reward.kind());
                 format!("`{}` is a `{kind}` reward: it scores texts, it has no tokens", self.model)
             }
         };
-        Err(Error::invalid("model", why))
+        Error::invalid("model", why)
     }
 
     /// The endpoints of a remote role.
     pub fn remote(&self) -> Option<&Arc<Remote>> {
         match &self.seat {
             Seat::Remote(remote) => Some(remote),
-            Seat::Native(_) | Seat::Empty => None,
+            Seat::Native(_) | Seat::Mistral(_) | Seat::Empty => None,
         }
     }
 
     /// A 400 naming `model` for a role that cannot answer a chat.
     pub fn must_talk(&self) -> Result<()> {
-        if self.remote().is_some() { Ok(()) } else { self.engine().map(drop) }
+        if self.remote().is_some() { Ok(()) } else { self.tokenizer().map(drop) }
     }
 
     /// The tokenizer.
     pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
-        Ok(self.engine()?.tokenizer())
+        match &self.seat {
+            Seat::Native(engine) => Ok(engine.tokenizer()),
+            Seat::Mistral(mistral) => Ok(mistral.tokenizer()),
+            Seat::Remote(_) | Seat::Empty => Err(self.has_no_tokens()),
+        }
+    }
+
+    /// Longest prompt + answer, tokens.
+    pub fn max_model_len(&self) -> Result<usize> {
+        match &self.seat {
+            Seat::Native(engine) => Ok(engine.max_model_len()),
+            Seat::Mistral(mistral) => Ok(mistral.max_model_len()),
+            Seat::Remote(_) | Seat::Empty => Err(self.has_no_tokens()),
+        }
+    }
+
+    /// Most requests of the role that may wait.
+    pub fn max_waiting(&self) -> Result<usize> {
+        match &self.seat {
+            Seat::Native(engine) => Ok(engine.max_waiting()),
+            Seat::Mistral(mistral) => Ok(mistral.max_waiting()),
+            Seat::Remote(_) | Seat::Empty => Err(self.has_no_tokens()),
+        }
     }
 
     /// Queues generation from token ids under the pinned adapter.
@@ -150,7 +183,10 @@ impl Target {
     }
 
     fn submit(&self, request: Request) -> Result<EventStream> {
-        let stream = self.engine()?.submit(request)?;
+        let stream = match &self.seat {
+            Seat::Mistral(mistral) => mistral.submit(request)?,
+            _ => self.engine()?.submit(request)?,
+        };
         if let Some(lease) = &self.lease {
             metrics().adapter_requests_total.with_label_values(&[&lease.alias]).inc();
         }

@@ -190,7 +190,7 @@ impl Choices {
         n: usize,
         limit: Option<Duration>,
     ) -> Result<Self> {
-        let (wanted, room) = (prompts.len().saturating_mul(n), target.engine()?.max_waiting());
+        let (wanted, room) = (prompts.len().saturating_mul(n), target.max_waiting()?);
         if wanted > room {
             let message =
                 format!("{n} answers to each of {} prompts are more than the {room} that may wait", prompts.len());

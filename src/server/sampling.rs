@@ -228,7 +228,7 @@ impl Sampling {
     /// The prompt's last tokens, where fewer are asked for.
     pub(super) fn truncate(&self, mut prompt: Vec<u32>, target: &Target, params: &SamplingParams) -> Result<Vec<u32>> {
         let field = "truncate_prompt_tokens";
-        let context = target.engine()?.max_model_len();
+        let context = target.max_model_len()?;
         let kept = match self.truncate_prompt_tokens.map(usize::try_from) {
             None => return Ok(prompt),
             Some(Err(_)) => context.saturating_sub(params.max_tokens.unwrap_or(1)).max(1),

@@ -128,8 +128,13 @@ impl Tokenizer {
         &self.options.eos_token_ids
     }
 
+    /// What it was built from.
+    pub fn options(&self) -> &TokenizerOptions {
+        &self.options
+    }
+
     /// One more than the largest id: ids may have gaps.
-    pub(super) fn id_limit(&self) -> u32 {
+    pub fn id_limit(&self) -> u32 {
         self.id_limit
     }
 

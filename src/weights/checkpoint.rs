@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::blocks::Blocks;
 use super::gguf::Gguf;
-use super::hf::Folder;
+use super::hf::{self, Folder};
 use crate::error::{Error, Result};
 use crate::text::TokenizerOptions;
 
@@ -40,6 +40,15 @@ impl Checkpoint {
     /// Opens a `.gguf` file, a folder holding exactly one, or a Hugging Face folder. A truncated or unreadable file is a 422
     /// naming the file.
     pub fn open(path: &Path) -> Result<Self> {
+        Checkpoint::with(path, Gguf::config)
+    }
+
+    /// The same for an engine that reads configuration and tensors itself: a GGUF file of any architecture.
+    pub fn open_any(path: &Path) -> Result<Self> {
+        Checkpoint::with(path, |_| Ok(Value::Null))
+    }
+
+    fn with(path: &Path, config: impl Fn(&Gguf) -> Result<Value>) -> Result<Self> {
         let path = path.canonicalize().map_err(|error| {
             Error::unprocessable(path.display().to_string(), format!("cannot open the model: {error}"))
         })?;
@@ -50,12 +59,20 @@ impl Checkpoint {
         }
         let file = if path.is_dir() { the_one_gguf(&path)? } else { path };
         let gguf = Gguf::open(&file)?;
-        Ok(Checkpoint { path: file, config: gguf.config()?, format: Format::Gguf(gguf) })
+        Ok(Checkpoint { path: file, config: config(&gguf)?, format: Format::Gguf(gguf) })
     }
 
     /// Canonical path: two roles naming the same one share the weights.
     pub fn path(&self) -> &PathBuf {
         &self.path
+    }
+
+    /// The files that hold the tensors.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        match &self.format {
+            Format::Gguf(_) => Ok(vec![self.path.clone()]),
+            Format::Folder(_) => hf::shards(&self.path),
+        }
     }
 
     /// The model's configuration in the shape of Hugging Face's `config.json`.

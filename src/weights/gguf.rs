@@ -67,12 +67,6 @@ impl Gguf {
             Some(Meta::String(architecture)) => architecture.clone(),
             _ => return Err(Error::unprocessable(&name, "`general.architecture` is missing")),
         };
-        if !["llama", "qwen2", "qwen3", "gemma3"].contains(&architecture.as_str()) {
-            return Err(Error::unprocessable(
-                &name,
-                format!("architecture `{architecture}` is not served natively: llama, qwen2, qwen3 and gemma3 are"),
-            ));
-        }
         let names = content
             .tensor_infos
             .keys()
@@ -170,6 +164,15 @@ impl Gguf {
 
     /// The metadata in the shape of `config.json`.
     pub(super) fn config(&self) -> Result<Value> {
+        if !["llama", "qwen2", "qwen3", "gemma3"].contains(&self.architecture.as_str()) {
+            return Err(Error::unprocessable(
+                self.path.display().to_string(),
+                format!(
+                    "architecture `{}` is not served natively: llama, qwen2, qwen3 and gemma3 are",
+                    self.architecture
+                ),
+            ));
+        }
         let heads = self.required("attention.head_count")? as u64;
         let hidden = self.required("embedding_length")? as u64;
         let layers = self.required("block_count")? as u64;

@@ -115,7 +115,7 @@ impl Folder {
 }
 
 /// The files that hold the tensors: one, or those the index names.
-fn shards(path: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn shards(path: &Path) -> Result<Vec<PathBuf>> {
     let index = path.join("model.safetensors.index.json");
     if !index.is_file() {
         return Ok(vec![path.join("model.safetensors")]);

@@ -12,6 +12,8 @@ mod hot_swap;
 mod jobs;
 mod lookup;
 mod method;
+#[cfg(feature = "mistralrs")]
+mod mistral;
 mod openapi;
 mod parity;
 mod real_model;

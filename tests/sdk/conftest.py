@@ -7,7 +7,7 @@ import urllib.request
 import openai
 import pytest
 
-URLS = {name: os.environ["RDPO_TEST_" + name.upper()] for name in ("real", "tiny", "locked", "remote")}
+URLS = {name: os.environ["RDPO_TEST_" + name.upper()] for name in ("real", "tiny", "locked", "remote", "mistral")}
 
 
 def client_of(name, key="none", **options):
@@ -30,6 +30,12 @@ def tiny():
 def remote():
     """Teacher and judge are the real server's teacher; the student is the model of random weights."""
     return client_of("remote")
+
+
+@pytest.fixture
+def mistral():
+    """Teacher and judge are the small real model on mistralrs; the student is the model of random weights."""
+    return client_of("mistral")
 
 
 def metric(server, name):

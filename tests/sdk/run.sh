@@ -73,6 +73,11 @@ start locked; export RDPO_TEST_LOCKED=$url
 far="backend = \"remote\", model = \"teacher\", url = \"$RDPO_TEST_REAL/v1\""
 { settings remote "$tiny" "{ kind = \"judge\", $far }" | sed "s|^teacher = .*|teacher = { $far }|"; printf '[kv_cache]\nmemory = "16MiB"\n'; } >"$work/remote.toml"
 start remote; export RDPO_TEST_REMOTE=$url
+# Its teacher and its judge are the small real model on mistralrs.
+there='backend = "mistralrs", model = "small"'
+{ settings mistral "$tiny" "{ kind = \"judge\", $there }" | sed "s|^teacher = .*|teacher = { $there }|"
+  printf '[models.small]\npath = "%s"\n[kv_cache]\nmemory = "16MiB"\n' "$root/models/smollm2-135m-instruct"; } >"$work/mistral.toml"
+start mistral; export RDPO_TEST_MISTRAL=$url
 export RDPO_TEST_BINARY=$binary RDPO_TEST_WORK=$work RDPO_TEST_FIXTURES=$root/tests/fixtures
 
 cd "$here"

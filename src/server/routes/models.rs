@@ -76,7 +76,7 @@ async fn get(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
         id: id.clone(),
         root: lease.alias.clone(),
         parent: Some("student:base".into()),
-        max_model_len: target.engine()?.max_model_len(),
+        max_model_len: target.max_model_len()?,
         adapter_version: Some(lease.version),
         adapter_generation: Some(lease.adapter.generation.clone()),
         created,

@@ -87,7 +87,7 @@ async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         .return_token_strs
         .unwrap_or(false)
         .then(|| tokens.iter().map(|id| tokenizer.token_text(*id)).collect::<Vec<_>>());
-    let max_model_len = target.engine()?.max_model_len();
+    let max_model_len = target.max_model_len()?;
     Ok(HttpResponse::Ok().json(Tokens { count: tokens.len(), max_model_len, tokens, token_strs: texts }))
 }
 

@@ -134,7 +134,7 @@ fn encode(
         Some("messages") => error.at("input"),
         _ => error,
     })?;
-    let room = target.engine()?.max_model_len().saturating_sub(max_tokens.unwrap_or(1));
+    let room = target.max_model_len()?.saturating_sub(max_tokens.unwrap_or(1));
     if truncation == Truncation::Disabled || whole.len() <= room {
         return Ok(whole);
     }
