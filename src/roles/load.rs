@@ -75,7 +75,7 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// What [models.NAME] says, and the path on disk.
+    /// What `[models.NAME]` says, and the path on disk.
     fn find(&self, role: &str, name: &str) -> Result<(&'a ModelOptions, PathBuf)> {
         let model = self.options.models.get(name).ok_or_else(|| {
             let known = self.options.models.keys().cloned().collect::<Vec<_>>().join(", ");
