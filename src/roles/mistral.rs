@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::load::{bytes, tokenizer};
+use super::load::tokenizer;
 use super::{ModelOptions, Role, RolesOptions};
 use crate::engine::{EventStream, Queue, Request, Task, Writer};
 use crate::error::{Code, Error, Result};
+use crate::size::bytes;
 use crate::text::Tokenizer;
 use crate::weights::{Checkpoint, GenerationDefaults};
 use runner::Runner;
