@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use rdpo::engine::{
-    Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, SpeculativeOptions, Task,
+    Engine, EngineOptions, Event, EventStream, Gate, Request, SamplingParams, SpeculativeMethod, SpeculativeOptions,
+    Task,
 };
 use rdpo::error::{Error, Result};
 use rdpo::model::{Adapter, Decoder, LoadOptions, LoraParams, WeightFormat};
@@ -35,7 +36,8 @@ pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) ->
         max_waiting: 64,
         max_model_len: None,
         prefix_caching: false,
-        speculative: SpeculativeOptions::default(),
+        // Greedy answers of a fixed length end in repetition, which drafts would make look fast.
+        speculative: SpeculativeOptions { method: SpeculativeMethod::None, ..SpeculativeOptions::default() },
     };
     Ok((Engine::start(model.clone(), Arc::new(tokenizer), gate, options)?, model))
 }

@@ -44,6 +44,7 @@ impl<'a> Lows<'a> {
         for LowRank { rows, a, b } in parts {
             let fits = (a.k, a.n, b.n) == (weight.k, b.k, weight.n) && rows.end <= m;
             assert!(fits && [a, b].iter().all(|of| of.is_bf16() == weight.is_bf16()), "a part that does not fit");
+            a.send_for(0);
         }
         let of_block = |start: usize| {
             let common = |rows: &Range<usize>| start.max(rows.start)..(start + block).min(rows.end);
