@@ -96,8 +96,8 @@ impl Reader<'_> {
     pub(crate) fn norm(&self, name: &str, size: usize) -> Result<Tensor> {
         let name = format!("{}{name}.weight", self.prefix);
         let weight = self.checkpoint.get(&name, &[size], DType::F32, &self.options.device)?;
-        let weight = if self.config.gemma_norms { (weight + 1.0)? } else { weight };
-        Ok(weight.to_dtype(self.options.compute_dtype())?)
+        // In f32 on every device: Gemma's `1 + w` in bf16 would lose most of `w`.
+        if self.config.gemma_norms { Ok((weight + 1.0)?) } else { Ok(weight) }
     }
 }
 

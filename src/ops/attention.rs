@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 
-use super::cpu;
+use super::{composed, cpu};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention, attention_backward};
 
@@ -44,6 +44,19 @@ impl CausalMask {
         (cut(segment.prefix.clone()), cut(segment.start..row + 1))
     }
 
+    /// For each segment, what each of its rows sees of the segment's keys: its prefix, then its own run.
+    pub(super) fn seen(&self, window: Option<usize>) -> Vec<Vec<Range<usize>>> {
+        let of = |segment: &Segment| {
+            let seen = |row: usize| {
+                let (prefix, own) = self.visible(segment, row, window);
+                let end = segment.prefix.len() + row + 1 - segment.start;
+                end - prefix.len() - own.len()..end
+            };
+            (segment.start..segment.start + segment.len).map(seen).collect()
+        };
+        self.segments.iter().map(of).collect()
+    }
+
     fn check(&self, rows: usize) -> Result<()> {
         let covered = self.segments.iter().try_fold(0, |at, segment| {
             (segment.start == at && segment.prefix.end <= segment.start.max(segment.prefix.start))
@@ -74,24 +87,7 @@ pub fn causal_attention(
         let op = Causal { mask: mask.clone(), heads, window };
         return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
     }
-    // Composed of candle's ops: (K, H/K·N, D) against (K, N, D), hidden pairs at −∞.
-    let mut hidden = vec![f32::NEG_INFINITY; n * n];
-    for segment in &mask.segments {
-        for row in segment.start..segment.start + segment.len {
-            let (prefix, own) = mask.visible(segment, row, window);
-            prefix.chain(own).for_each(|key| hidden[row * n + key] = 0.0);
-        }
-    }
-    let hidden = Tensor::from_vec(hidden, (1, 1, n, n), q.device())?;
-    let grouped = q.reshape((n, kv, h / kv, d))?.permute((1, 2, 0, 3))?.contiguous()?; // (K, H/K, N, D)
-    let spread = |x: &Tensor| -> candle_core::Result<Tensor> {
-        x.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv, h / kv, n, d))?.contiguous()
-    };
-    let scores =
-        (grouped.matmul(&spread(k)?.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?.broadcast_add(&hidden)?;
-    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-    let out = weights.matmul(&spread(v)?)?; // (K, H/K, N, D)
-    Ok(out.permute((2, 0, 1, 3))?.contiguous()?.reshape((n, h, d))?)
+    composed::causal([q, k, v], mask, &mask.seen(window), scale)
 }
 
 struct Causal {
@@ -115,19 +111,12 @@ impl Run {
 
 impl Causal {
     fn runs(&self) -> Vec<Run> {
-        let of = |segment: &Segment| {
-            let seen = |row: usize| {
-                let (prefix, own) = self.mask.visible(segment, row, self.window);
-                let end = segment.prefix.len() + row + 1 - segment.start;
-                end - prefix.len() - own.len()..end
-            };
-            Run {
-                start: segment.start,
-                slots: segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect(),
-                seen: (segment.start..segment.start + segment.len).map(seen).collect(),
-            }
+        let of = |(segment, seen): (&Segment, Vec<Range<usize>>)| Run {
+            start: segment.start,
+            slots: segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect(),
+            seen,
         };
-        self.mask.segments.iter().map(of).collect()
+        self.mask.segments.iter().zip(self.mask.seen(self.window)).map(of).collect()
     }
 
     /// Ranges of segments such that no segment's prefix lies in another range.

@@ -162,7 +162,8 @@ impl Weight {
                 let dx = cpu::with_floats([&dy], |[dy]| Ok(packed.backward(dy)))?;
                 cpu::tensor(dx, (dy.dim(0)?, packed.k()))
             }
-            Weight::Dense(weight) => dy.matmul(weight),
+            // cuBLAS takes no broadcast gradient.
+            Weight::Dense(weight) => dy.contiguous()?.matmul(weight),
         }
     }
 }

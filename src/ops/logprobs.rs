@@ -10,7 +10,8 @@ use crate::kernels::cpu::{scale_row, softmax_row};
 
 /// Rows of logits held at once: whole microkernels, and few enough that serving is not kept waiting.
 const ROWS_CPU: usize = 36;
-const ROWS_GPU: usize = 2048;
+/// A vocabulary of 128 k takes half a gigabyte in f32 for so many rows, and several such tensors live at once.
+const ROWS_GPU: usize = 1024;
 
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
 /// Differentiable in `hidden`: when it records a graph, the unit gradient of each row is computed in the same pass (its upstream

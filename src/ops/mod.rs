@@ -4,6 +4,7 @@
 //! On the CPU the ops run on [`crate::kernels`]; on a GPU they are composed of candle's own ops until their kernel exists.
 
 mod attention;
+mod composed;
 mod cpu;
 mod linear;
 mod logprobs;

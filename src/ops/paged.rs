@@ -1,8 +1,10 @@
 //! Attention over the paged key/value cache. Forward only: a tensor that records a graph is an error.
 
-use candle_core::{CpuStorage, D, DType, InplaceOp2, Layout, Tensor};
+use std::ops::Range;
 
-use super::cpu;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+
+use super::{composed, cpu};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention};
 
@@ -26,6 +28,14 @@ pub struct PagedSequence {
     pub context: usize,
     /// The sequence's blocks, in order.
     pub blocks: Vec<u32>,
+}
+
+impl PagedSequence {
+    /// Cached tokens that the new token `row` sees, itself the last.
+    pub(super) fn seen(&self, row: usize, window: Option<usize>) -> Range<usize> {
+        let end = self.context - self.len + row + 1;
+        window.map_or(0, |window| end.saturating_sub(window))..end
+    }
 }
 
 /// Where a flat step's tokens live in the cache.
@@ -109,7 +119,7 @@ pub fn paged_attention(
     let (n, h, d) = q.dims3()?;
     let (_, _, kv, _) = cache.k.dims4()?;
     if !q.device().is_cpu() {
-        return gathered(q, cache, batch, scale, window);
+        return composed::paged(q, cache, batch, scale, window);
     }
     let size = batch.block_size;
     let slots_of = |sequence: &PagedSequence| -> Vec<usize> {
@@ -121,9 +131,7 @@ pub fn paged_attention(
         .iter()
         .zip(&slots)
         .map(|(sequence, slots)| {
-            let before = sequence.context - sequence.len;
-            let seen = |end: usize| window.map_or(0, |window| end.saturating_sub(window))..end;
-            let seen = (1..=sequence.len).map(|at| seen(before + at)).collect();
+            let seen = (0..sequence.len).map(|row| sequence.seen(row, window)).collect();
             Rows { start: sequence.start, slots: &slots[..sequence.context], seen }
         })
         .collect();
@@ -134,35 +142,4 @@ pub fn paged_attention(
     let q = q.contiguous()?;
     let out = cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| Ok(attention(heads, &rows, q, k, v)))?;
     Ok(cpu::tensor(out, (n, h, d))?)
-}
-
-/// The same of candle's ops: each sequence's blocks are gathered, then attended over.
-fn gathered(q: &Tensor, cache: &KvLayer, batch: &PagedBatch, scale: f32, window: Option<usize>) -> Result<Tensor> {
-    let (_, h, d) = q.dims3()?;
-    let (_, _, kv, _) = cache.k.dims4()?;
-    let mut outs = Vec::with_capacity(batch.sequences.len());
-    for sequence in &batch.sequences {
-        let (len, context) = (sequence.len, sequence.context);
-        let blocks = Tensor::new(sequence.blocks.as_slice(), q.device())?;
-        let spread = |cache: &Tensor| -> candle_core::Result<Tensor> {
-            let rows = cache.index_select(&blocks, 0)?.reshape(((), kv, d))?.narrow(0, 0, context)?;
-            rows.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv, h / kv, context, d))?.contiguous()
-        };
-        let mut hidden = vec![0f32; len * context];
-        for row in 0..len {
-            let seen = context - len + row + 1;
-            let first = window.map_or(0, |window| seen.saturating_sub(window));
-            hidden[row * context..][..first].fill(f32::NEG_INFINITY);
-            hidden[row * context..][seen..context].fill(f32::NEG_INFINITY);
-        }
-        let hidden = Tensor::from_vec(hidden, (1, 1, len, context), q.device())?;
-        let grouped =
-            q.narrow(0, sequence.start, len)?.reshape((len, kv, h / kv, d))?.permute((1, 2, 0, 3))?.contiguous()?;
-        let scores = (grouped.matmul(&spread(&cache.k)?.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?
-            .broadcast_add(&hidden)?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(q.dtype())?;
-        let out = weights.matmul(&spread(&cache.v)?)?.permute((2, 0, 1, 3))?.contiguous()?.reshape((len, h, d))?;
-        outs.push(out);
-    }
-    Ok(Tensor::cat(&outs, 0)?)
 }

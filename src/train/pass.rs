@@ -65,7 +65,7 @@ impl Pass<'_> {
         let mut kept_from = 0;
         let mut layer_bytes = 0;
         for block in 0..blocks {
-            pace()?;
+            turn(model, pace)?;
             let input = if block == 0 { x } else { Var::from_tensor(&x)?.into_inner() };
             let output = model.block(block, &input, &rotary, attend, lora)?;
             x = output.detach();
@@ -87,7 +87,7 @@ impl Pass<'_> {
         let counts = self.params.counts(blocks);
         let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate().collect::<Vec<_>>();
         for block in (0..blocks).rev() {
-            pace()?;
+            turn(model, pace)?;
             let tape = tapes.pop().expect("the forward left one tape a block. This is a bug.");
             let output = match tape.output {
                 Some(output) => output,
@@ -133,12 +133,19 @@ pub(crate) fn logprobs(model: &Decoder, pack: &Pack, lora: LoraRows<'_>, pace: &
     let rotary = model.rotary(&pack.mask.positions)?;
     let mut x = model.embed(&pack.ids)?.detach();
     for block in 0..model.num_blocks() {
-        pace()?;
+        turn(model, pace)?;
         x = model.block(block, &x, &rotary, Attend::Causal(&pack.mask), lora)?.detach();
     }
     let rows = Tensor::from_slice(&pack.rows, pack.rows.len(), model.device())?;
     let normed = model.final_norm(&x.index_select(&rows, 0)?)?.detach();
     Ok(token_logprobs(&normed, model.head()?, &pack.targets, pace)?.to_vec1::<f32>()?)
+}
+
+/// The end of a turn on the device. A GPU runs behind the thread that feeds it, so what was asked of it is done first: else the next
+/// to have the device would wait behind a queue of this one's work.
+fn turn(model: &Decoder, pace: &mut Pace<'_>) -> Result<()> {
+    model.device().synchronize()?;
+    pace()
 }
 
 /// Gradients of `Σ y ⊙ dy` by every variable behind `y`.

@@ -1,0 +1,133 @@
+//! Attention of candle's own operations, for a device that has no kernel for it.
+
+use std::ops::Range;
+
+use candle_core::{D, DType, Tensor};
+
+use super::{CausalMask, KvLayer, PagedBatch};
+use crate::error::Result;
+
+/// Softmax attention of one run of queries. q: (L, H, D); k, v: (S, K, D) with `H % K == 0`; row `i` sees the keys of `seen[i]`, which
+/// are at least one → (L, H, D). The largest tensor is the scores, (H, L, S) in f32.
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, seen: &[Range<usize>], scale: f32) -> Result<Tensor> {
+    let ((len, h, d), (keys, kv, _)) = (q.dims3()?, k.dims3()?);
+    let mut hidden = vec![f32::NEG_INFINITY; len * keys];
+    for (row, seen) in hidden.chunks_exact_mut(keys).zip(seen) {
+        row[seen.clone()].fill(0.0);
+    }
+    let hidden = Tensor::from_vec(hidden, (len, keys), q.device())?;
+    // The queries of a key head stand together: its keys need no copy for each of them.
+    let grouped =
+        q.reshape((len, kv, h / kv, d))?.permute((1, 2, 0, 3))?.contiguous()?.reshape((kv, h / kv * len, d))?;
+    let (k, v) = (k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?); // (K, S, D)
+    let scores = (grouped.matmul(&k.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?;
+    let scores = scores.reshape((kv, h / kv, len, keys))?.broadcast_add(&hidden)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+    let out = weights.reshape((kv, h / kv * len, keys))?.matmul(&v)?.reshape((kv, h / kv, len, d))?;
+    Ok(out.permute((2, 0, 1, 3))?.contiguous()?.reshape((len, h, d))?)
+}
+
+/// [`super::causal_attention`]. `seen` holds, for each segment, the keys that each of its rows sees, counted from the first of its prefix.
+pub(super) fn causal(
+    [q, k, v]: [&Tensor; 3],
+    mask: &CausalMask,
+    seen: &[Vec<Range<usize>>],
+    scale: f32,
+) -> Result<Tensor> {
+    let mut outs = Vec::with_capacity(seen.len());
+    for (segment, seen) in mask.segments.iter().zip(seen).filter(|(segment, _)| segment.len > 0) {
+        let (start, len, prefix) = (segment.start, segment.len, &segment.prefix);
+        let keys = |x: &Tensor| -> candle_core::Result<Tensor> {
+            let own = x.narrow(0, start, len)?;
+            match prefix.is_empty() {
+                true => Ok(own),
+                false => Tensor::cat(&[x.narrow(0, prefix.start, prefix.len())?, own], 0),
+            }
+        };
+        outs.push(attend(&q.narrow(0, start, len)?, &keys(k)?, &keys(v)?, seen, scale)?);
+    }
+    Ok(Tensor::cat(&outs, 0)?)
+}
+
+/// [`super::paged_attention`]: the blocks of each sequence are copied together first.
+pub(super) fn paged(
+    q: &Tensor,
+    cache: &KvLayer,
+    batch: &PagedBatch,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    let (_, _, kv, d) = cache.k.dims4()?;
+    let mut outs = Vec::with_capacity(batch.sequences.len());
+    for sequence in &batch.sequences {
+        let blocks = Tensor::new(sequence.blocks.as_slice(), q.device())?;
+        let keys = |cache: &Tensor| -> candle_core::Result<Tensor> {
+            cache.index_select(&blocks, 0)?.reshape(((), kv, d))?.narrow(0, 0, sequence.context)
+        };
+        let seen = (0..sequence.len).map(|row| sequence.seen(row, window)).collect::<Vec<_>>();
+        let q = q.narrow(0, sequence.start, sequence.len)?;
+        outs.push(attend(&q, &keys(&cache.k)?, &keys(&cache.v)?, &seen, scale)?);
+    }
+    Ok(Tensor::cat(&outs, 0)?)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::super::{PagedSequence, Segment, causal_attention, kv_write, paged_attention};
+    use super::*;
+
+    fn numbers(shape: (usize, usize, usize), seed: usize) -> Tensor {
+        let of = |index: usize| ((index * 7919 + seed * 104_729) % 997) as f32 / 498.0 - 1.0;
+        Tensor::from_vec((0..shape.0 * shape.1 * shape.2).map(of).collect(), shape, &Device::Cpu).unwrap()
+    }
+
+    fn gap(a: &Tensor, b: &Tensor) -> f32 {
+        assert_eq!(a.dims(), b.dims());
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn composed_causal_attention_is_the_kernels_with_its_gradients() {
+        let segment = |start, len, prefix| Segment { start, len, prefix };
+        let mask = CausalMask {
+            segments: vec![segment(0, 3, 0..0), segment(3, 4, 0..3), segment(7, 2, 0..3), segment(9, 5, 0..0)],
+            positions: vec![0, 1, 2, 3, 4, 5, 6, 3, 4, 0, 1, 2, 3, 4],
+        };
+        for window in [None, Some(3)] {
+            let [q, k, v] =
+                [(14, 6, 8), (14, 2, 8), (14, 2, 8)].map(|shape| Var::from_tensor(&numbers(shape, shape.1)));
+            let (q, k, v) = (q.unwrap(), k.unwrap(), v.unwrap());
+            let kernel = causal_attention(&q, &k, &v, &mask, 0.3, window).unwrap();
+            let composed = causal([&q, &k, &v], &mask, &mask.seen(window), 0.3).unwrap();
+            assert!(gap(&kernel, &composed) < 1e-5);
+            let weights = numbers((14, 6, 8), 3);
+            let [one, other] =
+                [kernel, composed].map(|out| (out * &weights).unwrap().sum_all().unwrap().backward().unwrap());
+            for variable in [&q, &k, &v] {
+                assert!(gap(one.get(variable).unwrap(), other.get(variable).unwrap()) < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn composed_paged_attention_is_the_kernels() {
+        let pool = |seed| numbers((6 * 4, 2, 8), seed).reshape((6, 4, 2, 8)).unwrap();
+        let cache = KvLayer { k: pool(1), v: pool(2) };
+        let sequence =
+            |start, len, context, blocks: &[u32]| PagedSequence { start, len, context, blocks: blocks.to_vec() };
+        let batch = PagedBatch {
+            block_size: 4,
+            slots: vec![4 * 4, 4 * 4 + 1, 3 * 4 + 2],
+            sequences: vec![sequence(0, 2, 10, &[5, 0, 4]), sequence(2, 1, 3, &[3])],
+        };
+        kv_write(&cache, &numbers((3, 2, 8), 4), &numbers((3, 2, 8), 5), &batch).unwrap();
+        let q = numbers((3, 6, 8), 6);
+        for window in [None, Some(5)] {
+            let kernel = paged_attention(&q, &cache, &batch, 0.3, window).unwrap();
+            assert!(gap(&kernel, &paged(&q, &cache, &batch, 0.3, window).unwrap()) < 1e-5);
+        }
+    }
+}
