@@ -1,5 +1,5 @@
-//! Speed of serving: `cargo bench --bench bench -- engine-run CHECKPOINT [NEW_TOKENS] [DTYPE]` prints tokens per second of decoding at
-//! batch 1, 8 and 32 (greedy, and sampled with a nucleus) and of reading one prompt of 512 tokens.
+//! Speed of serving: `cargo bench --bench bench -- engine-run CHECKPOINT [NEW_TOKENS] [DTYPE] [BATCHES] [DEVICE] [PREFILL]` prints tokens
+//! per second of decoding at batch 1, 8 and 32 (greedy, and sampled with a nucleus) and of reading one prompt of 512 tokens.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,17 +22,22 @@ pub(crate) fn start(path: &Path, weights: WeightFormat) -> Result<Engine> {
     Ok(start_with(path, weights, Arc::new(Gate::new(0.5)))?.0)
 }
 
-/// An engine behind a gate, and its model.
-pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) -> Result<(Engine, Arc<Decoder>)> {
+fn start_on(
+    device: Device,
+    path: &Path,
+    weights: WeightFormat,
+    gate: Arc<Gate>,
+    prefill: usize,
+) -> Result<(Engine, Arc<Decoder>)> {
     let checkpoint = Checkpoint::open(path)?;
-    let model = Arc::new(Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights })?);
+    let model = Arc::new(Decoder::load(&checkpoint, &LoadOptions { device, weights })?);
     let tokenizer = super::tokenizer(&checkpoint)?;
     let options = EngineOptions {
         name: "bench".into(),
         block_size: 16,
-        kv_memory_bytes: 1 << 30,
-        max_batch_tokens: PREFILL_TOKENS,
-        max_sequences: 32,
+        kv_memory_bytes: if model.device().is_cpu() { 1 << 30 } else { 8 << 30 },
+        max_batch_tokens: prefill,
+        max_sequences: 64,
         max_waiting: 64,
         max_model_len: None,
         prefix_caching: false,
@@ -40,6 +45,11 @@ pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) ->
         speculative: SpeculativeOptions { method: SpeculativeMethod::None, ..SpeculativeOptions::default() },
     };
     Ok((Engine::start(model.clone(), Arc::new(tokenizer), gate, options)?, model))
+}
+
+/// An engine behind a gate, and its model.
+pub(crate) fn start_with(path: &Path, weights: WeightFormat, gate: Arc<Gate>) -> Result<(Engine, Arc<Decoder>)> {
+    start_on(Device::Cpu, path, weights, gate, PREFILL_TOKENS)
 }
 
 /// Arrival times of the tokens of one answer.
@@ -107,7 +117,14 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         Some(text) => text.parse().map_err(|_| Error::invalid("NEW_TOKENS", "must be a number"))?,
         None => 64,
     };
-    let engine = start(Path::new(path), arguments.get(2).map_or("auto", String::as_str).parse()?)?;
+    let argument = |index: usize, default: &'static str| arguments.get(index).map_or(default, String::as_str);
+    let device = super::device(argument(4, "cpu"))?;
+    let prefill = match arguments.get(5) {
+        Some(text) => text.parse().map_err(|_| Error::invalid("PREFILL", "must be a number"))?,
+        None => PREFILL_TOKENS,
+    };
+    let gate = Arc::new(Gate::new(0.5));
+    let (engine, _) = start_on(device, Path::new(path), argument(2, "auto").parse()?, gate, prefill)?;
     let greedy = SamplingParams {
         temperature: 0.0,
         max_tokens: Some(new_tokens),
@@ -116,7 +133,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     };
     let sampled = SamplingParams { temperature: 0.7, top_p: 0.9, ..greedy.clone() };
     measure(&engine, &[], 1, PROMPT_TOKENS, &greedy)?;
-    let batches = arguments.get(3).map_or("1,8,32", String::as_str).split(',').map(str::parse::<usize>);
+    let batches = argument(3, "1,8,32").split(',').map(str::parse::<usize>);
     let batches = batches.collect::<std::result::Result<Vec<_>, _>>();
     let batches = batches.map_err(|_| Error::invalid("BATCHES", "must be numbers with commas between"))?;
     for (name, params) in [("greedy", &greedy), ("top_p 0.9", &sampled)] {
@@ -126,8 +143,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         }
     }
     let one = SamplingParams { max_tokens: Some(1), ..greedy };
-    let (first, ..) = measure(&engine, &[], 1, PREFILL_TOKENS, &one)?;
-    println!("prefill, {PREFILL_TOKENS} tokens:           {:8.1} tok/s", PREFILL_TOKENS as f64 / first.as_secs_f64());
+    let (first, ..) = measure(&engine, &[], 1, prefill, &one)?;
+    println!("prefill, {prefill} tokens:           {:8.1} tok/s", prefill as f64 / first.as_secs_f64());
     Ok(())
 }
 

@@ -7,7 +7,8 @@ mod share;
 mod steps;
 mod train;
 
-use rdpo::error::Result;
+use candle_core::Device;
+use rdpo::error::{Error, Result};
 use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
 
@@ -41,4 +42,15 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
         add_bos_token: files.add_bos_token,
         eos_token_ids: files.eos_token_ids,
     })
+}
+
+/// `cpu` or `cuda:N`.
+fn device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+    Ok(Device::new_cuda(
+        ordinal.ok_or_else(|| Error::invalid("device", format!("`{name}` is neither `cpu` nor `cuda:N`")))?,
+    )?)
 }

@@ -1,7 +1,7 @@
 //! Training tokens per second and peak memory of a whole run: 16 pairs cut from a text, two epochs, batch 4, rank 16.
 //!
 //! `cargo bench --bench bench -- train-run [name=value …]` prints one JSON line. Names, with what they are without:
-//! `model=models/smollm2-135m-instruct dtype=f32 memory=1GiB` (activations) `text=/usr/share/common-licenses/GPL-3 pairs=16`
+//! `model=models/smollm2-135m-instruct device=cpu dtype=f32 memory=1GiB` (activations) `text=/usr/share/common-licenses/GPL-3 pairs=16`
 //! `prompt=60 answer=100` (words) `epochs=2 batch=4 lr=1e-4 max_length=512 shuffle=true`, and for a comparison of curves `out=FOLDER`, which gets the
 //! pairs as JSON lines, the adapter before and after as PEFT has it, and every step's metrics.
 //!
@@ -72,6 +72,7 @@ impl Arguments {
         let memory = TrainingOptions::default().activation_memory;
         let mut values: BTreeMap<&'static str, String> = [
             ("model", "models/smollm2-135m-instruct"),
+            ("device", "cpu"),
             ("dtype", "f32"),
             ("memory", memory.as_str()),
             ("text", "/usr/share/common-licenses/GPL-3"),
@@ -113,7 +114,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         prompt: arguments.parse("prompt")?,
         answer: arguments.parse("answer")?,
     };
-    let (model, pairs) = load(Path::new(text("model")), dtype, &words, shape)?;
+    let options = LoadOptions { device: super::device(text("device"))?, weights: dtype };
+    let (model, pairs) = load_with(Path::new(text("model")), &options, &words, shape)?;
     let loaded = peak_megabytes();
     let folder = tempfile::tempdir()?;
     let epochs: f64 = arguments.parse("epochs")?;
@@ -169,12 +171,16 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint, and pairs of its tokens.
+/// A checkpoint on the CPU, and pairs of its tokens.
 pub(crate) fn load(path: &Path, weights: WeightFormat, text: &str, shape: Shape) -> Result<(Decoder, Vec<TokenPair>)> {
+    load_with(path, &LoadOptions { device: Device::Cpu, weights }, text, shape)
+}
+
+fn load_with(path: &Path, options: &LoadOptions, text: &str, shape: Shape) -> Result<(Decoder, Vec<TokenPair>)> {
     let checkpoint = Checkpoint::open(path)?;
     let tokenizer = super::tokenizer(&checkpoint)?;
     let pairs = texts(text, shape).map(|texts| pair(&tokenizer, texts)).collect::<Result<_>>()?;
-    Ok((Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights })?, pairs))
+    Ok((Decoder::load(&checkpoint, options)?, pairs))
 }
 
 /// Prompt and two answers of each pair, each cut from another place.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod binary;
+mod device;
 mod engine;
 mod evaluation;
 mod gguf;
