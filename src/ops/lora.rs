@@ -1,6 +1,7 @@
 //! A frozen linear with a low-rank part: `x·Wᵀ + b + (x·Aᵀ)·(s·B)ᵀ`, trained and served with the same bits.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use half::bf16;
@@ -13,7 +14,7 @@ use crate::kernels::cpu::{self as kernels, Left, Packed, Width, multiply};
 /// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
 pub fn low_rank(base: Option<&FrozenLinear>, x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     if x.device().is_cpu() {
-        let op = LowRank { base: base.cloned(), scale: scale as f32 };
+        let op = LowRank { base: base.cloned(), scale: scale as f32, a: OnceLock::new() };
         return Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?);
     }
     let low = x.to_dtype(DType::F32)?.matmul(&a.t()?)?;
@@ -60,6 +61,8 @@ pub fn served_linear(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) 
 struct LowRank {
     base: Option<FrozenLinear>,
     scale: f32,
+    /// As the forward packed it, for the backward.
+    a: OnceLock<Packed>,
 }
 
 impl LowRank {
@@ -91,10 +94,11 @@ impl CustomOp3 for LowRank {
         let (x, a, b) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
         let (rows, _) = l1.shape().dims2()?;
         let (out, rank) = l3.shape().dims2()?;
-        let a = self.packed(a, l2.shape().dims2()?, 1.0);
+        let shape = l2.shape().dims2()?;
+        let a = self.a.get_or_init(|| self.packed(a, shape, 1.0));
         let b = self.packed(b, (out, rank), self.scale);
         let y = match &self.base {
-            Some(base) => base.on_cpu(x, &[kernels::LowRank { rows: 0..rows, a: &a, b: &b }])?,
+            Some(base) => base.on_cpu(x, &[kernels::LowRank { rows: 0..rows, a, b: &b }])?,
             None => b.forward(&a.forward(x)),
         };
         Ok((CpuStorage::F32(y), (rows, out).into()))
@@ -111,7 +115,7 @@ impl CustomOp3 for LowRank {
         let ((rows, width), (out, rank)) = (x.dims2()?, b.dims2()?);
         let dy = dy.contiguous()?;
         let (dx, da, db) = cpu::with_floats([x, a, b, &dy], |[x_values, a, b, dy]| {
-            let low = self.packed(a, (rank, width), 1.0).forward(x_values);
+            let low = self.a.get_or_init(|| self.packed(a, (rank, width), 1.0)).forward(x_values);
             let scaled: Vec<f32> = b.iter().map(|value| value * self.scale).collect();
             let mut dlow = vec![0f32; rows * rank];
             multiply(Left::Rows(dy), &scaled, (rows, out, rank), &mut dlow, false);

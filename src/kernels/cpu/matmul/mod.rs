@@ -8,6 +8,7 @@ mod coded;
 mod low;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
+mod plain;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -30,7 +31,8 @@ pub use coded::Codes;
 pub use low::LowRank;
 use low::Lows;
 #[cfg(target_arch = "x86_64")]
-use pairs::{Narrow, PairTile, Pairs, Panel};
+use pairs::{PairTile, Pairs, Panel};
+pub use plain::{Left, multiply};
 use stored::Stored;
 use tile::ROWS;
 pub(super) use tile::{PANEL, Tile};
@@ -339,13 +341,13 @@ impl Packed {
                 Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
                     let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
                     let tile = PairTile { x, pairs, add, ..tile };
-                    tile.of(Panel(unpacked.as_ptr())).run(rows.len(), to, self.n);
+                    tile.of(Panel::<2>(unpacked.as_ptr())).run(rows.len(), to, self.n);
                 }),
                 Panels::Bf16(panels) => {
                     let weights = self.panel_of(panels, panel).as_ptr();
                     match self.width() {
-                        PANEL => tile.of(Panel(weights)).run(rows.len(), to, self.n),
-                        _ => tile.of(Narrow(weights)).run(rows.len(), to, self.n),
+                        PANEL => tile.of(Panel::<2>(weights)).run(rows.len(), to, self.n),
+                        _ => tile.of(Panel::<1>(weights)).run(rows.len(), to, self.n),
                     }
                 }
                 _ => {}
@@ -397,7 +399,7 @@ impl Packed {
             let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
                 let x = rounded.from(rows.start, n.start / 2);
                 let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), n.start > 0);
-                let tile = PairTile { x, stride, weights: Panel(turned.as_ptr()), pairs, columns, add };
+                let tile = PairTile { x, stride, weights: Panel::<2>(turned.as_ptr()), pairs, columns, add };
                 // SAFETY: rows and columns are inside dx and no other task has them.
                 unsafe { tile.run(rows.len(), to, self.k) };
             };
@@ -502,58 +504,4 @@ fn pack<W: Stored>(weight: &[W], n: usize, k: usize) -> Vec<W> {
         }
     });
     panels
-}
-
-/// A plain matrix as the left side of [`multiply`].
-#[derive(Clone, Copy, Debug)]
-pub enum Left<'a> {
-    /// (M, K), row-major.
-    Rows(&'a [f32]),
-    /// The transpose of a row-major (K, M).
-    Turned(&'a [f32]),
-}
-
-/// `out (+)= left·right`. left: (M, K), right: (K, N) row-major, out: (M, N). The sums start from `out` where `add`.
-pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize), out: &mut [f32], add: bool) {
-    let (numbers, turned) = match left {
-        Left::Rows(numbers) => (numbers, false),
-        Left::Turned(numbers) => (numbers, true),
-    };
-    assert!(numbers.len() == m * k && right.len() == k * n && out.len() == m * n);
-    if m * n == 0 {
-        return;
-    }
-    let level = level();
-    let out = Out(out.as_mut_ptr());
-    let (blocks, block) = if turned { (1, m) } else { row_blocks(m, k) };
-    let count = n.div_ceil(PANEL);
-    let one = |task: usize| {
-        let (at, panel) = (task % blocks, task / blocks);
-        let rows = at * block..m.min((at + 1) * block);
-        let (stride, from) = if turned { (m, rows.start) } else { (k, rows.start * k) };
-        let columns = PANEL.min(n - panel * PANEL);
-        let mut tile = Tile {
-            x: numbers.as_ptr().wrapping_add(from),
-            stride,
-            turned,
-            panel: right.as_ptr().wrapping_add(panel * PANEL),
-            pitch: n,
-            k,
-            columns,
-            add,
-        };
-        // Vectors are read whole: a copy where the last ones would end past the matrix.
-        let mut whole = Vec::new();
-        if columns < PANEL && columns != 16 {
-            whole = vec![0f32; k * PANEL];
-            for (to, from) in whole.chunks_exact_mut(PANEL).zip(right.chunks_exact(n)) {
-                to[..columns].copy_from_slice(&from[panel * PANEL..]);
-            }
-            (tile.panel, tile.pitch) = (whole.as_ptr(), PANEL);
-        }
-        // SAFETY: rows and columns are inside out and no other task has them; `whole` lives until here.
-        unsafe { tile.run(level, rows.len(), out.at(rows.start * n + panel * PANEL), n) };
-        drop(whole);
-    };
-    spread(|| (0..blocks * count).into_par_iter().for_each(one));
 }

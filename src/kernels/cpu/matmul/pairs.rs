@@ -72,36 +72,21 @@ pub(super) trait Weights: Copy {
     unsafe fn each(self, pairs: usize, emit: impl FnMut(usize, [__m512bh; 2]));
 }
 
-/// (pairs, 32) pairs as they are.
+/// (pairs, 16·V) pairs as they are, V being 1 or 2; a second vector that is not there is zero.
 #[derive(Clone, Copy)]
-pub(super) struct Panel(pub(super) *const bf16);
+pub(super) struct Panel<const V: usize>(pub(super) *const bf16);
 
-impl Weights for Panel {
+impl<const V: usize> Weights for Panel<V> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
         for pair in 0..pairs {
-            // SAFETY: the caller's promise. The vectors are 32 bf16 numbers whatever their type.
-            let load = |at: usize| unsafe {
-                std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(self.0.add(pair * 64 + at).cast()))
-            };
-            emit(pair, [load(0), load(32)]);
-        }
-    }
-}
-
-/// (pairs, 16) pairs; the second vector is zero.
-#[derive(Clone, Copy)]
-pub(super) struct Narrow(pub(super) *const bf16);
-
-impl Weights for Narrow {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
-        for pair in 0..pairs {
-            // SAFETY: the caller's promise. The vectors are 32 bf16 numbers whatever their type.
-            let vectors = unsafe { [_mm512_loadu_si512(self.0.add(pair * 32).cast()), _mm512_setzero_si512()] };
-            // SAFETY: as above.
+            let mut vectors = [_mm512_setzero_si512(); 2];
+            for (v, vector) in vectors.iter_mut().enumerate().take(V) {
+                // SAFETY: the caller's promise.
+                *vector = unsafe { _mm512_loadu_si512(self.0.add((pair * V + v) * 32).cast()) };
+            }
+            // SAFETY: the vectors are 32 bf16 numbers whatever their type.
             emit(pair, vectors.map(|vector| unsafe { std::mem::transmute::<__m512i, __m512bh>(vector) }));
         }
     }
