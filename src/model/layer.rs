@@ -170,8 +170,9 @@ impl Layer {
             (self.attention(config, &normed, rotary, attend, lora)?, &self.after_attention)
         } else {
             let normed = rms_norm(x, &self.before_mlp, eps)?;
-            let (gate, up) = (self.linear(GATE, &normed, lora)?, self.linear(UP, &normed, lora)?);
-            (self.linear(DOWN, &gated(&gate, &up, config.activation)?, lora)?, &self.after_mlp)
+            let [gate, up] = self.linears([GATE, UP], &normed, lora)?;
+            let [y] = self.linears([DOWN], &gated(&gate, &up, config.activation)?, lora)?;
+            (y, &self.after_mlp)
         };
         match after {
             Some(weight) => Ok((x + rms_norm(&y, weight, eps)?)?),
@@ -179,8 +180,8 @@ impl Layer {
         }
     }
 
-    fn linear(&self, site: usize, x: &Tensor, lora: LoraRows<'_>) -> Result<Tensor> {
-        lora.linear(self.index, site, &self.linears[site], x)
+    fn linears<const L: usize>(&self, sites: [usize; L], x: &Tensor, lora: LoraRows<'_>) -> Result<[Tensor; L]> {
+        lora.linears(self.index, sites.map(|site| (site, &self.linears[site])), x)
     }
 
     /// x: (N, C), normed → (N, C).
@@ -193,18 +194,17 @@ impl Layer {
         lora: LoraRows<'_>,
     ) -> Result<Tensor> {
         let rows = x.dim(0)?;
-        let heads = |site: usize, heads: usize| -> Result<Tensor> {
-            Ok(self.linear(site, x, lora)?.reshape((rows, heads, config.head_dim))?)
-        };
+        let [q, k, v] = self.linears([Q, K, V], x, lora)?;
+        let heads = |x: Tensor, heads: usize| x.reshape((rows, heads, config.head_dim));
         let is_sliding = config.is_sliding[self.index];
         let (cos, sin) = rotary.of_layer(is_sliding);
         let rotated = |x: Tensor, norm: &Option<Tensor>| match norm {
             Some(weight) => rope(&rms_norm(&x, weight, config.rms_norm_eps)?, cos, sin),
             None => rope(&x, cos, sin),
         };
-        let q = rotated(heads(Q, config.num_attention_heads)?, &self.q_norm)?; // (N, H, D)
-        let k = rotated(heads(K, config.num_key_value_heads)?, &self.k_norm)?; // (N, K, D)
-        let v = heads(V, config.num_key_value_heads)?; // (N, K, D)
+        let q = rotated(heads(q, config.num_attention_heads)?, &self.q_norm)?; // (N, H, D)
+        let k = rotated(heads(k, config.num_key_value_heads)?, &self.k_norm)?; // (N, K, D)
+        let v = heads(v, config.num_key_value_heads)?; // (N, K, D)
 
         let (scale, window) = (config.attention_scale, config.sliding_window.filter(|_| is_sliding));
         let y = match attend {
@@ -215,7 +215,8 @@ impl Layer {
                 paged_attention(&q, cache, batch, scale, window)?
             }
         };
-        self.linear(O, &y.reshape((rows, config.num_attention_heads * config.head_dim))?, lora)
+        let [y] = self.linears([O], &y.reshape((rows, config.num_attention_heads * config.head_dim))?, lora)?;
+        Ok(y)
     }
 }
 

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::layer::{block_sites, site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
-use crate::ops::{FrozenLinear, dropout, low_rank, served_linear};
+use crate::ops::{FrozenLinear, ServedRows, dropout, linears, low_rank};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -241,43 +241,54 @@ pub enum LoraRows<'a> {
 }
 
 impl LoraRows<'_> {
-    /// `base(x)` plus the low-rank part of the rows' adapter. x: (N, in) → (N, out).
-    pub fn linear(&self, layer: usize, site: usize, base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
+    /// `base(x)` of several sites of a layer plus the low-rank part of the rows' adapter. x: (N, in) → (N, out) each.
+    pub(crate) fn linears<const L: usize>(
+        &self,
+        layer: usize,
+        of: [(usize, &FrozenLinear); L],
+        x: &Tensor,
+    ) -> Result<[Tensor; L]> {
         match *self {
-            LoraRows::Base => base.forward(x),
-            LoraRows::Served(groups) => served(groups, (layer, site), base, x),
-            LoraRows::Train { params, dropout_seed } => {
-                let Some((a, b)) = params.sites.get(&(layer, site)) else { return base.forward(x) };
-                let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
-                match dropout_seed {
-                    Some(seed) if params.config.lora_dropout > 0.0 => {
-                        let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
-                        Ok((base.forward(x)? + low_rank(None, &dropped, a, b, scale)?)?)
-                    }
-                    _ => low_rank(Some(base), x, a, b, scale),
+            LoraRows::Base => linears(x, of.map(|(_, base)| (base, Vec::new()))),
+            LoraRows::Served(groups) => {
+                let covered = groups.iter().try_fold(0, |at, group| (group.start == at).then_some(at + group.len));
+                if covered != Some(x.dim(0)?) {
+                    return Err(Error::internal("Row groups must cover all rows in order. This is a bug."));
                 }
+                linears(x, of.map(|(site, base)| (base, served(groups, (layer, site)))))
+            }
+            LoraRows::Train { params, dropout_seed } => {
+                let all = of.map(|(site, base)| trained(params, dropout_seed, (layer, site), base, x));
+                let all = all.into_iter().collect::<Result<Vec<_>>>()?;
+                all.try_into().map_err(|_| Error::internal("a product for every site. This is a bug."))
             }
         }
     }
 }
 
 /// x: (N, in) → (N, out).
-fn served(groups: &[RowGroup], place: (usize, usize), base: &FrozenLinear, x: &Tensor) -> Result<Tensor> {
-    let mut parts = Vec::new();
-    let mut covered = 0;
-    for group in groups {
-        if group.start != covered {
-            return Err(Error::internal("Row groups must cover the rows in order. This is a bug."));
+fn trained(
+    params: &LoraParams,
+    dropout_seed: Option<u64>,
+    (layer, site): (usize, usize),
+    base: &FrozenLinear,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let Some((a, b)) = params.sites.get(&(layer, site)) else { return base.forward(x) };
+    let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
+    match dropout_seed {
+        Some(seed) if params.config.lora_dropout > 0.0 => {
+            let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
+            Ok((base.forward(x)? + low_rank(None, &dropped, a, b, scale)?)?)
         }
-        covered += group.len;
-        if let Some((a, b)) = group.adapter.as_ref().and_then(|adapter| adapter.sites.get(&place)) {
-            parts.push((group.start..covered, a, b));
-        }
+        _ => low_rank(Some(base), x, a, b, scale),
     }
-    if covered != x.dim(0)? {
-        return Err(Error::internal("Row groups must cover all rows. This is a bug."));
-    }
-    if parts.is_empty() { base.forward(x) } else { served_linear(base, x, &parts) }
+}
+
+/// The rows that have a low-rank part at a site.
+fn served(groups: &[RowGroup], place: (usize, usize)) -> Vec<ServedRows<'_>> {
+    let adapted = groups.iter().filter_map(|group| Some((group, group.adapter.as_ref()?.sites.get(&place)?)));
+    adapted.map(|(group, (a, b))| (group.start..group.start + group.len, a, b)).collect()
 }
 
 /// A dropout seed of its own for each site (SplitMix64's finalizer).

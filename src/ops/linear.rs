@@ -14,13 +14,13 @@ use crate::kernels::cpu::{LowRank, Packed, Width};
 #[derive(Clone)]
 pub struct FrozenLinear {
     weight: Weight,
-    bias: Option<Tensor>,
 }
 
 #[derive(Clone)]
 enum Weight {
     Packed(Arc<Packed>),
-    Dense(Tensor),
+    /// With its bias.
+    Dense(Tensor, Option<Tensor>),
 }
 
 impl FrozenLinear {
@@ -36,10 +36,8 @@ impl FrozenLinear {
         }
         if !weight.device().is_cpu() {
             // A deep copy: nobody else's variable shows through.
-            return Ok(FrozenLinear {
-                weight: Weight::Dense(weight.detach().copy()?),
-                bias: bias.map(Tensor::copy).transpose()?,
-            });
+            let bias = bias.map(Tensor::copy).transpose()?;
+            return Ok(FrozenLinear { weight: Weight::Dense(weight.detach().copy()?, bias) });
         }
         let flat = weight.flatten_all()?;
         let width = match weight.dtype() {
@@ -52,8 +50,11 @@ impl FrozenLinear {
 
     fn packed_from(width: &Width, (n, k): (usize, usize), bias: Option<&Tensor>) -> Result<Self> {
         cpu::keep_candle_on_one_thread();
-        let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.copy()).transpose()?;
-        Ok(FrozenLinear { weight: Weight::Packed(Arc::new(Packed::new(width, n, k))), bias })
+        let mut packed = Packed::new(width, n, k);
+        if let Some(bias) = bias {
+            packed = packed.with_bias(bias.to_dtype(DType::F32)?.to_vec1()?);
+        }
+        Ok(FrozenLinear { weight: Weight::Packed(Arc::new(packed)) })
     }
 
     /// Takes a quantized weight `(n, k)` and a bias as [`FrozenLinear::new`] does; it stays quantized, and its numbers are read as bf16.
@@ -66,7 +67,7 @@ impl FrozenLinear {
     pub fn in_features(&self) -> usize {
         match &self.weight {
             Weight::Packed(packed) => packed.k(),
-            Weight::Dense(weight) => weight.dims()[1],
+            Weight::Dense(weight, _) => weight.dims()[1],
         }
     }
 
@@ -74,29 +75,36 @@ impl FrozenLinear {
     pub fn out_features(&self) -> usize {
         match &self.weight {
             Weight::Packed(packed) => packed.n(),
-            Weight::Dense(weight) => weight.dims()[0],
+            Weight::Dense(weight, _) => weight.dims()[0],
         }
     }
 
     /// Bytes of memory it holds.
     pub fn bytes(&self) -> usize {
         let tensor = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        let weight = match &self.weight {
+        match &self.weight {
             Weight::Packed(packed) => packed.bytes(),
-            Weight::Dense(weight) => tensor(weight),
-        };
-        weight + self.bias.as_ref().map_or(0, tensor)
+            Weight::Dense(weight, bias) => tensor(weight) + bias.as_ref().map_or(0, tensor),
+        }
     }
 
     /// `x·Wᵀ + b`. x: (N, in) → (N, out). Differentiable in `x` only. Each output row depends on its input row alone, bit for bit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.dims2()?.1 != self.in_features() {
-            return Err(Error::internal(format!("a linear of {} inputs was given {:?}", self.in_features(), x.dims())));
-        }
+        self.check(x)?;
         let y = x.contiguous()?.apply_op1(Product { linear: self.clone() })?;
-        match &self.bias {
-            Some(bias) if !x.device().is_cpu() => Ok(y.broadcast_add(bias)?),
+        match &self.weight {
+            Weight::Dense(_, Some(bias)) => Ok(y.broadcast_add(bias)?),
             _ => Ok(y),
+        }
+    }
+
+    pub(super) fn check(&self, x: &Tensor) -> Result<()> {
+        match x.dims2()?.1 == self.in_features() {
+            true => Ok(()),
+            false => {
+                let inputs = self.in_features();
+                Err(Error::internal(format!("a linear of {inputs} inputs was given {:?}", x.dims())))
+            }
         }
     }
 
@@ -105,24 +113,20 @@ impl FrozenLinear {
         match &self.weight {
             Weight::Packed(packed) if packed.is_bf16() => DType::BF16,
             Weight::Packed(_) => DType::F32,
-            Weight::Dense(weight) => weight.dtype(),
+            Weight::Dense(weight, _) => weight.dtype(),
         }
     }
 
     pub(super) fn packed(&self) -> candle_core::Result<&Packed> {
         match &self.weight {
             Weight::Packed(packed) => Ok(packed),
-            Weight::Dense(_) => candle_core::bail!("a CPU tensor met a weight on another device"),
+            Weight::Dense(..) => candle_core::bail!("a CPU tensor met a weight on another device"),
         }
     }
 
     /// [`FrozenLinear::forward`] on numbers of the CPU, with low-rank parts added to some rows.
     pub(super) fn on_cpu(&self, x: &[f32], parts: &[LowRank<'_>]) -> candle_core::Result<Vec<f32>> {
-        let packed = self.packed()?;
-        match &self.bias {
-            Some(bias) => cpu::with_floats([bias], |[bias]| Ok(packed.forward_adapted(x, Some(bias), parts))),
-            None => Ok(packed.forward_adapted(x, None, parts)),
-        }
+        Ok(self.packed()?.forward_adapted(x, parts))
     }
 
     /// [`FrozenLinear::backward`] on numbers of the CPU.
@@ -149,7 +153,7 @@ impl FrozenLinear {
                 rows.chunks_mut(packed.k()).zip(ids).for_each(|(row, id)| packed.row(*id as usize, row));
                 Ok(cpu::tensor(rows, (ids.len(), packed.k()))?)
             }
-            Weight::Dense(weight) => Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?),
+            Weight::Dense(weight, _) => Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?),
         }
     }
 }
@@ -163,7 +167,7 @@ impl Weight {
                 cpu::tensor(dx, (dy.dim(0)?, packed.k()))
             }
             // cuBLAS takes no broadcast gradient.
-            Weight::Dense(weight) => dy.contiguous()?.matmul(weight),
+            Weight::Dense(weight, _) => dy.contiguous()?.matmul(weight),
         }
     }
 }
@@ -185,7 +189,7 @@ impl CustomOp1 for Product {
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let Weight::Dense(weight) = &self.linear.weight else {
+        let Weight::Dense(weight, _) = &self.linear.weight else {
             candle_core::bail!("a GPU tensor met a weight on the CPU")
         };
         let (n, k) = weight.dims2()?;

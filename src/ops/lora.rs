@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use half::bf16;
 
 use super::{FrozenLinear, cpu};
-use crate::error::Result;
-use crate::kernels::cpu::{self as kernels, Left, Packed, Width, multiply};
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{self as kernels, Adapted, Left, Packed, Width, forward_together, multiply};
 
 /// The low-rank part for all rows, on top of `base` where it is given. x: (N, in), a: (R, in), b: (out, R) → (N, out).
 /// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
@@ -28,20 +28,42 @@ pub fn low_rank(base: Option<&FrozenLinear>, x: &Tensor, a: &Tensor, b: &Tensor,
 /// Rows of a step with the A and B (scaled) of one adapter.
 pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
 
-/// `base(x)` with the low-rank parts of some rows added. x: (N, in) → (N, out). Forward only.
-pub fn served_linear(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
-    let n = x.dim(0)?;
-    if x.device().is_cpu() {
+/// `base(x)` of several linears over one input, with the low-rank parts of some rows added. x: (N, in) → (N, out) each. Differentiable
+/// in x where there are no parts.
+pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'_>>); L]) -> Result<[Tensor; L]> {
+    let mut found = Vec::with_capacity(L);
+    if x.device().is_cpu() && !x.track_op() {
+        of.iter().try_for_each(|(base, _)| base.check(x))?;
         let x = x.contiguous()?;
-        let y = cpu::with_floats([&x], |[x]| {
-            let parts = parts
-                .iter()
-                .map(|(rows, a, b)| Ok(kernels::LowRank { rows: rows.clone(), a: a.packed()?, b: b.packed()? }));
-            base.on_cpu(x, &parts.collect::<candle_core::Result<Vec<_>>>()?)
-        })?;
-        return Ok(cpu::tensor(y, (n, base.out_features()))?);
+        let parts = of.iter().map(|(_, parts)| parts.iter().map(on_cpu).collect());
+        let parts = parts.collect::<candle_core::Result<Vec<Vec<_>>>>()?;
+        let products = of.iter().zip(&parts).map(|((base, _), parts)| Ok(Adapted { weight: base.packed()?, parts }));
+        let products = products.collect::<candle_core::Result<Vec<_>>>()?;
+        let numbers = cpu::with_floats([&x], |[x]| Ok(forward_together(x, &products)))?;
+        for (numbers, (base, _)) in numbers.into_iter().zip(&of) {
+            found.push(cpu::tensor(numbers, (x.dim(0)?, base.out_features()))?);
+        }
+    } else {
+        for (base, parts) in &of {
+            found.push(composed(base, x, parts)?);
+        }
     }
+    found.try_into().map_err(|_| Error::internal("a product for every linear. This is a bug."))
+}
+
+fn on_cpu<'a>((rows, a, b): &ServedRows<'a>) -> candle_core::Result<kernels::LowRank<'a>> {
+    Ok(kernels::LowRank { rows: rows.clone(), a: a.packed()?, b: b.packed()? })
+}
+
+/// One of [`linears`] of candle's operations.
+fn composed(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result<Tensor> {
     let y = base.forward(x)?;
+    if parts.is_empty() {
+        return Ok(y);
+    }
+    if x.track_op() {
+        return Err(Error::internal("a published adapter gives no gradient. This is a bug."));
+    }
     let mut pieces = Vec::with_capacity(2 * parts.len() + 1);
     let mut covered = 0;
     for (rows, a, b) in parts {
@@ -52,8 +74,8 @@ pub fn served_linear(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) 
         pieces.push((y.narrow(0, rows.start, rows.len())? + high)?);
         covered = rows.end;
     }
-    if covered < n {
-        pieces.push(y.narrow(0, covered, n - covered)?);
+    if covered < y.dim(0)? {
+        pieces.push(y.narrow(0, covered, y.dim(0)? - covered)?);
     }
     Ok(Tensor::cat(&pieces, 0)?)
 }

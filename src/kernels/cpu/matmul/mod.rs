@@ -13,6 +13,7 @@ mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod together;
 mod turn;
 
 use std::borrow::Cow;
@@ -22,20 +23,19 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::level::{Level, Out, filled, has_bf16_products, level};
-use super::rowwise::add_row;
 use crate::cores::spread;
 use coded::CodePanels;
 #[cfg(target_arch = "x86_64")]
 use coded::CodedPanel;
 pub use coded::Codes;
 pub use low::LowRank;
-use low::Lows;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
 pub use plain::{Left, multiply};
 use stored::Stored;
 use tile::ROWS;
 pub(super) use tile::{PANEL, Tile};
+pub use together::{Adapted, forward_together};
 #[cfg(target_arch = "x86_64")]
 pub(super) use turn::turn16;
 
@@ -83,6 +83,8 @@ pub struct Packed {
     n: usize,
     k: usize,
     panels: Panels,
+    /// (N).
+    bias: Option<Vec<f32>>,
 }
 
 /// Activations on their way into a product.
@@ -115,7 +117,13 @@ impl Packed {
             Width::F16(weight) => Panels::F16(pack(weight, n, k)),
             Width::Codes(codes) => Panels::Codes(CodePanels::new(codes, n, k)),
         };
-        Packed { n, k, panels }
+        Packed { n, k, panels, bias: None }
+    }
+
+    /// The same with a bias (N) that every product adds.
+    pub fn with_bias(self, bias: Vec<f32>) -> Self {
+        assert_eq!(bias.len(), self.n, "a bias that does not fit");
+        Packed { bias: Some(bias), ..self }
     }
 
     /// Rows of W: output features.
@@ -130,12 +138,13 @@ impl Packed {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        match &self.panels {
+        let panels = match &self.panels {
             Panels::F32(panels) => panels.len() * 4,
             Panels::Bf16(panels) => panels.len() * 2,
             Panels::F16(panels) => panels.len() * 2,
             Panels::Codes(panels) => panels.bytes(),
-        }
+        };
+        panels + self.bias.as_ref().map_or(0, |bias| bias.len() * 4)
     }
 
     /// Whether activations are rounded to bf16 on their way into a product where the processor multiplies bf16.
@@ -143,17 +152,15 @@ impl Packed {
         matches!(self.panels, Panels::Bf16(_) | Panels::Codes(_))
     }
 
-    /// `x·Wᵀ`. x: (M, K) → (M, N), both row-major.
+    /// `x·Wᵀ + bias`. x: (M, K) → (M, N), both row-major.
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
-        self.forward_adapted(x, None, &[])
+        self.forward_adapted(x, &[])
     }
 
-    /// `x·Wᵀ + bias` with `x·Aᵀ·Bᵀ` added to some of its rows, each sum going on where the one before ended. x: (M, K), bias: (N) →
-    /// (M, N); no row is in two parts.
-    pub fn forward_adapted(&self, x: &[f32], bias: Option<&[f32]>, parts: &[LowRank<'_>]) -> Vec<f32> {
-        assert!(bias.is_none_or(|bias| bias.len() == self.n), "a bias that does not fit");
-        // SAFETY: the product writes every number of the (M, N).
-        unsafe { filled(x.len() / self.k * self.n, |y| self.forward_to(x, bias, parts, y, Mode::best())) }
+    /// `x·Wᵀ + bias` with `x·Aᵀ·Bᵀ` added to some of its rows, each sum going on where the one before ended. x: (M, K) → (M, N); no row
+    /// is in two parts.
+    pub fn forward_adapted(&self, x: &[f32], parts: &[LowRank<'_>]) -> Vec<f32> {
+        forward_together(x, &[Adapted { weight: self, parts }]).remove(0)
     }
 
     /// `dy·W`, the gradient of the input. dy: (M, N) → (M, K).
@@ -187,46 +194,6 @@ impl Packed {
     fn panel_of<'a, W: Stored>(&self, panels: &'a [W], panel: usize) -> &'a [W] {
         let len = panel_len::<W>(self.width(), self.k);
         &panels[panel * len..][..len]
-    }
-
-    /// y: (M, N), all of it written.
-    fn forward_to(&self, x: &[f32], bias: Option<&[f32]>, parts: &[LowRank<'_>], y: Out, mode: Mode) {
-        let m = x.len() / self.k;
-        let (blocks, block) = row_blocks(m, self.k);
-        if let Some(whole) = self.whole(blocks) {
-            return whole.forward_to(x, bias, parts, y, mode);
-        }
-        let input = self.input(x, mode);
-        let lows = Lows::new(self, parts, (m, block));
-        let multiply = |rows: Range<usize>, panel, columns, to: *mut f32| {
-            lows.begin(&rows, panel, &input, mode);
-            // SAFETY: rows and columns are inside y and no other task has them.
-            unsafe {
-                self.panel(&input, panel, rows.clone(), columns, false, to);
-                if let Some(bias) = bias {
-                    for row in 0..rows.len() {
-                        add_row(
-                            &bias[panel * PANEL..][..columns],
-                            std::slice::from_raw_parts_mut(to.add(row * self.n), columns),
-                        );
-                    }
-                }
-                lows.add_to(&rows, panel, columns, to);
-            }
-        };
-        let count = self.n.div_ceil(PANEL);
-        spread(|| {
-            let together = count.div_ceil(rayon::current_num_threads() * TASKS).max(1);
-            let groups = count.div_ceil(together);
-            (0..blocks * groups).into_par_iter().with_max_len(1).for_each(|task| {
-                let (at, group) = (task % blocks, task / blocks);
-                let rows = at * block..m.min((at + 1) * block);
-                for panel in group * together..count.min((group + 1) * together) {
-                    let columns = PANEL.min(self.n - panel * PANEL);
-                    multiply(rows.clone(), panel, columns, y.at(rows.start * self.n + panel * PANEL));
-                }
-            });
-        });
     }
 
     /// All columns of some rows of the input, on this thread: (rows, N).
@@ -315,7 +282,7 @@ impl Packed {
         let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
         let of_panels = numbers.par_chunks_mut(len).enumerate();
         spread(|| of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to)));
-        Some(Packed { n, k, panels: Panels::Bf16(numbers) })
+        Some(Packed { n, k, panels: Panels::Bf16(numbers), bias: None })
     }
 
     /// # Safety

@@ -1,6 +1,12 @@
 //! Every kernel against plain sums.
 
+use super::together::forward_in;
 use super::*;
+
+/// One product as `mode` does it.
+fn forward(packed: &Packed, x: &[f32], parts: &[LowRank<'_>], mode: Mode) -> Vec<f32> {
+    forward_in(mode, x, &[Adapted { weight: packed, parts }]).remove(0)
+}
 
 fn numbers(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -58,19 +64,14 @@ fn every_width_and_level_is_the_plain_product_and_rows_stand_alone() {
                 let read =
                     |x: &[f32]| x.iter().map(|x| if rounds { bf16::from_f32(*x).to_f32() } else { *x }).collect();
                 let (x_read, dy_read): (Vec<f32>, Vec<f32>) = (read(&x), read(&dy));
-                // SAFETY: both write all numbers.
-                let (y, dx) = unsafe {
-                    (
-                        filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode)),
-                        filled(m * k, |dx| packed.backward_to(&dy, dx, mode)),
-                    )
-                };
+                let y = forward(&packed, &x, &[], mode);
+                // SAFETY: all numbers are written.
+                let dx = unsafe { filled(m * k, |dx| packed.backward_to(&dy, dx, mode)) };
                 close(&y, &plain(&x_read, &rows, (m, n, k)));
                 close(&dx, &plain(&dy_read, &turned(&rows, k), (m, k, n)));
                 for row in [0, m / 2, m - 1] {
                     let x = &x[row * k..(row + 1) * k];
-                    // SAFETY: all numbers are written.
-                    let alone = unsafe { filled(n, |y| packed.forward_to(x, None, &[], y, mode)) };
+                    let alone = forward(&packed, x, &[], mode);
                     assert_eq!(alone, y[row * n..(row + 1) * n], "row {row} of {m} stands alone");
                 }
             }
@@ -94,23 +95,42 @@ fn bias_and_low_rank_parts_go_on_top_of_their_rows() {
                 let parts = [(&a1, &b1), (&a2, &b1), (&a2, &b2)];
                 let parts: Vec<_> =
                     cut.iter().cloned().zip(parts).map(|(rows, (a, b))| LowRank { rows, a, b }).collect();
-                // SAFETY: they write all numbers.
-                let of = |packed: &Packed, x: &[f32], bias, parts: &[LowRank<'_>]| unsafe {
-                    filled(x.len() / packed.k * packed.n, |y| packed.forward_to(x, bias, parts, y, mode))
-                };
-                let found = of(&weight, &x, Some(&bias), &parts);
-                let mut exact: Vec<f64> = of(&weight, &x, None, &[]).into_iter().map(f64::from).collect();
+                let biased = weight.clone().with_bias(bias.clone());
+                let found = forward(&biased, &x, &parts, mode);
+                let mut exact: Vec<f64> = forward(&weight, &x, &[], mode).into_iter().map(f64::from).collect();
                 exact.iter_mut().enumerate().for_each(|(at, y)| *y += f64::from(bias[at % n]));
                 for LowRank { rows, a, b } in &parts {
-                    let high = of(b, &of(a, &x[rows.start * k..rows.end * k], None, &[]), None, &[]);
+                    let low = forward(a, &x[rows.start * k..rows.end * k], &[], mode);
+                    let high = forward(b, &low, &[], mode);
                     exact[rows.start * n..].iter_mut().zip(high).for_each(|(y, high)| *y += f64::from(high));
                 }
                 close(&found, &exact);
                 let alone = LowRank { rows: 0..1, ..parts[2].clone() };
-                let last = of(&weight, &x[(m - 1) * k..], Some(&bias), &[alone]);
+                let last = forward(&biased, &x[(m - 1) * k..], &[alone], mode);
                 assert_eq!(last, found[(m - 1) * n..], "a row with its part stands alone");
             }
         }
+    }
+}
+
+#[test]
+fn products_together_have_the_bits_of_products_alone() {
+    let k = 64;
+    let widths = [(70, true), (16, false), (200, true), (33, false)];
+    let weights = widths.map(|(n, is_bf16)| {
+        let numbers = numbers(n * k, n as u32);
+        let halves = || Width::Bf16(numbers.iter().copied().map(bf16::from_f32).collect());
+        Packed::new(&if is_bf16 { halves() } else { Width::F32(numbers.clone()) }, n, k).with_bias(vec![0.5; n])
+    });
+    let (a, b) =
+        (Packed::new(&Width::F32(numbers(4 * k, 1)), 4, k), Packed::new(&Width::F32(numbers(16 * 4, 2)), 16, 4));
+    for (mode, m) in modes().into_iter().flat_map(|mode| [0, 1, 3, 300].map(|m| (mode, m))) {
+        let x = numbers(m * k, 3);
+        let part = [LowRank { rows: m / 2..m, a: &a, b: &b }];
+        let parts: [&[LowRank<'_>]; 4] = [&[], &part, &[], &[]];
+        let products: Vec<_> = weights.iter().zip(parts).map(|(weight, parts)| Adapted { weight, parts }).collect();
+        let alone: Vec<_> = products.iter().map(|product| forward(product.weight, &x, product.parts, mode)).collect();
+        assert!(forward_in(mode, &x, &products) == alone, "{mode:?} {m} rows");
     }
 }
 
@@ -164,10 +184,10 @@ fn codes_have_the_bits_of_their_numbers_in_bf16() {
             assert_eq!(rows(&coded), rows(&plain), "{layout:?}");
             for (mode, m) in modes().into_iter().flat_map(|mode| [1, 2, 3, 4, 5, 8, 13, 100].map(|m| (mode, m))) {
                 let (x, dy) = (numbers(m * k, 4), numbers(m * n, 5));
-                // SAFETY: both write all numbers.
-                let products = |packed: &Packed| unsafe {
-                    let y = filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode));
-                    (y, filled(m * k, |dx| packed.backward_to(&dy, dx, mode)))
+                let products = |packed: &Packed| {
+                    let y = forward(packed, &x, &[], mode);
+                    // SAFETY: all numbers are written.
+                    (y, unsafe { filled(m * k, |dx| packed.backward_to(&dy, dx, mode)) })
                 };
                 assert!(products(&coded) == products(&plain), "{layout:?} {mode:?} {m} rows");
             }
@@ -198,11 +218,7 @@ fn avx2_has_the_bits_of_avx512() {
         let (m, n, k) = (7, 33, 20);
         let packed = Packed::new(&Width::F32(numbers(n * k, 4)), n, k);
         let x = numbers(m * k, 5);
-        let of = |level| {
-            let mode = Mode { level, pairs: false };
-            // SAFETY: all numbers are written.
-            unsafe { filled(m * n, |y| packed.forward_to(&x, None, &[], y, mode)) }
-        };
+        let of = |level| forward(&packed, &x, &[], Mode { level, pairs: false });
         assert_eq!(of(Level::Avx512), of(Level::Avx2), "one chain of fused multiply-adds each");
     }
 }

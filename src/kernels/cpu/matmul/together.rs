@@ -1,0 +1,111 @@
+//! Products of one input with several weights, shared out between the threads as one piece of work: the input is rounded once, and the
+//! threads wait for each other once.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::low::Lows;
+use super::{Input, LowRank, Mode, PANEL, Packed, TASKS, row_blocks};
+use crate::cores::spread;
+use crate::kernels::cpu::level::Out;
+use crate::kernels::cpu::rowwise::add_row;
+
+/// A weight, and the low-rank parts that some rows of its product get; no row is in two.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapted<'a> {
+    /// W: (N, K).
+    pub weight: &'a Packed,
+    /// Added after the bias, each sum going on where the one before ended.
+    pub parts: &'a [LowRank<'a>],
+}
+
+/// `x·Wᵀ + bias + parts` of every weight, all of them K wide. x: (M, K) → (M, N) each.
+pub fn forward_together(x: &[f32], products: &[Adapted<'_>]) -> Vec<Vec<f32>> {
+    forward_in(Mode::best(), x, products)
+}
+
+/// One weight as a call multiplies it.
+struct Product<'a> {
+    /// In bf16 for the time of the call, where that is quicker.
+    whole: Option<Packed>,
+    weight: &'a Packed,
+    lows: Lows<'a>,
+    /// (M, N).
+    y: Out,
+}
+
+pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec<Vec<f32>> {
+    let Some(k) = products.first().map(|product| product.weight.k) else { return Vec::new() };
+    assert!(products.iter().all(|product| product.weight.k == k), "weights of different widths");
+    let m = x.len() / k;
+    let (blocks, block) = row_blocks(m, k);
+    // As weights in bf16 take x, and as the others do.
+    let [rounded, plain] = [true, false].map(|is_bf16| {
+        let taker = products.iter().find(|product| product.weight.is_bf16() == is_bf16);
+        taker.map(|product| product.weight.input(x, mode))
+    });
+    let mut found: Vec<Vec<f32>> = products.iter().map(|product| Vec::with_capacity(m * product.weight.n)).collect();
+    let products: Vec<Product<'_>> = products
+        .iter()
+        .zip(&mut found)
+        .map(|(Adapted { weight, parts }, y)| Product {
+            whole: weight.whole(blocks),
+            weight,
+            lows: Lows::new(weight, parts, (m, block)),
+            y: Out(y.as_mut_ptr()),
+        })
+        .collect();
+    let input = |product: &Product<'_>| {
+        let input = if product.weight.is_bf16() { &rounded } else { &plain };
+        input.as_ref().expect("the input was made for every weight. This is a bug.")
+    };
+    spread(|| {
+        let panels: usize = products.iter().map(|product| product.weight.n.div_ceil(PANEL)).sum();
+        let together = panels.div_ceil(rayon::current_num_threads() * TASKS).max(1);
+        let groups: Vec<(&Product<'_>, Range<usize>)> =
+            products.iter().flat_map(|product| product.groups(together).map(move |panels| (product, panels))).collect();
+        (0..blocks * groups.len()).into_par_iter().with_max_len(1).for_each(|task| {
+            let (at, (product, panels)) = (task % blocks, &groups[task / blocks]);
+            // SAFETY: rows and columns are inside y and no other task has them.
+            unsafe { product.some(input(product), at * block..m.min((at + 1) * block), panels.clone(), mode) };
+        });
+    });
+    for (y, product) in found.iter_mut().zip(&products) {
+        // SAFETY: that many have room, and the tasks wrote all rows of all panels.
+        unsafe { y.set_len(m * product.weight.n) };
+    }
+    found
+}
+
+impl Product<'_> {
+    /// The weight's panels, some at a time.
+    fn groups(&self, together: usize) -> impl Iterator<Item = Range<usize>> {
+        let count = self.weight.n.div_ceil(PANEL);
+        (0..count).step_by(together).map(move |first| first..count.min(first + together))
+    }
+
+    /// Some panels' columns of a block of rows.
+    /// # Safety
+    /// They are inside y, and nobody else uses them.
+    unsafe fn some(&self, input: &Input<'_>, rows: Range<usize>, panels: Range<usize>, mode: Mode) {
+        let n = self.weight.n;
+        let weight = self.whole.as_ref().unwrap_or(self.weight);
+        for panel in panels {
+            let columns = PANEL.min(n - panel * PANEL);
+            let to = self.y.at(rows.start * n + panel * PANEL);
+            self.lows.begin(&rows, panel, input, mode);
+            // SAFETY: the caller's promise.
+            unsafe {
+                weight.panel(input, panel, rows.clone(), columns, false, to);
+                if let Some(bias) = &self.weight.bias {
+                    for row in 0..rows.len() {
+                        let to = std::slice::from_raw_parts_mut(to.add(row * n), columns);
+                        add_row(&bias[panel * PANEL..][..columns], to);
+                    }
+                }
+                self.lows.add_to(&rows, panel, columns, to);
+            }
+        }
+    }
+}
