@@ -207,7 +207,7 @@ fn pair(tokenizer: &Tokenizer, [prompt, chosen, rejected]: [String; 3]) -> Resul
         Ok(whole[prompt.len()..].to_vec())
     };
     let (chosen, rejected) = (answer(chosen)?, answer(rejected)?);
-    Ok(TokenPair { prompt, chosen, rejected, score_chosen: 1.0, score_rejected: 0.0 })
+    Ok(TokenPair { prompt, chosen, rejected, reference_rejected: None, score_chosen: 1.0, score_rejected: 0.0 })
 }
 
 /// Peak resident memory of the process, MB.

@@ -85,11 +85,10 @@ impl BlockManager {
         Some(id)
     }
 
-    /// The longest run of cached blocks that begin `tokens`, each now held once more, and the chain they end. At least one
-    /// token is left to compute.
+    /// The longest run of cached blocks that begin `tokens`, each now held once more, and the chain they end.
     pub(super) fn find_prefix(&mut self, root: Chain, tokens: &[u32]) -> (Vec<u32>, Chain) {
         let (mut found, mut at) = (Vec::new(), root);
-        for piece in tokens[..tokens.len().saturating_sub(1)].chunks_exact(self.block_size) {
+        for piece in tokens.chunks_exact(self.block_size) {
             let next = chain(at, &piece);
             let Some(&id) = self.by_chain.get(&next) else { break };
             let block = &mut self.blocks[id as usize];
@@ -163,7 +162,7 @@ mod tests {
         let blocks = [manager.allocate(), manager.allocate()].map(Option::unwrap_or_default);
         let first = manager.seal(blocks[0], base, &tokens[..2]);
         manager.seal(blocks[1], first, &tokens[2..]);
-        assert_eq!(manager.find_prefix(base, &tokens).0, blocks[..1], "the last token is left to compute");
+        assert_eq!(manager.find_prefix(base, &tokens[..3]).0, blocks[..1], "only whole blocks");
         for other in [root(Some("other"), None), root(None, Some("salt"))] {
             assert_eq!(manager.find_prefix(other, &tokens).0, [0u32; 0]);
         }

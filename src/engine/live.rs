@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::lookup::Draft;
 use super::scheduler::Sequence;
-use super::writer::{Outcome, Writer, reuses};
+use super::writer::{Outcome, Writer};
 
 /// What the owner thread knows of a request besides its sequence.
 pub(super) struct Live {
@@ -25,8 +25,12 @@ impl Live {
     pub(super) fn sequence(&self, id: u64) -> Sequence {
         let request = &self.writer.request;
         let generation = request.adapter.as_ref().map(|adapter| adapter.generation.clone());
-        let mut sequence = Sequence::new(id, request.prompt.clone(), generation, reuses(request));
+        let mut sequence = Sequence::new(id, request.prompt.clone(), generation, true);
         (sequence.priority, sequence.role) = (request.params.priority, request.role);
+        if request.params.prompt_logprobs.is_some() {
+            // A token's log-probability needs the row before it computed.
+            sequence.reusable = request.params.prompt_logprobs_start.saturating_sub(1);
+        }
         if let Some(salt) = &request.params.cache_salt {
             sequence.salt(salt);
         }

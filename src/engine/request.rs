@@ -46,6 +46,8 @@ pub struct SamplingParams {
     pub logprobs: Option<usize>,
     /// The same for the prompt's tokens.
     pub prompt_logprobs: Option<usize>,
+    /// The first prompt token that gets them; those before it may come from the prefix cache.
+    pub prompt_logprobs_start: usize,
     /// What the text must be; the answer ends where nothing more may follow.
     pub grammar: Option<Arc<Grammar>>,
     /// Runs of tokens that may not come.
@@ -79,6 +81,7 @@ impl Default for SamplingParams {
             skip_special_tokens: true,
             logprobs: None,
             prompt_logprobs: None,
+            prompt_logprobs_start: 0,
             grammar: None,
             bad_words: Vec::new(),
             allowed_token_ids: None,

@@ -5,6 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::request::{SamplingParams, TokenLogprob};
+use crate::model::RowLogprobs;
 use crate::text::TokenMask;
 
 /// Tokens sorted at first when looking for a nucleus.
@@ -29,41 +30,35 @@ pub struct Draw<'a> {
 /// Draws the next token. logits: V values, changed in place; where no token may come, that of the returned id is minus infinity.
 pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>) {
     let params = draw.params;
-    let raw = params.logprobs.map(|top| (log_sum_exp(logits), top_of(logits, top), logits.to_vec()));
+    let raw = params.logprobs.map(|top| (RowLogprobs::new(logits), top_of(logits, top), logits.to_vec()));
     penalize(logits, draw);
     for (id, bias) in &params.logit_bias {
         logits[*id as usize] += bias;
     }
     restrict(logits, draw);
     let id = if params.temperature < 1e-5 { argmax(logits) } else { draw_from(logits, draw) };
-    let logprob = raw.map(|(total, top, raw)| describe(&raw, id, total, &top));
+    let logprob = raw.map(|(row, top, raw)| describe(&raw, id, &row, &top));
     (id, logprob)
 }
 
 /// Log-probability of `id` in the distribution of raw logits, with the `top` most likely tokens.
 pub(super) fn logprob_of(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
-    describe(logits, id, log_sum_exp(logits), &top_of(logits, top))
+    describe(logits, id, &RowLogprobs::new(logits), &top_of(logits, top))
 }
 
-/// ln Σ exp(logits), summed in f64 in order.
-pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    f64::from(max) + logits.iter().map(|logit| f64::from((logit - max).exp())).sum::<f64>().ln()
-}
-
-fn describe(logits: &[f32], id: u32, total: f64, top: &[u32]) -> TokenLogprob {
-    let logprob = |id: u32| (f64::from(logits[id as usize]) - total) as f32;
+fn describe(logits: &[f32], id: u32, row: &RowLogprobs, top: &[u32]) -> TokenLogprob {
+    let logprob = |id: u32| row.of(logits[id as usize]);
     TokenLogprob { id, logprob: logprob(id), top: top.iter().map(|id| (*id, logprob(*id))).collect() }
 }
 
 /// The `count` largest, largest first, equal ones by id.
 fn top_of(logits: &[f32], count: usize) -> Vec<u32> {
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let count = count.min(ids.len());
+    let count = count.min(logits.len());
     if count == 0 {
         return Vec::new();
     }
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if count < ids.len() {
         ids.select_nth_unstable_by(count - 1, order);
         ids.truncate(count);

@@ -27,8 +27,8 @@ pub struct Sequence {
     pub blocks: Vec<u32>,
     /// Adapter generation, `None` for the base.
     pub generation: Option<String>,
-    /// May begin with cached blocks.
-    pub reuse: bool,
+    /// How many of its first tokens may come from cached blocks; the last never does.
+    pub reusable: usize,
     /// Lower goes first; among equals the role served least, and then the order of ids, which is that of arrival.
     pub priority: i64,
     /// On whose account it runs.
@@ -55,7 +55,7 @@ impl Sequence {
             cached: 0,
             blocks: Vec::new(),
             generation,
-            reuse,
+            reusable: if reuse { usize::MAX } else { 0 },
             priority: 0,
             role: "",
             sealed: 0,
@@ -79,6 +79,11 @@ impl Sequence {
 
     pub(super) fn pending(&self) -> usize {
         self.settled() - self.computed
+    }
+
+    /// How many of its first tokens need not be computed where others have computed them.
+    fn shareable(&self) -> usize {
+        self.reusable.min(self.tokens.len() - 1)
     }
 
     fn rank(&self) -> (i64, u64) {
@@ -325,11 +330,10 @@ impl Scheduler {
     /// prompts that begin alike, compute what they share once.
     fn waits_for_blocks(&self, sequence: &Sequence) -> bool {
         let size = self.limits.block_size;
-        if !self.limits.prefix_caching || !sequence.reuse || sequence.tokens.len() <= size {
+        let own = &sequence.tokens[..sequence.shareable()];
+        if !self.limits.prefix_caching || own.len() < size {
             return false;
         }
-        // The last token is always computed.
-        let own = &sequence.tokens[..sequence.tokens.len() - 1];
         let coming = |other: &Sequence| {
             let alike = own.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
             other.root == sequence.root && alike / size > other.computed / size
@@ -371,10 +375,10 @@ impl Scheduler {
     }
 
     fn reuse_prefix(&mut self, sequence: &mut Sequence) {
-        if !self.limits.prefix_caching || !sequence.reuse {
+        if !self.limits.prefix_caching {
             return;
         }
-        let (blocks, chain) = self.blocks.find_prefix(sequence.chain, &sequence.tokens);
+        let (blocks, chain) = self.blocks.find_prefix(sequence.chain, &sequence.tokens[..sequence.shareable()]);
         sequence.computed = blocks.len() * self.limits.block_size;
         sequence.sealed = blocks.len();
         (sequence.blocks, sequence.chain) = (blocks, chain);

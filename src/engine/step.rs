@@ -217,11 +217,12 @@ impl Owner {
             return Ok(());
         }
         let sequence = self.sequence(scheduled.id);
-        let first = sequence.computed;
+        let first = sequence.computed.max(live.writer.request.params.prompt_logprobs_start.saturating_sub(1));
         let last = paged.context.min(sequence.prompt_len.saturating_sub(1));
+        let start = paged.start + first - sequence.computed;
         let targets: Vec<u32> = (first..last).map(|position| sequence.tokens[position + 1]).collect();
         for (chunk, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
-            let rows = hidden.narrow(0, paged.start + chunk * LOGIT_ROWS, targets.len())?;
+            let rows = hidden.narrow(0, start + chunk * LOGIT_ROWS, targets.len())?;
             let logits = self.shared.model.logits(&rows)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
             let found: Vec<TokenLogprob> =
                 logits.par_iter().zip(targets).map(|(row, target)| sampler::logprob_of(row, *target, top)).collect();

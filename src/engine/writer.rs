@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
 use super::sampler::{self, Draw};
 use crate::error::{Code, Error, Result};
+use crate::model::RowLogprobs;
 use crate::telemetry::metrics;
 use crate::text::{Matcher, StreamDecoder, Tokenizer};
 
@@ -114,7 +115,7 @@ impl Writer {
             params.include_stop_str_in_output,
             params.skip_special_tokens,
         );
-        let read = if reuses(&request) { 0 } else { request.prompt.len() };
+        let read = params.prompt_logprobs.map_or(0, |_| request.prompt.len());
         Writer {
             prompt_logprobs: vec![None; read],
             matcher: params.grammar.as_ref().map(|grammar| Mutex::new(grammar.matcher())),
@@ -169,8 +170,8 @@ impl Writer {
         }
         match &self.request.task {
             Task::NextToken(ids) => {
-                let total = sampler::log_sum_exp(logits);
-                Outcome::NextToken(ids.iter().map(|id| (f64::from(logits[*id as usize]) - total) as f32).collect())
+                let row = RowLogprobs::new(logits);
+                Outcome::NextToken(ids.iter().map(|id| row.of(logits[*id as usize])).collect())
             }
             Task::Score | Task::Generate if self.request.params.max_tokens == Some(0) => Outcome::PromptRead,
             Task::Score | Task::Generate => self.draw(prompt, output, logits).unwrap_or_else(Outcome::Failed),
@@ -252,9 +253,4 @@ impl Writer {
         metrics().request_success_total.with_label_values(&[role, reason]).inc();
         metrics().e2e_request_latency_seconds.with_label_values(&[role]).observe(self.arrived.elapsed().as_secs_f64());
     }
-}
-
-/// Log-probabilities of the prompt need every row computed.
-pub(super) fn reuses(request: &Request) -> bool {
-    request.params.prompt_logprobs.is_none()
 }

@@ -15,5 +15,7 @@ pub use kv::KvPool;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
 pub use rotary::Rotary;
 
+/// What makes log-probabilities of a row of [`Decoder::logits`].
+pub use crate::ops::RowLogprobs;
 /// What [`Attend`] takes for a step over paged sequences.
 pub use crate::ops::{PagedBatch, PagedSequence};

@@ -70,6 +70,25 @@ pub fn token_logprobs(
     Ok((&logprobs + (&slope - slope.detach())?)?)
 }
 
+/// What turns a row of logits into log-probabilities: the same bits whether they are sampled from or trained on.
+pub struct RowLogprobs {
+    max: f32,
+    log_sum: f64,
+}
+
+impl RowLogprobs {
+    /// Of V logits.
+    pub fn new(logits: &[f32]) -> Self {
+        let (max, sum) = softmax_row(&mut logits.to_vec());
+        RowLogprobs { max, log_sum: sum.ln() }
+    }
+
+    /// `ln softmax` at one logit of the row, nats.
+    pub fn of(&self, logit: f32) -> f32 {
+        (f64::from(logit - self.max) - self.log_sum) as f32
+    }
+}
+
 /// T log-probs; the logits, (T, V), become d log p(target) / d logits = `onehot − softmax` where that is wanted.
 fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
     let width = logits.len() / targets.len();
@@ -82,7 +101,7 @@ fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
             scale_row(row, scale);
             row[*target as usize] += 1.0;
         }
-        (f64::from(aim - max) - sum.ln()) as f32
+        RowLogprobs { max, log_sum: sum.ln() }.of(aim)
     };
     spread(|| rows.map(one).collect())
 }

@@ -16,8 +16,8 @@ mod pull;
 
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use linear::{Codes, FrozenLinear};
-pub use logprobs::token_logprobs;
-pub use lora::{ServedRows, low_rank, served_linear};
+pub use logprobs::{RowLogprobs, token_logprobs};
+pub use lora::{ServedRows, linears, low_rank};
 pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, dropout, gated, rope};

@@ -34,8 +34,19 @@ pub(super) struct Candidate {
     pub(super) prompt: Vec<Message>,
     pub(super) chosen: String,
     pub(super) rejected: String,
+    /// What its sampler left of the rejected answer.
+    pub(super) sampled: Option<Sampled>,
     pub(super) scores: Option<(f64, f64)>,
     pub(super) too_long: bool,
+}
+
+/// An answer that the student's base wrote, as the student would be trained on it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Sampled {
+    /// Response tokens.
+    pub(super) ids: Vec<u32>,
+    /// Log-prob of each under the base, nats.
+    pub(super) logprobs: Vec<f32>,
 }
 
 /// What the filters left.
@@ -70,7 +81,9 @@ pub(super) fn keep(
                 score_chosen,
                 score_rejected,
             };
-            let tokens = tokens(&pair, tokenizer)?;
+            let mut tokens = tokens(&pair, tokenizer)?;
+            let sampled = candidate.sampled.filter(|sampled| sampled.ids == tokens.rejected);
+            tokens.reference_rejected = sampled.map(|sampled| sampled.logprobs);
             if tokens.prompt.len() < max_length {
                 kept.pairs.push(pair);
                 kept.tokens.push(tokens);
@@ -123,7 +136,8 @@ fn fingerprint(candidate: &Candidate) -> (String, String, String) {
 pub(super) fn tokens(pair: &Pair, tokenizer: &Tokenizer) -> Result<TokenPair> {
     let (prompt, chosen) = split(&pair.prompt, &pair.chosen, tokenizer)?;
     let (_, rejected) = split(&pair.prompt, &pair.rejected, tokenizer)?;
-    Ok(TokenPair { prompt, chosen, rejected, score_chosen: pair.score_chosen, score_rejected: pair.score_rejected })
+    let (score_chosen, score_rejected) = (pair.score_chosen, pair.score_rejected);
+    Ok(TokenPair { prompt, chosen, rejected, reference_rejected: None, score_chosen, score_rejected })
 }
 
 /// Response tokens: what the rendered prompt + response has beyond the rendered prompt with its generation prompt (TRL's rule).
@@ -160,6 +174,7 @@ mod tests {
             prompt: vec![Message::new("user", "x")],
             chosen: chosen.into(),
             rejected: rejected.into(),
+            sampled: None,
             scores,
             too_long: false,
         }

@@ -5,7 +5,7 @@ use utoipa::ToSchema;
 
 use super::synthesize::mixed;
 use super::{Behavior, PromptInput, SynthesisOptions};
-use crate::engine::request::SamplingParams;
+use crate::engine::request::{SamplingParams, TokenLogprob};
 use crate::error::{Code, Result};
 use crate::roles::{Reward, Target};
 use crate::text::{Message, RenderOptions};
@@ -126,14 +126,13 @@ pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: 
     };
     let (old, new) = tokio::try_join!(base.answer(&messages, params.clone()), aligned.answer(&messages, params))?;
     let asked = base.tokenizer()?.encode_chat(&messages, &RenderOptions::default())?;
-    let kl = match new.ids.is_empty() {
-        true => 0.0,
-        false => {
-            let (under_new, under_base) =
-                tokio::try_join!(aligned.logprobs_of(&asked, &new.ids), base.logprobs_of(&asked, &new.ids))?;
-            under_new.iter().zip(&under_base).map(|(new, base)| kl_of(f64::from(*new) - f64::from(*base))).sum()
-        }
+    // What the sampler says of its own tokens is π; the base has not seen them.
+    let under_base = match new.ids.is_empty() {
+        true => Vec::new(),
+        false => base.logprobs_of(&asked, &new.ids).await?,
     };
+    let gap = |(new, base): (&TokenLogprob, &f32)| f64::from(new.logprob) - f64::from(*base);
+    let kl = new.logprobs.iter().zip(&under_base).map(gap).map(kl_of).sum();
     let plain = prompt.messages();
     let score = async |answer: &str| -> Result<Option<f64>> {
         let mut messages = plain.clone();

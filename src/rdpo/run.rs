@@ -97,6 +97,10 @@ impl<'a> Run<'a> {
                 self.context.event("warn", "message", &message, &json!({"prompt_index": sample.prompt_index}))?;
             }
             let row = sample.prompt_index * samples + sample.sample;
+            // Before the row that says the conversation is done.
+            if let Some(sampled) = &sample.sampled {
+                self.put_row("sampled", row, &serde_json::to_value(sampled)?)?;
+            }
             self.put_row("sample", row, &serde_json::to_value(&sample)?)?;
             finished += 1;
             self.context.progress(Status::Synthesizing, finished, total)
@@ -199,8 +203,9 @@ impl<'a> Run<'a> {
                 self.put_row("pair", index, &serde_json::to_value(pair)?)?;
             }
         }
+        let known = kept.tokens.iter().filter(|pair| pair.reference_rejected.is_some()).count();
         let summary = json!({
-            "kept": kept.pairs.len(), "held_out": held_out.len(), "dropped": kept.dropped, "revised_win_ratio": ratio,
+            "kept": kept.pairs.len(), "sampled_references": known, "held_out": held_out.len(), "dropped": kept.dropped, "revised_win_ratio": ratio,
         });
         self.set_result(&json!({ "pairs": summary }))?;
         let message = format!("{} pairs kept, dropped: {}", kept.pairs.len(), json!(kept.dropped));
@@ -372,6 +377,7 @@ impl<'a> Run<'a> {
                         prompt: pair.prompt.messages(),
                         chosen: pair.chosen.clone(),
                         rejected: pair.rejected.clone(),
+                        sampled: None,
                         scores: pair.score_chosen.zip(pair.score_rejected),
                         too_long: false,
                     };
@@ -379,6 +385,7 @@ impl<'a> Run<'a> {
                 })
                 .collect());
         }
+        let mut sampled: BTreeMap<usize, Value> = self.rows("sampled")?.into_iter().collect();
         self.rows("sample")?
             .into_iter()
             .map(|(index, row)| {
@@ -392,6 +399,7 @@ impl<'a> Run<'a> {
                     prompt: prompt.under(context),
                     chosen: sample.revised,
                     rejected: sample.response,
+                    sampled: sampled.remove(&index).map(serde_json::from_value).transpose()?,
                     scores: None,
                     too_long: sample.too_long.is_some(),
                 };

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use regex::Regex;
 
+use super::pairs::{Sampled, split};
 use super::{Behavior, PromptInput, SynthesisOptions};
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Result};
-use crate::roles::{Roles, Target};
+use crate::roles::{Answer, Roles, Target};
 use crate::telemetry::metrics;
 use crate::text::Message;
 
@@ -40,6 +41,10 @@ pub struct Sample {
     /// Set when the conversation did not fit the model's context: there are no answers then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub too_long: Option<String>,
+    /// Log-probs of the response, where it is the student's own.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub(super) sampled: Option<Sampled>,
 }
 
 /// A conversation still to be held.
@@ -106,10 +111,41 @@ pub(super) async fn synthesize_work(
 ) -> Result<()> {
     let responder = roles.resolve(&options.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
     let teacher = roles.teacher()?;
+    let keeps_logprobs = writes_the_reference(roles, &responder, behavior);
     let (responder, teacher) = (&responder, &teacher);
-    let conversations = work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed));
+    let conversations =
+        work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed, keeps_logprobs));
     let width = roles.max_in_flight([responder, teacher]);
     drive(conversations, width, check, |sample| on_sample(sample?)).await
+}
+
+/// Whether what the responder says of its tokens is the reference's log-probs of them: it is the student's base, asked as the student
+/// is trained. On the CPU alone serving and training give them the same bits, and a policy that is still the reference must.
+fn writes_the_reference(roles: &Roles, responder: &Target, behavior: &Behavior) -> bool {
+    let trained_so = behavior.context.is_none() || behavior.train_with_context;
+    let (Ok(base), Ok(engine)) = (roles.student_base(), responder.engine()) else { return false };
+    let is_base = base.engine().is_ok_and(|base| Arc::ptr_eq(base.model(), engine.model()));
+    is_base && responder.lease.is_none() && engine.model().device().is_cpu() && trained_so
+}
+
+/// The response as the student is trained on it: the template ends a turn with tokens that nobody sampled, and only they are read.
+async fn as_trained(
+    responder: &Target,
+    prompt: &[Message],
+    response: &str,
+    answer: &Answer,
+) -> Result<Option<Sampled>> {
+    let (prompt, ids) = split(prompt, response, responder.tokenizer()?)?;
+    let same = ids.iter().zip(&answer.ids).take_while(|(one, other)| one == other).count();
+    if same == 0 || prompt.len() + ids.len() > responder.max_model_len()? {
+        return Ok(None);
+    }
+    let mut logprobs: Vec<f32> = answer.logprobs[..same].iter().map(|token| token.logprob).collect();
+    if same < ids.len() {
+        let before = [&prompt, &ids[..same]].concat();
+        logprobs.extend(responder.logprobs_of(&before, &ids[same..]).await?);
+    }
+    Ok(Some(Sampled { ids, logprobs }))
 }
 
 /// Does pieces of work, `width` at once, and gives each outcome out as it comes; `check` may stop it at any time.
@@ -137,6 +173,7 @@ async fn converse(
     work: Work,
     options: &SynthesisOptions,
     seed: u64,
+    keeps_logprobs: bool,
 ) -> Result<Sample> {
     let since = Instant::now();
     let mut sample = Sample {
@@ -150,8 +187,9 @@ async fn converse(
         prompt_tokens: 0,
         cached_tokens: 0,
         too_long: None,
+        sampled: None,
     };
-    match turns(responder, teacher, behavior, &work, options, seed, &mut sample).await {
+    match turns(responder, teacher, behavior, &work, options, seed, keeps_logprobs, &mut sample).await {
         Ok(()) => {
             metrics().pairs_generated_total.inc();
             metrics().critique_duration_seconds.observe(since.elapsed().as_secs_f64());
@@ -169,17 +207,25 @@ async fn turns(
     work: &Work,
     options: &SynthesisOptions,
     seed: u64,
+    keeps_logprobs: bool,
     sample: &mut Sample,
 ) -> Result<()> {
     let mut conversation = work.prompt.under(behavior.context.as_deref());
+    let prompt = conversation.clone();
     let mut turn = 0;
-    sample.response = next_turn(responder, &mut conversation, options, seed, &mut turn, sample).await?;
+    let logprobs = keeps_logprobs.then_some(0);
+    let answer = next_turn(responder, &mut conversation, options, logprobs, seed, &mut turn, sample).await?;
+    sample.response = answer.text.trim().to_owned();
+    if keeps_logprobs {
+        sample.sampled = as_trained(responder, &prompt, &sample.response, &answer).await?;
+    }
     for _ in 0..options.rounds {
         conversation.push(Message::new("user", behavior.critique_request(&sample.prompt)));
-        sample.critique = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
+        let critique = next_turn(teacher, &mut conversation, options, None, seed, &mut turn, sample).await?;
+        sample.critique = critique.text.trim().to_owned();
         conversation.push(Message::new("user", behavior.revision_request(&sample.prompt)));
-        let revised = next_turn(teacher, &mut conversation, options, seed, &mut turn, sample).await?;
-        sample.revised = without_heading(&revised).to_owned();
+        let revised = next_turn(teacher, &mut conversation, options, None, seed, &mut turn, sample).await?;
+        sample.revised = without_heading(revised.text.trim()).to_owned();
     }
     Ok(())
 }
@@ -189,15 +235,17 @@ async fn next_turn(
     target: &Target,
     conversation: &mut Vec<Message>,
     options: &SynthesisOptions,
+    logprobs: Option<usize>,
     seed: u64,
     turn: &mut u64,
     sample: &mut Sample,
-) -> Result<String> {
+) -> Result<Answer> {
     let params = SamplingParams {
         temperature: options.temperature as f32,
         top_p: options.top_p as f32,
         max_tokens: Some(options.max_tokens),
         seed: Some(mixed(seed, &[sample.prompt_index as u64, sample.sample as u64, *turn])),
+        logprobs,
         ..SamplingParams::default()
     };
     *turn += 1;
@@ -206,7 +254,7 @@ async fn next_turn(
     sample.cached_tokens += answer.usage.cached_tokens;
     sample.completion_tokens += answer.usage.completion_tokens;
     conversation.push(Message::new("assistant", answer.text.clone()));
-    Ok(answer.text.trim().to_owned())
+    Ok(answer)
 }
 
 /// A seed out of several numbers (SplitMix64's finalizer, chained).

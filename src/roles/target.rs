@@ -171,9 +171,15 @@ impl Target {
         self.ask(self.request(prompt, params)).await
     }
 
-    /// Log-probabilities of `response` after `prompt` under the pinned adapter, natural log, one per response token.
+    /// Log-probabilities of `response` after `prompt` under the pinned adapter, natural log, one per response token. What of the
+    /// prompt is in the prefix cache is not read again.
     pub async fn logprobs_of(&self, prompt: &[u32], response: &[u32]) -> Result<Vec<f32>> {
-        let params = SamplingParams { max_tokens: Some(0), prompt_logprobs: Some(0), ..SamplingParams::default() };
+        let params = SamplingParams {
+            max_tokens: Some(0),
+            prompt_logprobs: Some(0),
+            prompt_logprobs_start: prompt.len(),
+            ..SamplingParams::default()
+        };
         let answer = self.ask(self.request([prompt, response].concat(), params)).await?;
         let read = answer.prompt_logprobs.get(prompt.len()..).unwrap_or_default();
         let logprobs: Option<Vec<f32>> = read.iter().map(|entry| entry.as_ref().map(|token| token.logprob)).collect();

@@ -282,6 +282,7 @@ impl Sampling {
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
             logprobs: None,
             prompt_logprobs: self.prompt_logprobs,
+            prompt_logprobs_start: 0,
             grammar: None,
             bad_words: Vec::new(),
             allowed_token_ids: self.allowed_token_ids.clone(),

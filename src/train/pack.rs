@@ -37,6 +37,18 @@ pub(crate) struct Pack {
 impl Pack {
     /// Lays out `pairs`, given with their indices.
     pub(crate) fn new<'a>(pairs: impl IntoIterator<Item = (usize, &'a TokenPair)>) -> Self {
+        Pack::with(pairs, |pair| &pair.rejected)
+    }
+
+    /// The same without the rejected answers whose reference is known.
+    pub(crate) fn of_unknown<'a>(pairs: impl IntoIterator<Item = (usize, &'a TokenPair)>) -> Self {
+        Pack::with(pairs, |pair| if pair.reference_rejected.is_some() { &[] } else { &pair.rejected })
+    }
+
+    fn with<'a>(
+        pairs: impl IntoIterator<Item = (usize, &'a TokenPair)>,
+        rejected: impl Fn(&'a TokenPair) -> &'a [u32],
+    ) -> Self {
         let mut pack = Pack {
             ids: Vec::new(),
             mask: CausalMask { segments: Vec::new(), positions: Vec::new() },
@@ -47,7 +59,7 @@ impl Pack {
         for (index, pair) in pairs {
             let prompt = pack.segment(&pair.prompt, 0, 0..0);
             let chosen = pack.answer(&pair.chosen, &prompt);
-            let rejected = pack.answer(&pair.rejected, &prompt);
+            let rejected = pack.answer(rejected(pair), &prompt);
             pack.pairs.push(PackedPair { index, chosen, rejected });
         }
         pack
@@ -127,6 +139,7 @@ pub(crate) fn truncate(pairs: &[TokenPair], max_length: usize) -> (Vec<TokenPair
             let room = max_length - pair.prompt.len();
             pair.chosen.truncate(room);
             pair.rejected.truncate(room);
+            pair.reference_rejected.iter_mut().for_each(|known| known.truncate(room));
             pair
         })
         .collect();
@@ -145,6 +158,7 @@ mod tests {
             prompt: ids(0, prompt),
             chosen: ids(100, chosen),
             rejected: ids(200, rejected),
+            reference_rejected: None,
             score_chosen: 1.0,
             score_rejected: 0.0,
         }
@@ -171,6 +185,17 @@ mod tests {
         assert_eq!(pack.pairs[1], PackedPair { index: 2, chosen: 5..6, rejected: 6..8 });
         assert_eq!(packed_tokens(&pair(3, 3, 2)), 6);
         assert_eq!(trl_tokens(&pair(3, 3, 2)), 11);
+    }
+
+    #[test]
+    fn an_answer_whose_reference_is_known_is_left_out_of_the_reference_pass() {
+        let known = TokenPair { reference_rejected: Some(vec![-1.0; 2]), ..pair(3, 3, 2) };
+        let pack = Pack::of_unknown([(0, &known), (1, &pair(2, 1, 2))]);
+        assert_eq!(pack.ids, [0, 1, 2, 100, 101, 0, 1, 200]);
+        assert_eq!(pack.targets, [100, 101, 102, 100, 200, 201]);
+        assert_eq!((pack.pairs[0].rejected.clone(), pack.pairs[1].rejected.clone()), (3..3, 4..6));
+        assert_eq!(Pack::new([(0, &known)]), Pack::new([(0, &pair(3, 3, 2))]));
+        assert_eq!(truncate(&[known], 4).0[0].reference_rejected.as_deref(), Some(&[-1.0f32][..]));
     }
 
     #[test]

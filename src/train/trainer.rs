@@ -31,6 +31,8 @@ pub struct TokenPair {
     pub chosen: Vec<u32>,
     /// Response tokens of y_l, end of turn included.
     pub rejected: Vec<u32>,
+    /// Log-prob of each of them under the base, where it was known when they were sampled: the reference then need not read y_l.
+    pub reference_rejected: Option<Vec<f32>>,
     /// External score of y_w.
     pub score_chosen: f64,
     /// External score of y_l.
@@ -387,7 +389,7 @@ fn sum_of(values: &[f32], range: &std::ops::Range<usize>) -> f64 {
     values[range.clone()].iter().map(|&value| f64::from(value)).sum()
 }
 
-/// Makes sure the adapter-off log-probs of these pairs are `known`: one pass per pair and run.
+/// Makes sure the adapter-off log-probs of these pairs are `known`: one pass per pair and run, over what its sampler did not leave.
 pub(super) fn reference_logprobs(
     model: &Decoder,
     pairs: &[TokenPair],
@@ -396,13 +398,17 @@ pub(super) fn reference_logprobs(
     pace: &mut Pace<'_>,
 ) -> Result<()> {
     let missing = indices.iter().filter(|&&index| known[index].is_none());
-    let pack = Pack::new(missing.map(|&index| (index, &pairs[index])));
+    let pack = Pack::of_unknown(missing.map(|&index| (index, &pairs[index])));
     if pack.pairs.is_empty() {
         return Ok(());
     }
     let values = logprobs(model, &pack, LoraRows::Base, pace)?;
     for pair in &pack.pairs {
-        known[pair.index] = Some([sum_of(&values, &pair.chosen), sum_of(&values, &pair.rejected)]);
+        let rejected = match &pairs[pair.index].reference_rejected {
+            Some(sampled) => sum_of(sampled, &(0..sampled.len())),
+            None => sum_of(&values, &pair.rejected),
+        };
+        known[pair.index] = Some([sum_of(&values, &pair.chosen), rejected]);
     }
     Ok(())
 }

@@ -91,6 +91,26 @@ fn a_job_with_a_rules_reward_goes_the_whole_road() {
     assert_eq!(metrics as u64, steps);
 }
 
+/// The teacher is the student's base: what it said of its tokens is the reference, to the last bit, or the first loss would not be ln 2.
+#[test]
+fn the_reference_of_an_answer_the_students_base_wrote_is_its_samplers() {
+    let data = tempfile::tempdir().unwrap();
+    let house = house(data.path(), rules());
+    let mut request = request();
+    request["loss"] = json!({"type": "dpo"});
+    request["synthesis"]["samples_per_prompt"] = json!(3);
+    request["training"]["batch_size"] = json!(64);
+    let job = house.run(&request);
+    succeeded(&job);
+    let pairs = &job.result["pairs"];
+    assert!(pairs["kept"].as_u64().unwrap() > 10, "{pairs}");
+    // The tiny model's noise is often encoded in other tokens than it was written in.
+    assert!(pairs["sampled_references"].as_u64().unwrap() > 3, "{pairs}");
+    let events = house.jobs.store().events(&job.id, 0, 1000).unwrap();
+    let first = events.into_iter().find(|event| event.kind == "metrics").unwrap();
+    assert_eq!(first.data["loss"], json!(std::f64::consts::LN_2), "{}", first.data);
+}
+
 #[test]
 fn the_same_request_makes_the_same_adapter() {
     let generation = |request: &Value| {

@@ -71,6 +71,7 @@ pub(crate) fn pairs(count: usize) -> Vec<TokenPair> {
             prompt: ids(3, 17),
             chosen: ids(1, 13),
             rejected: ids(1, 13),
+            reference_rejected: None,
             score_chosen: 1.0 + index as f64 * 0.25,
             score_rejected: 1.5,
         })
@@ -185,6 +186,23 @@ fn step_zero_is_exactly_the_reference() {
         assert_eq!(with.len(), pair.chosen.len());
         assert!(with.iter().all(|&v| v < 0.0));
     }
+}
+
+#[test]
+fn a_reference_that_the_sampler_left_is_the_one_that_would_be_computed() {
+    let (model, pairs) = (model(), pairs(8));
+    let trained = |pairs: &[TokenPair]| {
+        let folder = TempDir::new().unwrap();
+        warmed(&job(&model, pairs, folder.path())).adapter().unwrap().generation().unwrap()
+    };
+    let sampled = |pair: &TokenPair| {
+        let known = token_logprobs_of(&model, &pair.prompt, &pair.rejected, LoraRows::Base).unwrap();
+        TokenPair { reference_rejected: Some(known), ..pair.clone() }
+    };
+    let mut known: Vec<TokenPair> = pairs.iter().map(sampled).collect();
+    assert_eq!(trained(&known), trained(&pairs));
+    known[0].reference_rejected.as_mut().unwrap()[0] -= 1.0;
+    assert_ne!(trained(&known), trained(&pairs), "it is used");
 }
 
 #[test]
@@ -493,6 +511,7 @@ fn follows_pytorch(architecture: &str) {
             prompt: ids(&pair["prompt"]),
             chosen: ids(&pair["chosen"]),
             rejected: ids(&pair["rejected"]),
+            reference_rejected: None,
             score_chosen: 0.0,
             score_rejected: 0.0,
         })
