@@ -50,7 +50,7 @@ fn device(name: &str) -> Result<Device> {
         return Ok(Device::Cpu);
     }
     let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
-    Ok(Device::new_cuda(
+    Ok(rdpo::ops::gpu(
         ordinal.ok_or_else(|| Error::invalid("device", format!("`{name}` is neither `cpu` nor `cuda:N`")))?,
     )?)
 }

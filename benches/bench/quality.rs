@@ -85,7 +85,7 @@ fn compare(full: &Decoder, model: &Decoder, window: &[u32], sums: &mut Sums) -> 
 
 fn hidden(model: &Decoder, ids: &[u32]) -> Result<candle_core::Tensor> {
     let segments = vec![Segment { start: 0, len: ids.len(), prefix: 0..0 }];
-    let mask = CausalMask { segments, positions: (0..ids.len() as u32).collect() };
+    let mask = CausalMask::new(segments, (0..ids.len() as u32).collect());
     model.forward(ids, &mask.positions, Attend::Causal(&mask), LoraRows::Base)
 }
 

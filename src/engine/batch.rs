@@ -19,7 +19,7 @@ pub(super) struct Batch {
 impl Batch {
     /// Without rows.
     pub(super) fn new(block_size: usize) -> Self {
-        let paged = PagedBatch { block_size, slots: Vec::new(), sequences: Vec::new() };
+        let paged = PagedBatch::new(block_size, Vec::new(), Vec::new());
         Batch { ids: Vec::new(), positions: Vec::new(), paged, groups: Vec::new() }
     }
 

@@ -4,3 +4,4 @@
 //! rows are in the call: serving is batch-invariant, bit for bit.
 
 pub mod cpu;
+pub mod cuda;

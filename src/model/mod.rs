@@ -17,5 +17,7 @@ pub use rotary::Rotary;
 
 /// What makes log-probabilities of a row of [`Decoder::logits`].
 pub use crate::ops::RowLogprobs;
+/// The device that serving and training share.
+pub use crate::ops::gpu;
 /// What [`Attend`] takes for a step over paged sequences.
 pub use crate::ops::{PagedBatch, PagedSequence};

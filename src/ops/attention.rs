@@ -1,13 +1,15 @@
 //! Causal attention over a flat step of several segments, with shared prefixes; forward and backward never store the `(H, N, N)`
-//! matrix on the CPU.
+//! matrix, unless they are composed.
 
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
-use super::{composed, cpu};
+use super::{composed, cpu, cuda};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention, attention_backward};
+use crate::kernels::cuda::{self as gpu, Plan, View, Work};
 
 /// One run of tokens: each sees all of `prefix` (an earlier run of the same step) and, causally, its own run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,9 +29,35 @@ pub struct CausalMask {
     pub segments: Vec<Segment>,
     /// Position of each row, (N).
     pub positions: Vec<u32>,
+    /// What a GPU's kernels need of it, uploaded with the first layer: the mask is not changed after that.
+    work: cuda::Once<Arc<Work>>,
 }
 
 impl CausalMask {
+    /// A mask of `segments` and `positions`; both may grow until it is used.
+    pub fn new(segments: Vec<Segment>, positions: Vec<u32>) -> Self {
+        CausalMask { segments, positions, work: cuda::Once::default() }
+    }
+
+    /// Whether positions go up by one along what each row sees, so that a window counts keys.
+    fn is_even(&self) -> bool {
+        self.segments.iter().filter(|segment| segment.len > 0).all(|segment| {
+            let rows: Vec<usize> = segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect();
+            rows.windows(2).all(|two| self.positions[two[1]] == self.positions[two[0]] + 1)
+        })
+    }
+
+    /// For queries like `q`, (N, H, D).
+    fn work(&self, q: &Tensor, heads: gpu::Heads) -> candle_core::Result<Arc<Work>> {
+        let make = || {
+            let segments: Vec<_> =
+                self.segments.iter().map(|segment| (segment.start, segment.len, segment.prefix.clone())).collect();
+            let tiled = heads.tiled().map(|tiled| tiled && q.dtype() == DType::BF16);
+            Ok(Arc::new(Work::new(&Plan::step(&segments, tiled), cuda::device_of(q)?)?))
+        };
+        self.work.get(make).cloned()
+    }
+
     /// Rows that row `row` sees, in order: a tail of its prefix, then a tail of its own run. Positions grow along both, so the
     /// window cuts at their beginnings.
     fn visible(&self, segment: &Segment, row: usize, window: Option<usize>) -> (Range<usize>, Range<usize>) {
@@ -85,6 +113,11 @@ pub fn causal_attention(
     let heads = Heads { query: h, key: kv, dim: d, scale };
     if q.device().is_cpu() {
         let op = Causal { mask: mask.clone(), heads, window };
+        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
+    }
+    let gpu_heads = gpu::Heads { query: h, key: kv, dim: d, scale, window };
+    if cuda::takes(q) && k.dtype() == q.dtype() && gpu_heads.fits() && (window.is_none() || mask.is_even()) {
+        let op = OnGpu { work: mask.work(q, gpu_heads)?, heads: gpu_heads, lse: OnceLock::new() };
         return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
     }
     composed::causal([q, k, v], mask, &mask.seen(window), scale)
@@ -170,5 +203,62 @@ impl CustomOp3 for Causal {
             Ok(attention_backward(self.heads, &parts, (q, k, v), (out, dout)))
         })?;
         Ok((Some(cpu::tensor(dq, q.shape())?), Some(cpu::tensor(dk, k.shape())?), Some(cpu::tensor(dv, v.shape())?)))
+    }
+}
+
+struct OnGpu {
+    work: Arc<Work>,
+    heads: gpu::Heads,
+    /// What the backward needs of each softmax.
+    lse: OnceLock<CudaStorage>,
+}
+
+impl CustomOp3 for OnGpu {
+    fn name(&self) -> &'static str {
+        "causal-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _s1: &CpuStorage,
+        _l1: &Layout,
+        _s2: &CpuStorage,
+        _l2: &Layout,
+        _s3: &CpuStorage,
+        _l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        candle_core::bail!("a GPU's attention on the CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let views = [View::new(s1, l1)?, View::new(s2, l2)?, View::new(s3, l3)?];
+        let (out, lse) = gpu::attention(self.heads, &self.work, views)?;
+        self.lse.get_or_init(|| lse);
+        Ok((out, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(lse) = self.lse.get() else { candle_core::bail!("a backward before its forward") };
+        let dout = dout.contiguous()?;
+        let [dq, dk, dv] = cuda::with_views([q, k, v, out, &dout], |[q, k, v, out, dout]| {
+            gpu::attention_backward(self.heads, &self.work, [q, k, v], (out, dout), lse)
+        })?;
+        let tensor = |storage, like: &Tensor| cuda::tensor(storage, like.shape(), like);
+        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
 }

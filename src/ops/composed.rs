@@ -1,4 +1,4 @@
-//! Attention of candle's own operations, for a device that has no kernel for it.
+//! Attention of candle's own operations, for numbers and heads that a GPU's kernels do not take.
 
 use std::ops::Range;
 
@@ -92,10 +92,10 @@ mod tests {
     #[test]
     fn composed_causal_attention_is_the_kernels_with_its_gradients() {
         let segment = |start, len, prefix| Segment { start, len, prefix };
-        let mask = CausalMask {
-            segments: vec![segment(0, 3, 0..0), segment(3, 4, 0..3), segment(7, 2, 0..3), segment(9, 5, 0..0)],
-            positions: vec![0, 1, 2, 3, 4, 5, 6, 3, 4, 0, 1, 2, 3, 4],
-        };
+        let mask = CausalMask::new(
+            vec![segment(0, 3, 0..0), segment(3, 4, 0..3), segment(7, 2, 0..3), segment(9, 5, 0..0)],
+            vec![0, 1, 2, 3, 4, 5, 6, 3, 4, 0, 1, 2, 3, 4],
+        );
         for window in [None, Some(3)] {
             let [q, k, v] =
                 [(14, 6, 8), (14, 2, 8), (14, 2, 8)].map(|shape| Var::from_tensor(&numbers(shape, shape.1)));
@@ -118,11 +118,8 @@ mod tests {
         let cache = KvLayer { k: pool(1), v: pool(2) };
         let sequence =
             |start, len, context, blocks: &[u32]| PagedSequence { start, len, context, blocks: blocks.to_vec() };
-        let batch = PagedBatch {
-            block_size: 4,
-            slots: vec![4 * 4, 4 * 4 + 1, 3 * 4 + 2],
-            sequences: vec![sequence(0, 2, 10, &[5, 0, 4]), sequence(2, 1, 3, &[3])],
-        };
+        let slots = vec![4 * 4, 4 * 4 + 1, 3 * 4 + 2];
+        let batch = PagedBatch::new(4, slots, vec![sequence(0, 2, 10, &[5, 0, 4]), sequence(2, 1, 3, &[3])]);
         kv_write(&cache, &numbers((3, 2, 8), 4), &numbers((3, 2, 8), 5), &batch).unwrap();
         let q = numbers((3, 6, 8), 6);
         for window in [None, Some(5)] {

@@ -1,11 +1,12 @@
 //! The only differentiable vocabulary of the crate: every op has a forward and a backward that are tested against finite
 //! differences, and a forward-only op refuses a tensor that records a graph instead of cutting the gradient silently.
 //!
-//! On the CPU the ops run on [`crate::kernels`]; on a GPU they are composed of candle's own ops until their kernel exists.
+//! The ops run on [`crate::kernels`]; on a GPU those of f16, and of heads that no kernel takes, are composed of candle's own.
 
 mod attention;
 mod composed;
 mod cpu;
+mod cuda;
 mod linear;
 mod logprobs;
 mod lora;
@@ -15,6 +16,7 @@ mod pointwise;
 mod pull;
 
 pub use attention::{CausalMask, Segment, causal_attention};
+pub use cuda::gpu;
 pub use linear::{Codes, FrozenLinear};
 pub use logprobs::{RowLogprobs, token_logprobs};
 pub use lora::{ServedRows, linears, low_rank};

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor};
 
-use super::{composed, cpu};
+use super::{composed, cpu, cuda};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention};
+use crate::kernels::cuda::{self as gpu, Plan, Work};
 
 /// One layer's cache. k, v: (blocks, block_size, K, D).
 #[derive(Clone, Debug)]
@@ -47,6 +48,31 @@ pub struct PagedBatch {
     pub slots: Vec<u32>,
     /// The sequences, covering rows `0..N` in order.
     pub sequences: Vec<PagedSequence>,
+    /// What a GPU's kernels need of it, uploaded with the first layer: the batch is not changed after that.
+    uploaded: cuda::Once<Uploaded>,
+}
+
+struct Uploaded {
+    work: Work,
+    /// (N), u32.
+    slots: Tensor,
+}
+
+impl PagedBatch {
+    /// A batch of `slots` and the `sequences` they belong to; both may grow until it is used.
+    pub fn new(block_size: usize, slots: Vec<u32>, sequences: Vec<PagedSequence>) -> Self {
+        PagedBatch { block_size, slots, sequences, uploaded: cuda::Once::default() }
+    }
+
+    /// For queries like `q`, (N, H, D).
+    fn uploaded(&self, like: &Tensor, heads: gpu::Heads) -> candle_core::Result<&Uploaded> {
+        self.uploaded.get(|| {
+            let sequences = self.sequences.iter().map(|one| (one.start, one.len, one.context, one.blocks.as_slice()));
+            let plan = Plan::paged(self.block_size, sequences, like.dtype() == DType::BF16 && heads.tiled()[0]);
+            let work = Work::new(&plan, cuda::device_of(like)?)?;
+            Ok(Uploaded { work, slots: Tensor::new(self.slots.as_slice(), like.device())? })
+        })
+    }
 }
 
 fn refuse_graph(tensors: &[&Tensor]) -> Result<()> {
@@ -59,6 +85,9 @@ fn refuse_graph(tensors: &[&Tensor]) -> Result<()> {
 /// Writes k, v: (N, K, D) into the cache in place at `batch.slots`.
 pub fn kv_write(cache: &KvLayer, k: &Tensor, v: &Tensor, batch: &PagedBatch) -> Result<()> {
     refuse_graph(&[k, v])?;
+    if cuda::takes(k) && k.dtype() == cache.k.dtype() {
+        return gpu_write(cache, &k.contiguous()?, &v.contiguous()?, batch);
+    }
     for (cache, new) in [(&cache.k, k), (&cache.v, v)] {
         let new = new.contiguous()?;
         if new.device().is_cpu() {
@@ -72,6 +101,18 @@ pub fn kv_write(cache: &KvLayer, k: &Tensor, v: &Tensor, batch: &PagedBatch) -> 
         cache.reshape((blocks * size, kv * d))?.scatter_set(&index, &new.reshape((batch.slots.len(), kv * d))?, 0)?;
     }
     Ok(())
+}
+
+fn gpu_write(cache: &KvLayer, k: &Tensor, v: &Tensor, batch: &PagedBatch) -> Result<()> {
+    let (blocks, size, kv, dim) = cache.k.dims4()?;
+    if batch.slots.iter().any(|slot| *slot as usize >= blocks * size) || batch.slots.len() != k.dim(0)? {
+        return Err(Error::internal("the slots of a step are not rows of the cache. This is a bug."));
+    }
+    let heads = gpu::Heads { query: kv, key: kv, dim, scale: 1.0, window: None };
+    let slots = &batch.uploaded(k, heads)?.slots;
+    Ok(cuda::with_views([k, v, slots, &cache.k, &cache.v], |[k, v, slots, k_cache, v_cache]| {
+        gpu::kv_write([k, v], slots, [k_cache, v_cache])
+    })?)
 }
 
 struct WriteSlots<'a> {
@@ -118,6 +159,12 @@ pub fn paged_attention(
     refuse_graph(&[q])?;
     let (n, h, d) = q.dims3()?;
     let (_, _, kv, _) = cache.k.dims4()?;
+    let gpu_heads = gpu::Heads { query: h, key: kv, dim: d, scale, window };
+    if cuda::takes(q) && q.dtype() == cache.k.dtype() && gpu_heads.fits() {
+        let (q, work) = (q.contiguous()?, &batch.uploaded(q, gpu_heads)?.work);
+        let out = cuda::with_views([&q, &cache.k, &cache.v], |views| gpu::paged_attention(gpu_heads, work, views))?;
+        return Ok(cuda::tensor(out, (n, h, d), &q)?);
+    }
     if !q.device().is_cpu() {
         return composed::paged(q, cache, batch, scale, window);
     }

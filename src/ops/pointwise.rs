@@ -1,13 +1,14 @@
 //! Rotary embedding (arXiv 2104.09864), gated activation (arXiv 2002.05202) and seeded dropout.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, D, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::cpu;
+use super::{cpu, cuda};
 use crate::cores::spread;
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Activation;
 use crate::kernels::cpu::{self as kernels, rope_row};
+use crate::kernels::cuda::{self as gpu, View};
 
 /// Numbers a task works on at once.
 const CHUNK: usize = 4096;
@@ -17,7 +18,7 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
     if gate.dims() != up.dims() {
         return Err(Error::internal(format!("gate {:?} and up {:?} differ in shape", gate.dims(), up.dims())));
     }
-    if gate.device().is_cpu() {
+    if gate.device().is_cpu() || cuda::takes(gate) {
         return Ok(gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { activation })?);
     }
     let gate = match activation {
@@ -50,6 +51,17 @@ impl CustomOp2 for Gated {
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let out = gpu::gated(self.activation, View::new(s1, l1)?, View::new(s2, l2)?)?;
+        Ok((out, l1.shape().clone()))
+    }
+
     fn bwd(
         &self,
         gate: &Tensor,
@@ -58,6 +70,12 @@ impl CustomOp2 for Gated {
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let dout = dout.contiguous()?;
+        if !gate.device().is_cpu() {
+            let back = |[gate, up, dout]: [View<'_>; 3]| gpu::gated_backward(self.activation, gate, up, dout);
+            let [dgate, dup] = cuda::with_views([gate, up, &dout], back)?;
+            let (dgate, dup) = (cuda::tensor(dgate, gate.shape(), gate)?, cuda::tensor(dup, up.shape(), up)?);
+            return Ok((Some(dgate), Some(dup)));
+        }
         let (mut dgate, mut dup) = (vec![0f32; gate.elem_count()], vec![0f32; up.elem_count()]);
         cpu::with_floats([gate, up, &dout], |[gate, up, dout]| {
             let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dout.par_chunks(CHUNK));
@@ -76,7 +94,7 @@ impl CustomOp2 for Gated {
 /// Rotates pairs `(i, i + D/2)` of each head (Hugging Face's half-split layout). x: (N, H, D); cos, sin: (N, D/2), f32, already
 /// picked for the tokens' positions. Differentiable in `x`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if x.device().is_cpu() || cuda::takes(x) {
         return Ok(x.contiguous()?.apply_op1(Rope { cos: cos.contiguous()?, sin: sin.contiguous()?, sign: 1.0 })?);
     }
     let half = x.dim(D::Minus1)? / 2;
@@ -109,6 +127,12 @@ impl CustomOp1 for Rope {
             Ok(())
         })?;
         Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (x, shape) = (View::new(storage, layout)?, layout.shape().dims3()?);
+        let y = cuda::with_views([&self.cos, &self.sin], |tables| gpu::rope(x, shape, tables, self.sign))?;
+        Ok((y, layout.shape().clone()))
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {

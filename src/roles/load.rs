@@ -8,7 +8,7 @@ use candle_core::Device;
 use super::{Backend, DeviceOptions, Mistral, ModelOptions, Remote, Role, RoleOptions, RolesOptions};
 use crate::engine::{Engine, EngineOptions, Gate};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LoadOptions, WeightFormat};
+use crate::model::{Decoder, LoadOptions, WeightFormat, gpu};
 use crate::size::bytes;
 use crate::telemetry::metrics;
 use crate::text::Tokenizer;
@@ -195,11 +195,11 @@ fn device(options: &DeviceOptions) -> Result<Device> {
                 "this build has no CUDA; build with `--features cuda`, or set `auto` or `cpu`",
             ));
         }
-        Device::new_cuda(ordinal).map_err(|error| Error::invalid("device.kind", format!("cuda:{ordinal}: {error}")))
+        gpu(ordinal).map_err(|error| Error::invalid("device.kind", format!("cuda:{ordinal}: {error}")))
     };
     match options.kind.as_str() {
         "cpu" => Ok(Device::Cpu),
-        "auto" if candle_core::utils::cuda_is_available() => Ok(Device::new_cuda(0).unwrap_or_else(|error| {
+        "auto" if candle_core::utils::cuda_is_available() => Ok(gpu(0).unwrap_or_else(|error| {
             tracing::warn!(%error, "no CUDA device answers; running on the CPU");
             Device::Cpu
         })),

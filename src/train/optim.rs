@@ -68,11 +68,14 @@ impl Gradients {
 
     /// Global L2 norm of `scale · sums`.
     pub(crate) fn norm(&self, scale: f64) -> Result<f64> {
-        let mut squares = 0.0;
-        for sum in self.sums.iter().flatten() {
-            squares += f64::from(sum.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        let squares = self.sums.iter().flatten().map(|sum| sum.sqr()?.sum_all());
+        let squares = squares.collect::<candle_core::Result<Vec<_>>>()?;
+        if squares.is_empty() {
+            return Ok(0.0);
         }
-        Ok(scale * squares.sqrt())
+        // One wait for a GPU, not one for each variable.
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        Ok(scale * squares.into_iter().map(f64::from).sum::<f64>().sqrt())
     }
 
     /// Forgets everything.

@@ -51,7 +51,7 @@ impl Pack {
     ) -> Self {
         let mut pack = Pack {
             ids: Vec::new(),
-            mask: CausalMask { segments: Vec::new(), positions: Vec::new() },
+            mask: CausalMask::new(Vec::new(), Vec::new()),
             rows: Vec::new(),
             targets: Vec::new(),
             pairs: Vec::new(),

@@ -15,7 +15,7 @@ pub(super) fn device() -> &'static Device {
         Err(_) | Ok("cpu") => Device::Cpu,
         Ok(name) => {
             let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
-            Device::new_cuda(ordinal.expect("RDPO_TEST_DEVICE is `cpu` or `cuda:N`")).unwrap()
+            rdpo::ops::gpu(ordinal.expect("RDPO_TEST_DEVICE is `cpu` or `cuda:N`")).unwrap()
         }
     })
 }
@@ -152,7 +152,7 @@ fn paged_attention_is_that_of_plain_loops() {
             .iter()
             .flat_map(|one| (one.context - one.len..one.context).map(move |at| slot(one, at)))
             .collect();
-        let batch = PagedBatch { block_size: BLOCK, slots: slots.iter().map(|slot| *slot as u32).collect(), sequences };
+        let batch = PagedBatch::new(BLOCK, slots.iter().map(|slot| *slot as u32).collect(), sequences);
         let ((q, queries), (new_k, fresh_k), (new_v, fresh_v)) =
             (given(&[16, h, d], 7), given(&[16, kv, d], 8), given(&[16, kv, d], 9));
         kv_write(&cache, &new_k, &new_v, &batch).unwrap();

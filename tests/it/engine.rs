@@ -130,8 +130,7 @@ pub(super) fn run(engine: &Engine, request: Request) -> Answer {
 /// Log-softmax after each token of `ids`, by one causal forward without a cache.
 fn plain(model: &Decoder, ids: &[u32], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
-    let mask =
-        CausalMask { segments: vec![Segment { start: 0, len: ids.len(), prefix: 0..0 }], positions: positions.clone() };
+    let mask = CausalMask::new(vec![Segment { start: 0, len: ids.len(), prefix: 0..0 }], positions.clone());
     let groups = [RowGroup { start: 0, len: ids.len(), adapter: adapter.cloned() }];
     let lora = if adapter.is_some() { LoraRows::Served(&groups) } else { LoraRows::Base };
     let hidden = model.forward(ids, &positions, Attend::Causal(&mask), lora).unwrap();

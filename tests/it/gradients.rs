@@ -78,10 +78,10 @@ fn rows() {
 #[test]
 fn attention() {
     let segment = |start, len, prefix| Segment { start, len, prefix };
-    let mask = CausalMask {
-        segments: vec![segment(0, 3, 0..0), segment(3, 2, 0..3), segment(5, 3, 0..3), segment(8, 2, 0..0)],
-        positions: vec![0, 1, 2, 3, 4, 3, 4, 5, 0, 1],
-    };
+    let mask = CausalMask::new(
+        vec![segment(0, 3, 0..0), segment(3, 2, 0..3), segment(5, 3, 0..3), segment(8, 2, 0..0)],
+        vec![0, 1, 2, 3, 4, 3, 4, 5, 0, 1],
+    );
     for (head_dim, window) in [(16, None), (16, Some(2)), (64, None), (10, Some(3))] {
         check("attention", &[&[10, 4, head_dim], &[10, 2, head_dim], &[10, 2, head_dim]], |x| {
             causal_attention(&x[0], &x[1], &x[2], &mask, 0.3, window)

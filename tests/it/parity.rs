@@ -122,7 +122,7 @@ fn mask(lengths: &[usize]) -> CausalMask {
         segment(start - len, len)
     });
     let segments = segments.collect();
-    CausalMask { segments, positions: lengths.iter().flat_map(|&len| 0..len as u32).collect() }
+    CausalMask::new(segments, lengths.iter().flat_map(|&len| 0..len as u32).collect())
 }
 
 fn hidden(model: &Decoder, ids: &[u32], mask: &CausalMask, lora: LoraRows<'_>) -> Tensor {
@@ -214,11 +214,8 @@ fn paged_attention_gives_the_same_logits() {
         for len in [7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1] {
             let positions: Vec<u32> = (done..done + len).map(|position| position as u32).collect();
             let slot = |&position: &u32| blocks[position as usize / BLOCK] * BLOCK as u32 + position % BLOCK as u32;
-            let batch = PagedBatch {
-                block_size: BLOCK,
-                slots: positions.iter().map(slot).collect(),
-                sequences: vec![PagedSequence { start: 0, len, context: done + len, blocks: blocks.clone() }],
-            };
+            let sequence = PagedSequence { start: 0, len, context: done + len, blocks: blocks.clone() };
+            let batch = PagedBatch::new(BLOCK, positions.iter().map(slot).collect(), vec![sequence]);
             let attend = Attend::Paged { pool: &pool, batch: &batch };
             let ids = &ids[done..done + len];
             let hidden = fixture.model.forward(ids, &positions, attend, LoraRows::Base).unwrap();
@@ -239,7 +236,7 @@ struct Packed {
 }
 
 fn packed(pairs: &Value) -> Packed {
-    let mut packed = Packed { ids: vec![], mask: CausalMask { segments: vec![], positions: vec![] }, answers: vec![] };
+    let mut packed = Packed { ids: vec![], mask: CausalMask::new(vec![], vec![]), answers: vec![] };
     for pair in pairs.as_array().unwrap() {
         let prompt = ids(&pair["prompt"]);
         let start = packed.ids.len();

@@ -50,7 +50,7 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 fn causal(len: usize) -> CausalMask {
-    CausalMask { segments: vec![Segment { start: 0, len, prefix: 0..0 }], positions: (0..len as u32).collect() }
+    CausalMask::new(vec![Segment { start: 0, len, prefix: 0..0 }], (0..len as u32).collect())
 }
 
 /// Log-probs over the vocabulary after `ids`.
@@ -85,7 +85,7 @@ fn greedy(model: &Decoder, tokenizer: &Tokenizer, prompt: &[u32]) -> Vec<u32> {
         done += step.len();
         let sequence = PagedSequence { start: 0, len: step.len(), context: done, blocks: blocks.clone() };
         let slots = positions.iter().map(slot).collect();
-        let batch = PagedBatch { block_size: BLOCK, slots, sequences: vec![sequence] };
+        let batch = PagedBatch::new(BLOCK, slots, vec![sequence]);
         let attend = Attend::Paged { pool: &pool, batch: &batch };
         let hidden = model.forward(&step, &positions, attend, LoraRows::Base).unwrap();
         let last = hidden.narrow(0, step.len() - 1, 1).unwrap().contiguous().unwrap();

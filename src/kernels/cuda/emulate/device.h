@@ -1,0 +1,88 @@
+// CUDA's words on a CPU: the threads of one block are fibers, switched where they wait for each other.
+//
+// A kernel that would hang on a GPU (threads of a block at different barriers, lanes of a warp at different exchanges) is an error here,
+// and so is one that writes past its shared memory. Fresh shared memory is full of NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct dim3 { unsigned x, y, z; };
+struct float4 { float x, y, z, w; };
+struct uint2 { uint32_t x, y; };
+struct uint4 { uint32_t x, y, z, w; };
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct bf16 { uint16_t bits; };
+inline float __uint_as_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+inline uint32_t __float_as_uint(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
+inline float __bfloat162float(bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+inline bf16 __float2bfloat16(float value) {
+    uint32_t bits = __float_as_uint(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+using std::exp;
+using std::isinf;
+using std::log;
+
+namespace emulated {
+extern unsigned char *shared;
+// Shown to the other lanes of the warp, twice so that the next exchange does not overwrite what is still read.
+struct Shown { float value; uint32_t a[4], b[2]; };
+Shown &mine(int turn);
+const Shown &lane(int turn, int index);
+int next_turn();
+void wait_for_block();
+void wait_for_warp();
+}
+
+#define SHARED(name) unsigned char *name = emulated::shared
+inline void __syncthreads() { emulated::wait_for_block(); }
+inline void __syncwarp() { emulated::wait_for_warp(); }
+
+inline float shuffle_xor(float value, int lanes) {
+    int turn = emulated::next_turn();
+    emulated::mine(turn).value = value;
+    emulated::wait_for_warp();
+    return emulated::lane(turn, (threadIdx.x % 32) ^ lanes).value;
+}
+
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    int turn = emulated::next_turn();
+    std::memcpy(emulated::mine(turn).a, a, sizeof a);
+    std::memcpy(emulated::mine(turn).b, b, sizeof b);
+    emulated::wait_for_warp();
+    auto half = [](uint32_t pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); };
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int at = 0; at < 4; at++) {
+        int row = group + (at >= 2 ? 8 : 0), column = 2 * pair + at % 2;
+        for (int k = 0; k < 16; k++) {
+            int holder = k % 8 / 2, upper = k >= 8;
+            float left = half(emulated::lane(turn, row % 8 * 4 + holder).a[(row >= 8) + 2 * upper], k % 2);
+            float right = half(emulated::lane(turn, column * 4 + holder).b[upper], k % 2);
+            d[at] += left * right;
+        }
+    }
+}
+
+inline void turned_operand(uint32_t (&b)[2], const bf16 *rows, int pitch) {
+    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int at = 0; at < 2; at++) {
+        const bf16 *first = rows + (8 * at + 2 * pair) * pitch + group;
+        b[at] = first[0].bits | static_cast<uint32_t>(first[pitch].bits) << 16;
+    }
+}

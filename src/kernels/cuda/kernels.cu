@@ -1,0 +1,3 @@
+// Every kernel of the crate, one module.
+#include "rows.cu"
+#include "tiles.cu"

@@ -1,0 +1,26 @@
+//! CUDA kernels for f32 and bf16, each the twin of one in [`super::cpu`]; sums are in f32.
+//!
+//! `*.cu` hold the kernels, the modules beside them their launches. A launch names addresses only, so the tests run the same launches
+//! and kernels on a CPU (`emulate/`). What is public here takes candle's storages and checks their sizes.
+
+#[cfg(not(feature = "cuda"))]
+mod absent;
+mod attend;
+mod attention;
+mod launch;
+mod plan;
+mod rows;
+#[cfg(feature = "cuda")]
+mod stream;
+#[cfg(test)]
+mod tests;
+mod view;
+
+#[cfg(not(feature = "cuda"))]
+use absent as stream;
+
+pub use attend::{Work, attention, attention_backward, paged_attention};
+pub use attention::Heads;
+pub use plan::Plan;
+pub use stream::device;
+pub use view::{View, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope};

@@ -1,0 +1,114 @@
+//! Launches of `rows.cu`.
+
+use candle_core::Result;
+
+use super::launch::{Arg, Kind, Launch, Queue};
+use crate::kernels::cpu::Activation;
+
+/// Threads of a block where each has one number.
+const THREADS: usize = 256;
+
+/// One thread for each of `count`.
+pub(super) fn each(kernel: String, count: usize, args: Vec<Arg>) -> Launch {
+    Launch { kernel, grid: [count.div_ceil(THREADS).max(1), 1, 1], threads: THREADS, shared: 0, args }
+}
+
+/// A block for each row of `c`.
+fn by_row(kernel: String, rows: usize, c: usize, args: Vec<Arg>) -> Launch {
+    let threads = if c <= 256 { 32 } else { THREADS };
+    Launch { kernel, grid: [rows, 1, 1], threads, shared: threads / 32 * 4, args }
+}
+
+fn code(activation: Activation) -> Arg {
+    Arg::Int(match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+    })
+}
+
+/// # Safety
+/// As [`Queue::launch`]: x, y: (rows, c) of `kind`; weight: (c), f32.
+pub(super) unsafe fn rms_norm(
+    queue: &impl Queue,
+    kind: Kind,
+    (rows, c): (usize, usize),
+    eps: f32,
+    [x, weight, y]: [u64; 3],
+) -> Result<()> {
+    let args = vec![Arg::At(x), Arg::At(weight), Arg::Float(eps), Arg::int(c), Arg::At(y)];
+    // SAFETY: the caller's.
+    unsafe { queue.launch(by_row(kind.name("rms_norm"), rows, c, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: x, dy, dx: (rows, c) of `kind`; weight: (c), f32.
+pub(super) unsafe fn rms_norm_backward(
+    queue: &impl Queue,
+    kind: Kind,
+    (rows, c): (usize, usize),
+    eps: f32,
+    [x, weight, dy, dx]: [u64; 4],
+) -> Result<()> {
+    let args = vec![Arg::At(x), Arg::At(weight), Arg::At(dy), Arg::Float(eps), Arg::int(c), Arg::At(dx)];
+    // SAFETY: the caller's.
+    unsafe { queue.launch(by_row(kind.name("rms_norm_backward"), rows, c, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: x, y: (n, h, d) of `kind`; cos, sin: (n, d/2), f32.
+pub(super) unsafe fn rope(
+    queue: &impl Queue,
+    kind: Kind,
+    (n, h, d): (usize, usize, usize),
+    sign: f32,
+    [x, cos, sin, y]: [u64; 4],
+) -> Result<()> {
+    let pairs = n * h * (d / 2);
+    let mut args = vec![Arg::At(x), Arg::At(cos), Arg::At(sin), Arg::Float(sign), Arg::Long(pairs as i64)];
+    args.extend([Arg::int(h), Arg::int(d / 2), Arg::At(y)]);
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(kind.name("rope"), pairs, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: `count` numbers of `kind` each.
+pub(super) unsafe fn gated(
+    queue: &impl Queue,
+    kind: Kind,
+    activation: Activation,
+    count: usize,
+    [gate, up, out]: [u64; 3],
+) -> Result<()> {
+    let args = vec![Arg::At(gate), Arg::At(up), code(activation), Arg::Long(count as i64), Arg::At(out)];
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(kind.name("gated"), count, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: `count` numbers of `kind` each.
+pub(super) unsafe fn gated_backward(
+    queue: &impl Queue,
+    kind: Kind,
+    activation: Activation,
+    count: usize,
+    [gate, up, dout, dgate, dup]: [u64; 5],
+) -> Result<()> {
+    let mut args = vec![Arg::At(gate), Arg::At(up), Arg::At(dout), code(activation), Arg::Long(count as i64)];
+    args.extend([Arg::At(dgate), Arg::At(dup)]);
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(kind.name("gated_backward"), count, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: k, v: (n, width) of `kind`; n slots, u32, each a row of the caches.
+pub(super) unsafe fn kv_write(
+    queue: &impl Queue,
+    kind: Kind,
+    (n, width): (usize, usize),
+    [k, v, slots, k_cache, v_cache]: [u64; 5],
+) -> Result<()> {
+    let mut args = vec![Arg::At(k), Arg::At(v), Arg::At(slots), Arg::Long((n * width) as i64), Arg::int(width)];
+    args.extend([Arg::At(k_cache), Arg::At(v_cache)]);
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(kind.name("kv_write"), n * width, args)) }
+}

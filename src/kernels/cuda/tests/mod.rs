@@ -1,0 +1,186 @@
+//! The kernels against their twins on the CPU: the same launches, run by a C++ compiler's build of the same sources.
+
+#![allow(clippy::unwrap_used)]
+
+mod attention;
+mod rows;
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use candle_core::Result;
+use half::bf16;
+
+use super::launch::{Arg, Kind, Launch, Queue};
+
+type Run = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, c_int, *mut *mut c_void) -> *const c_char;
+
+unsafe extern "C" {
+    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+/// Runs launches on this processor, one at a time.
+struct Emulator {
+    run: Run,
+    turn: Mutex<()>,
+}
+
+/// None, with the reason printed, where there is no C++ compiler.
+fn emulator() -> Option<&'static Emulator> {
+    static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
+    EMULATOR.get_or_init(build).as_ref()
+}
+
+fn build() -> Option<Emulator> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/cuda/emulate/run.cpp");
+    let folder = tempfile::tempdir().unwrap();
+    let library = folder.path().join("kernels.so");
+    // The check of long jumps takes another fiber's stack for a fault.
+    let flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-o"];
+    let built = match Command::new(&compiler).args(flags).arg(&library).arg(&source).output() {
+        Ok(built) => built,
+        Err(error) => {
+            eprintln!(
+                "skipped: the CUDA kernels are tested with a C++ compiler, and `{compiler}` did not start: {error}"
+            );
+            return None;
+        }
+    };
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let path = CString::new(library.to_str().unwrap()).unwrap();
+    // SAFETY: the library was just built from this crate's sources; it runs nothing when it is loaded.
+    let loaded = unsafe { dlopen(path.as_ptr(), 2) };
+    assert!(!loaded.is_null(), "the emulation does not load");
+    // SAFETY: as above.
+    let found = unsafe { dlsym(loaded, c"rdpo_launch".as_ptr()) };
+    assert!(!found.is_null());
+    // SAFETY: the signature is the one in emulate/run.cpp.
+    let run = unsafe { std::mem::transmute::<*mut c_void, Run>(found) };
+    Some(Emulator { run, turn: Mutex::new(()) })
+}
+
+impl Queue for Emulator {
+    unsafe fn launch(&self, launch: Launch) -> Result<()> {
+        // A driver refuses an empty grid, and so few threads have so much shared memory.
+        assert!(launch.grid.iter().all(|blocks| *blocks > 0) && launch.shared <= 227 << 10, "{launch:?}");
+        let mut values: Vec<[u8; 8]> = launch
+            .args
+            .iter()
+            .map(|arg| match *arg {
+                Arg::At(address) => address.to_ne_bytes(),
+                Arg::Long(value) => value.to_ne_bytes(),
+                Arg::Int(value) => i64::from(value).to_ne_bytes(),
+                Arg::Float(value) => u64::from(value.to_bits()).to_ne_bytes(),
+            })
+            .collect();
+        let mut places: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
+        let name = CString::new(launch.kernel.as_str()).unwrap();
+        let grid = launch.grid.map(|blocks| blocks as u32);
+        let count = places.len() as c_int;
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's addresses; every argument has eight bytes, of which a narrower one takes the first.
+        let fault = unsafe {
+            let (threads, shared) = (launch.threads as u32, launch.shared as u32);
+            (self.run)(name.as_ptr(), grid.as_ptr(), threads, shared, count, places.as_mut_ptr())
+        };
+        // SAFETY: a fault is a string of the library's.
+        assert!(fault.is_null(), "{}: {}", launch.kernel, unsafe { CStr::from_ptr(fault) }.to_string_lossy());
+        Ok(())
+    }
+}
+
+/// An array for a kernel, with a border behind it that nothing may touch.
+struct Array {
+    /// Aligned to 16 bytes, as a GPU's allocations are and more.
+    held: Vec<u128>,
+    bytes: usize,
+    kind: Option<Kind>,
+}
+
+const BORDER: usize = 16;
+const UNTOUCHED: u128 = u128::MAX;
+
+impl Array {
+    fn of_bytes(bytes: &[u8], kind: Option<Kind>) -> Self {
+        let mut held = vec![UNTOUCHED; bytes.len().div_ceil(16) + BORDER];
+        // SAFETY: the copy is inside what was allocated.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), held.as_mut_ptr().cast::<u8>(), bytes.len()) };
+        Array { held, bytes: bytes.len(), kind }
+    }
+
+    /// `values` as `kind` rounds them.
+    fn of(kind: Kind, values: &[f32]) -> Self {
+        let bytes: Vec<u8> = match kind {
+            Kind::F32 => values.iter().flat_map(|value| value.to_ne_bytes()).collect(),
+            Kind::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_ne_bytes()).collect(),
+        };
+        Array::of_bytes(&bytes, Some(kind))
+    }
+
+    /// `len` numbers that are NaN until a kernel writes them.
+    fn blank(kind: Kind, len: usize) -> Self {
+        let size = if kind == Kind::F32 { 4 } else { 2 };
+        Array::of_bytes(&vec![0xff; len * size], Some(kind))
+    }
+
+    fn of_ids(ids: &[u32]) -> Self {
+        Array::of_bytes(&ids.iter().flat_map(|id| id.to_ne_bytes()).collect::<Vec<_>>(), None)
+    }
+
+    fn at(&self) -> u64 {
+        self.held.as_ptr() as u64
+    }
+
+    fn bytes(&self) -> &[u8] {
+        let whole = self.held.len() * 16;
+        // SAFETY: all of it is initialized.
+        let all = unsafe { std::slice::from_raw_parts(self.held.as_ptr().cast::<u8>(), whole) };
+        assert!(all[self.bytes..].iter().all(|byte| *byte == 0xff), "written past the end of an array");
+        &all[..self.bytes]
+    }
+
+    fn numbers(&self) -> Vec<f32> {
+        match self.kind.unwrap() {
+            Kind::F32 => self.bytes().chunks(4).map(|of| f32::from_ne_bytes(of.try_into().unwrap())).collect(),
+            Kind::Bf16 => {
+                self.bytes().chunks(2).map(|of| bf16::from_ne_bytes(of.try_into().unwrap()).to_f32()).collect()
+            }
+        }
+    }
+}
+
+/// Numbers in (-1, 1).
+fn random(count: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / 8_388_608.0 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Random numbers as `kind` holds them, for the kernel and for its twin.
+fn given(kind: Kind, count: usize, seed: u32) -> (Array, Vec<f32>) {
+    let array = Array::of(kind, &random(count, seed));
+    let numbers = array.numbers();
+    (array, numbers)
+}
+
+/// Every number within `most` of the largest wanted, or within a bf16's rounding of it.
+fn assert_near(what: &str, got: &Array, wanted: &[f32], most: f32) {
+    let numbers = got.numbers();
+    assert_eq!(numbers.len(), wanted.len(), "{what}");
+    let largest = wanted.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    assert!(largest > 0.0, "{what}: nothing is wanted");
+    for (index, (got_one, wanted)) in numbers.iter().zip(wanted).enumerate() {
+        let rounding = if got.kind == Some(Kind::Bf16) { wanted.abs() / 256.0 } else { 0.0 };
+        let off = (got_one - wanted).abs();
+        assert!(off <= most * largest + rounding, "{what}, number {index}: {got_one}, its twin {wanted}");
+    }
+}
+
+const KINDS: [Kind; 2] = [Kind::F32, Kind::Bf16];

@@ -1,0 +1,148 @@
+//! Kernels on candle's storages: sizes are checked here, results are new storages.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
+
+use super::launch::Kind;
+use super::{rows, stream};
+use crate::kernels::cpu::Activation;
+
+/// Contiguous numbers on a GPU.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    storage: &'a CudaStorage,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> View<'a> {
+    /// What `layout` shows of `storage`; an error where that is not contiguous.
+    pub fn new(storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
+        match layout.contiguous_offsets() {
+            Some((start, end)) => Ok(View { storage, start, len: end - start }),
+            None => candle_core::bail!("a GPU kernel needs contiguous input"),
+        }
+    }
+
+    /// All of a storage of `len` numbers.
+    pub(super) fn whole(storage: &'a CudaStorage, len: usize) -> Self {
+        View { storage, start: 0, len }
+    }
+
+    pub(super) fn device(&self) -> &'a CudaDevice {
+        self.storage.device()
+    }
+
+    pub(super) fn kind(&self) -> Result<Kind> {
+        Kind::of(self.storage.dtype())
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.storage.dtype()
+    }
+
+    /// Numbers.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Its address, if it holds `len` numbers of `dtype`.
+    pub(super) fn at(&self, what: &str, len: usize, dtype: DType) -> Result<u64> {
+        if self.len != len || self.storage.dtype() != dtype {
+            candle_core::bail!("{what}: {} numbers of {:?}, wanted {len} of {dtype:?}", self.len, self.storage.dtype());
+        }
+        Ok(stream::address(self.storage)? + (self.start * dtype.size_in_bytes()) as u64)
+    }
+}
+
+/// A new storage and its address.
+pub(super) fn new(device: &CudaDevice, len: usize, dtype: DType) -> Result<(CudaStorage, u64)> {
+    let storage = stream::fresh(device, &Shape::from(len.max(1)), dtype)?;
+    let address = stream::address(&storage)?;
+    Ok((storage, address))
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight`. x: (…, C); weight: (C), f32 → as x.
+pub fn rms_norm(x: View<'_>, weight: View<'_>, eps: f32) -> Result<CudaStorage> {
+    let (kind, c, dtype) = (x.kind()?, weight.len(), x.dtype());
+    let (y, to) = new(x.device(), x.len(), dtype)?;
+    let rows = rows_of(x, c)?;
+    let places = [x.at("x", rows * c, dtype)?, weight.at("weight", c, DType::F32)?, to];
+    // SAFETY: the lengths were checked; `y` is new.
+    unsafe { rows::rms_norm(x.device(), kind, (rows, c), eps, places) }?;
+    Ok(y)
+}
+
+/// Gradient of [`rms_norm`] in x. dy: as x.
+pub fn rms_norm_backward(x: View<'_>, weight: View<'_>, dy: View<'_>, eps: f32) -> Result<CudaStorage> {
+    let (kind, c, dtype) = (x.kind()?, weight.len(), x.dtype());
+    let (dx, to) = new(x.device(), x.len(), dtype)?;
+    let rows = rows_of(x, c)?;
+    let len = rows * c;
+    let places = [x.at("x", len, dtype)?, weight.at("weight", c, DType::F32)?, dy.at("dy", len, dtype)?, to];
+    // SAFETY: the lengths were checked; `dx` is new.
+    unsafe { rows::rms_norm_backward(x.device(), kind, (rows, c), eps, places) }?;
+    Ok(dx)
+}
+
+fn rows_of(x: View<'_>, c: usize) -> Result<usize> {
+    if c == 0 || !x.len().is_multiple_of(c) {
+        candle_core::bail!("{} numbers are no rows of {c}", x.len());
+    }
+    Ok(x.len() / c)
+}
+
+/// Rotates pairs `(i, i + D/2)` of every head; `sign` −1 rotates back. x: (N, H, D); cos, sin: (N, D/2), f32 → as x.
+pub fn rope(x: View<'_>, shape: (usize, usize, usize), [cos, sin]: [View<'_>; 2], sign: f32) -> Result<CudaStorage> {
+    let (n, h, d) = shape;
+    let (kind, dtype, angles) = (x.kind()?, x.dtype(), n * (d / 2));
+    if d % 2 != 0 {
+        candle_core::bail!("{d} numbers of a head do not pair");
+    }
+    let (y, to) = new(x.device(), x.len(), dtype)?;
+    let tables = [cos.at("cos", angles, DType::F32)?, sin.at("sin", angles, DType::F32)?];
+    let places = [x.at("x", n * h * d, dtype)?, tables[0], tables[1], to];
+    // SAFETY: the lengths were checked; `y` is new.
+    unsafe { rows::rope(x.device(), kind, shape, sign, places) }?;
+    Ok(y)
+}
+
+/// `act(gate) ⊙ up`.
+pub fn gated(activation: Activation, gate: View<'_>, up: View<'_>) -> Result<CudaStorage> {
+    let (kind, dtype, len) = (gate.kind()?, gate.dtype(), gate.len());
+    let (out, to) = new(gate.device(), len, dtype)?;
+    let places = [gate.at("gate", len, dtype)?, up.at("up", len, dtype)?, to];
+    // SAFETY: the lengths were checked; `out` is new.
+    unsafe { rows::gated(gate.device(), kind, activation, len, places) }?;
+    Ok(out)
+}
+
+/// Gradients of [`gated`] in gate and up.
+pub fn gated_backward(
+    activation: Activation,
+    gate: View<'_>,
+    up: View<'_>,
+    dout: View<'_>,
+) -> Result<[CudaStorage; 2]> {
+    let (kind, dtype, len) = (gate.kind()?, gate.dtype(), gate.len());
+    let ((dgate, to_gate), (dup, to_up)) = (new(gate.device(), len, dtype)?, new(gate.device(), len, dtype)?);
+    let inputs = [gate.at("gate", len, dtype)?, up.at("up", len, dtype)?, dout.at("dout", len, dtype)?];
+    let places = [inputs[0], inputs[1], inputs[2], to_gate, to_up];
+    // SAFETY: the lengths were checked; the results are new.
+    unsafe { rows::gated_backward(gate.device(), kind, activation, len, places) }?;
+    Ok([dgate, dup])
+}
+
+/// Writes rows of k and v, (N, width), into the caches at `slots`, N of u32; the caller has seen that each is a row of them.
+pub fn kv_write([k, v]: [View<'_>; 2], slots: View<'_>, [k_cache, v_cache]: [View<'_>; 2]) -> Result<()> {
+    let (kind, dtype, n) = (k.kind()?, k.dtype(), slots.len());
+    let len = k.len();
+    if n == 0 {
+        return Ok(());
+    }
+    let (width, cached) = (len / n, k_cache.len());
+    let new = [k.at("k", n * width, dtype)?, v.at("v", len, dtype)?, slots.at("slots", n, DType::U32)?];
+    let places = [new[0], new[1], new[2], k_cache.at("cache", cached, dtype)?, v_cache.at("cache", cached, dtype)?];
+    // SAFETY: the lengths were checked, the slots by the caller; a cache is written by the thread that owns it, on the one stream.
+    unsafe { rows::kv_write(k.device(), kind, (n, width), places) }
+}
