@@ -1,12 +1,14 @@
 //! Log-probabilities of given tokens without the `(N, V)` logits.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
-use super::{FrozenLinear, cpu};
+use super::{FrozenLinear, cpu, cuda};
 use crate::cores::spread;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
+use crate::kernels::cuda::{self as gpu, View};
 
 /// Rows of logits held at once: whole microkernels, and few enough that serving is not kept waiting.
 const ROWS_CPU: usize = 36;
@@ -47,7 +49,11 @@ pub fn token_logprobs(
             }
             continue;
         }
-        let (found, slopes) = composed(&head.forward(&rows)?, targets)?;
+        let logits = head.forward(&rows)?;
+        let (found, slopes) = match cuda::takes(&logits) {
+            true => on_gpu(logits, targets, wanted)?,
+            false => composed(&logits, targets)?,
+        };
         logprobs.push(found);
         if wanted {
             pace()?;
@@ -62,7 +68,7 @@ pub fn token_logprobs(
         return Ok(logprobs);
     }
     let units = Tensor::cat(&units, 0)?.reshape((rows, width))?;
-    if hidden.device().is_cpu() {
+    if hidden.device().is_cpu() || cuda::takes(hidden) {
         return Ok(hidden.contiguous()?.apply_op1(Known { logprobs, units })?);
     }
     // On other devices: values from `logprobs`, gradient from a product that is zero in value.
@@ -106,6 +112,13 @@ fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
     spread(|| rows.map(one).collect())
 }
 
+/// [`in_place`] on a GPU; the logits are this call's own.
+fn on_gpu(logits: Tensor, targets: &[u32], wanted: bool) -> Result<(Tensor, Tensor)> {
+    let ids = Tensor::new(targets, logits.device())?;
+    let found = cuda::with_views([&logits, &ids], |[logits, ids]| gpu::token_logprobs(logits, ids, wanted))?;
+    Ok((cuda::tensor(found, targets.len(), &logits)?, logits))
+}
+
 /// [`in_place`] of candle's operations.
 fn composed(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
     let (rows, v) = logits.dims2()?;
@@ -132,7 +145,21 @@ impl CustomOp1 for Known {
         Ok((CpuStorage::F32(self.logprobs.to_vec1()?), self.logprobs.shape().clone()))
     }
 
-    fn bwd(&self, _hidden: &Tensor, _logprobs: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn cuda_fwd(&self, _storage: &CudaStorage, _layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (held, layout) = self.logprobs.storage_and_layout();
+        match &*held {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            _ => candle_core::bail!("log-probs of a GPU's rows on another device"),
+        }
+    }
+
+    fn bwd(&self, hidden: &Tensor, _logprobs: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        if !hidden.device().is_cpu() {
+            let upstream = upstream.to_dtype(DType::F32)?.contiguous()?;
+            let scale = |[units, upstream]: [View<'_>; 2]| gpu::scale_rows(units, upstream);
+            let slopes = cuda::with_views([&self.units, &upstream], scale)?;
+            return cuda::tensor(slopes, self.units.shape(), hidden).map(Some);
+        }
         self.units.broadcast_mul(&upstream.unsqueeze(1)?).map(Some)
     }
 }

@@ -1,3 +1,4 @@
 // Every kernel of the crate, one module.
 #include "rows.cu"
 #include "tiles.cu"
+#include "head.cu"

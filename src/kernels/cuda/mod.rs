@@ -7,6 +7,7 @@
 mod absent;
 mod attend;
 mod attention;
+mod head;
 mod launch;
 mod plan;
 mod rows;
@@ -23,4 +24,4 @@ pub use attend::{Work, attention, attention_backward, paged_attention};
 pub use attention::Heads;
 pub use plan::Plan;
 pub use stream::device;
-pub use view::{View, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope};
+pub use view::{View, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, scale_rows, token_logprobs};

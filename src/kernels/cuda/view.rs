@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::launch::Kind;
-use super::{rows, stream};
+use super::{head, rows, stream};
 use crate::kernels::cpu::Activation;
 
 /// Contiguous numbers on a GPU.
@@ -145,4 +145,27 @@ pub fn kv_write([k, v]: [View<'_>; 2], slots: View<'_>, [k_cache, v_cache]: [Vie
     let places = [new[0], new[1], new[2], k_cache.at("cache", cached, dtype)?, v_cache.at("cache", cached, dtype)?];
     // SAFETY: the lengths were checked, the slots by the caller; a cache is written by the thread that owns it, on the one stream.
     unsafe { rows::kv_write(k.device(), kind, (n, width), places) }
+}
+
+/// Log-probs of targets, (T), f32, in nats; with `wanted` the logits become `onehot − softmax` in place, and nobody else may hold them.
+/// logits: (T, V); targets: T of u32, which the caller has seen to be below V.
+pub fn token_logprobs(logits: View<'_>, targets: View<'_>, wanted: bool) -> Result<CudaStorage> {
+    let (kind, dtype, rows) = (logits.kind()?, logits.dtype(), targets.len());
+    let (logprobs, to) = new(logits.device(), rows, DType::F32)?;
+    let v = logits.len() / rows.max(1);
+    let places = [logits.at("logits", rows * v, dtype)?, targets.at("targets", rows, DType::U32)?, to];
+    // SAFETY: the lengths were checked, the targets and the logits' owner by the caller; the result is new.
+    unsafe { head::token_logprobs(logits.device(), kind, (rows, v), wanted, places) }?;
+    Ok(logprobs)
+}
+
+/// Rows times a number each. x: (T, C); factors: (T), f32 → as x.
+pub fn scale_rows(x: View<'_>, factors: View<'_>) -> Result<CudaStorage> {
+    let (kind, dtype, rows) = (x.kind()?, x.dtype(), factors.len());
+    let (y, to) = new(x.device(), x.len(), dtype)?;
+    let c = x.len() / rows.max(1);
+    let places = [x.at("x", rows * c, dtype)?, factors.at("factors", rows, DType::F32)?, to];
+    // SAFETY: the lengths were checked; the result is new.
+    unsafe { head::scale_rows(x.device(), kind, (rows, c), places) }?;
+    Ok(y)
 }

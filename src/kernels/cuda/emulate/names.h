@@ -19,4 +19,6 @@ KERNEL(attend_dq_tiles_64)
 KERNEL(attend_dq_tiles_128)
 KERNEL(attend_dkv_tiles_64)
 KERNEL(attend_dkv_tiles_128)
+BOTH(token_logprobs)
+BOTH(scale_rows)
 #undef BOTH

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod head;
 mod rows;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
