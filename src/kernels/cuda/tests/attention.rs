@@ -112,11 +112,12 @@ fn over_a_step_and_back() {
     let Some(queue) = emulator() else { return };
     let segments = segments();
     let n = 144;
-    for (query, key, dim) in [(6, 2, 12), (4, 2, 64), (2, 1, 128), (2, 2, 256)] {
+    for (query, key, dim) in [(6, 2, 12), (2, 1, 64), (2, 1, 128), (1, 1, 256)] {
         for (kind, tiled) in [(Kind::F32, false), (Kind::Bf16, false), (Kind::Bf16, true)] {
             for window in [None, Some(20)] {
                 let heads = Heads { query, key, dim, scale: 0.2, window };
-                if tiled && !heads.tiled()[1] || dim > 64 && (kind == Kind::Bf16) != tiled {
+                let rare = dim > 64 && (window.is_none() || (kind == Kind::Bf16) != tiled && dim == 128);
+                if tiled && !heads.tiled()[1] || rare {
                     continue;
                 }
                 let ((q, qs), (dout, _)) = (given(kind, n * query * dim, 1), given(kind, n * query * dim, 4));
