@@ -39,8 +39,10 @@ pub enum Code {
     RateLimited,
     /// A defect of ours, or the machine's.
     Internal,
-    /// Loading, draining or out of memory.
+    /// Loading or draining.
     Overloaded,
+    /// The device has no memory left for this step; the server goes on.
+    OutOfMemory,
     /// The request took longer than the server allows.
     TimedOut,
     /// No endpoint of a remote role answers, or each asks to be asked later. Jobs wait for it.
@@ -68,6 +70,7 @@ impl Code {
             Code::RateLimited => (429, "rate_limit_error", "rate_limit_exceeded"),
             Code::Internal => (500, "server_error", "internal_error"),
             Code::Overloaded => (503, "server_error", "overloaded"),
+            Code::OutOfMemory => (503, "server_error", "out_of_memory"),
             Code::TimedOut => (504, "server_error", "request_timeout"),
             Code::Unreachable => (503, "server_error", "endpoint_unreachable"),
             Code::Cancelled => (499, "server_error", "cancelled"),
@@ -159,7 +162,12 @@ impl std::error::Error for Error {}
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Error::internal(error.to_string())
+        let text = error.to_string();
+        // What the driver and cuBLAS call it, however deep candle has wrapped it.
+        if ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name)) {
+            return Error::new(Code::OutOfMemory, "the device has no memory left for this step");
+        }
+        Error::internal(text)
     }
 }
 
@@ -182,5 +190,22 @@ impl From<rusqlite::Error> for Error {
 impl From<serde_json::Error> for Error {
     fn from(error: serde_json::Error) -> Self {
         Error::new(Code::InvalidValue, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_memory_is_told_from_a_defect() {
+        let of = |text: &'static str| {
+            let driver = candle_core::Error::Cuda(Box::from(text));
+            Error::from(driver.context("matmul").bt())
+        };
+        let full = of("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        assert_eq!((full.code, full.status()), (Code::OutOfMemory, 503));
+        assert_eq!(of("CublasError(CUBLAS_STATUS_ALLOC_FAILED)").code, Code::OutOfMemory);
+        assert_eq!(of("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)").code, Code::Internal);
     }
 }

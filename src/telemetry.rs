@@ -117,7 +117,8 @@ metrics! {
     train_nonfinite_steps_total: IntCounter("Steps with a loss or gradient that is not finite.");
     train_checkpoint_duration_seconds: Histogram("Time of one checkpoint.", TTFT);
     train_last_checkpoint_timestamp_seconds: Gauge("Unix time of the last checkpoint.");
-    gpu_memory_bytes: IntGaugeVec("Memory of the device (main memory on the CPU) by use.", ["kind"]);
+    gpu_memory_bytes: IntGaugeVec("Memory of the device (main memory on the CPU): held now by each use, free, and in total.", ["kind"]);
+    gpu_memory_planned_bytes: IntGaugeVec("What the settings give each use of the device's memory.", ["kind"]);
     gpu_utilization_ratio: Gauge("Share of the time since the last scrape in which serving or training held the device.");
     train_serve_logprob_gap: Gauge("Largest gap between trainer and server log-probs on the probe batch, nats a token.");
 }

@@ -57,6 +57,40 @@ pub struct EngineOptions {
     pub speculative: SpeculativeOptions,
 }
 
+impl EngineOptions {
+    /// Bytes of the pool that an engine of these options has for `model`.
+    pub fn pool_bytes(&self, model: &Decoder) -> Result<usize> {
+        let (blocks, block_bytes) = self.pool(model)?;
+        Ok(blocks * block_bytes)
+    }
+
+    /// Blocks, and bytes of each: what the memory holds, but no more than every sequence at full length could use.
+    fn pool(&self, model: &Decoder) -> Result<(usize, usize)> {
+        for (name, value) in [
+            ("kv_cache.block_size", self.block_size),
+            ("kv_cache.max_batch_tokens", self.max_batch_tokens),
+            ("kv_cache.max_sequences", self.max_sequences),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(name, format!("`{name}` must be at least 1")));
+            }
+        }
+        let block_bytes = KvPool::block_bytes(model.config(), self.block_size, kv_dtype(model));
+        let most = self.max_sequences.saturating_mul(self.longest(model).div_ceil(self.block_size));
+        Ok(((self.kv_memory_bytes / block_bytes).min(most), block_bytes))
+    }
+
+    /// Longest prompt + answer, tokens.
+    fn longest(&self, model: &Decoder) -> usize {
+        let most = model.config().max_position_embeddings;
+        self.max_model_len.unwrap_or(most).min(most)
+    }
+}
+
+fn kv_dtype(model: &Decoder) -> DType {
+    if model.device().is_cpu() { DType::F32 } else { model.compute_dtype() }
+}
+
 /// Numbers an operator asks for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EngineStats {
@@ -122,33 +156,19 @@ impl Engine {
         gate: Arc<Gate>,
         options: EngineOptions,
     ) -> Result<Self> {
-        let (config, block_size) = (model.config(), options.block_size);
-        for (name, value) in [
-            ("kv_cache.block_size", block_size),
-            ("kv_cache.max_batch_tokens", options.max_batch_tokens),
-            ("kv_cache.max_sequences", options.max_sequences),
-        ] {
-            if value == 0 {
-                return Err(Error::invalid(name, format!("`{name}` must be at least 1")));
-            }
-        }
         options.speculative.check()?;
-        let dtype = if model.device().is_cpu() { DType::F32 } else { model.compute_dtype() };
-        let longest =
-            options.max_model_len.unwrap_or(config.max_position_embeddings).min(config.max_position_embeddings);
-        let block_bytes = KvPool::block_bytes(config, block_size, dtype);
-        // No more than every sequence at full length could use.
-        let num_blocks =
-            (options.kv_memory_bytes / block_bytes).min(options.max_sequences * longest.div_ceil(block_size));
-        if num_blocks * block_size < 2 {
+        let (num_blocks, block_bytes) = options.pool(&model)?;
+        if num_blocks * options.block_size < 2 {
             return Err(Error::invalid(
                 "kv_cache.memory",
                 format!(
-                    "{} bytes hold no block of {block_size} tokens, which takes {block_bytes} bytes",
-                    options.kv_memory_bytes
+                    "{} bytes hold no block of {} tokens, which takes {block_bytes} bytes",
+                    options.kv_memory_bytes, options.block_size
                 ),
             ));
         }
+        let (config, block_size, longest) = (model.config(), options.block_size, options.longest(&model));
+        let dtype = kv_dtype(&model);
         let pool = KvPool::new(config, num_blocks, block_size, dtype, model.device())?;
         metrics().gpu_memory_bytes.with_label_values(&["kv"]).add(pool.bytes() as i64);
         let shared = Arc::new(Shared {

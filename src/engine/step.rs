@@ -16,7 +16,7 @@ use super::sampler;
 use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::writer::{Ending, Outcome, Writer};
 use super::{EngineStats, GateGuard, Shared};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::{Attend, Decoder, KvPool, PagedSequence};
 use crate::telemetry::metrics;
 
@@ -76,8 +76,11 @@ impl Owner {
                         outcomes.into_iter().for_each(|outcome| self.settle(id, outcome));
                     }
                 }
-                Err(error) => {
+                Err(mut error) => {
                     tracing::error!(%error, sequences = step.len(), "engine step failed");
+                    if error.code == Code::OutOfMemory {
+                        error.message += ": ask again, or lower kv_cache.max_sequences, kv_cache.max_batch_tokens or kv_cache.memory";
+                    }
                     step.iter().for_each(|scheduled| self.end(scheduled.id, Ending::Failed(error.clone())));
                 }
             }

@@ -38,6 +38,8 @@ pub struct Decoder {
     /// (C).
     norm: Tensor,
     head: Head,
+    #[cfg(test)]
+    pub(crate) fault: super::fault::Fault,
 }
 
 enum Head {
@@ -94,6 +96,8 @@ impl Decoder {
             layers,
             norm,
             head,
+            #[cfg(test)]
+            fault: Default::default(),
         })
     }
 
@@ -160,6 +164,8 @@ impl Decoder {
         attend: Attend<'_>,
         lora: LoraRows<'_>,
     ) -> Result<Tensor> {
+        #[cfg(test)]
+        self.fault.meet()?;
         self.layers[index / 2].block(index % 2, &self.config, x, rotary, attend, lora)
     }
 

@@ -51,7 +51,7 @@ impl Adapter {
 }
 
 /// `model.layers.0.self_attn.q_proj`.
-fn module_path(layer: usize, site: usize) -> String {
+pub(super) fn module_path(layer: usize, site: usize) -> String {
     format!("model.layers.{layer}.{}", site_path(site))
 }
 

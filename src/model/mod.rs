@@ -2,10 +2,13 @@
 
 mod config;
 mod decoder;
+#[cfg(test)]
+mod fault;
 mod format;
 mod kv;
 mod layer;
 mod lora;
+mod memory;
 mod rotary;
 
 pub use config::{Architecture, ModelConfig, RopeScaling};
@@ -13,11 +16,15 @@ pub use decoder::{Attend, Decoder};
 pub use format::{LoadOptions, WeightFormat};
 pub use kv::KvPool;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
+pub(crate) use memory::flat_step_rows;
+pub use memory::{TrainingMemory, TrainingSize};
 pub use rotary::Rotary;
 
 /// What makes log-probabilities of a row of [`Decoder::logits`].
 pub use crate::ops::RowLogprobs;
 /// The device that serving and training share.
 pub use crate::ops::gpu;
+/// How much memory its device has.
+pub use crate::ops::{DeviceMemory, device_memory};
 /// What [`Attend`] takes for a step over paged sequences.
 pub use crate::ops::{PagedBatch, PagedSequence};

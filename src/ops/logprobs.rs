@@ -15,6 +15,12 @@ const ROWS_CPU: usize = 36;
 /// A vocabulary of 128 k takes half a gigabyte in f32 for so many rows, and several such tensors live at once.
 const ROWS_GPU: usize = 1024;
 
+/// Bytes that [`token_logprobs`] holds of one chunk of `rows`, with gradients: on a CPU the logits and the head's scratch for them; composed
+/// of candle's ops the logits in their own dtype, and in f32 the logits, their log-softmax with what it is made of, the one-hot and the slopes.
+pub(crate) fn logprobs_scratch_bytes(rows: usize, vocabulary: usize, on_cpu: bool) -> usize {
+    if on_cpu { 8 * rows.min(ROWS_CPU) * vocabulary } else { 30 * rows.min(ROWS_GPU) * vocabulary }
+}
+
 /// `log softmax(hidden·Wᵀ)[target]` in row chunks. hidden: (T, C) after the final norm; head: (V, C); targets: T ids → (T), f32, nats.
 /// Differentiable in `hidden`: when it records a graph, the unit gradient of each row is computed in the same pass (its upstream
 /// gradient is one scalar a row), so the backward multiplies and recomputes nothing. The head is as dear as many layers: `pace` is

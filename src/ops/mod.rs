@@ -18,9 +18,12 @@ mod pull;
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use cuda::gpu;
 pub use linear::{Codes, FrozenLinear};
+pub(crate) use logprobs::logprobs_scratch_bytes;
 pub use logprobs::{RowLogprobs, token_logprobs};
 pub use lora::{ServedRows, linears, low_rank};
 pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, dropout, gated, rope};
 pub use pull::pull;
+
+pub use crate::kernels::memory::{DeviceMemory, device_memory};

@@ -87,9 +87,12 @@ impl JobRequest {
                 ));
             }
         }
-        if let Some(init) = &self.lora.init_from {
-            roles.adapters().file(init).map_err(|error| error.at("lora.init_from"))?;
-        }
+        let init = match &self.lora.init_from {
+            Some(init) => Some(roles.adapters().file(init).map_err(|error| error.at("lora.init_from"))?),
+            None => None,
+        };
+        let lora = init.map_or_else(|| self.lora.config(None), |file| file.config);
+        roles.fits(&lora, &self.training)?;
         self.all_prompts(roles).map(drop)
     }
 
@@ -127,3 +130,8 @@ impl JobRequest {
         Ok(found)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+#[path = "memory_tests.rs"]
+mod memory_tests;

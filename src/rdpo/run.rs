@@ -227,7 +227,19 @@ impl<'a> Run<'a> {
         let engine = base.engine()?;
         let gate = engine.gate();
         let job = self.train_job(&base, pairs)?;
-        let outcome = gate.training(|| train(&job, &mut Pacing::new(self, &gate)))?;
+        // It was asked when the job came, but the server may have been started anew with less.
+        self.roles.fits(job.init.as_ref().map_or(&job.lora, |file| &file.config), &job.options)?;
+        let outcome = gate.training(|| train(&job, &mut Pacing::new(self, &gate))).map_err(|error| match error.code {
+            Code::OutOfMemory => Error::new(
+                Code::OutOfMemory,
+                format!(
+                    "{} of training: resume the job when there is more room, or start one with a lower training.activation_memory, \
+                     training.max_length or lora.r",
+                    error.message
+                ),
+            ),
+            _ => error,
+        })?;
         let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
         self.set_result(&json!({"training": {
             "steps": outcome.steps, "adapter_step": outcome.adapter_step, "last": last,

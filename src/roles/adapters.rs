@@ -318,6 +318,11 @@ impl Adapters {
         cards
     }
 
+    /// Bytes of the generations in memory.
+    pub(super) fn resident_bytes(&self) -> usize {
+        self.lock().resident.values().map(|one| one.adapter.bytes).sum()
+    }
+
     fn copy(&self, file: &AdapterFile) -> Result<Arc<Adapter>> {
         let adapter = Adapter::from_file(file, &self.model)?;
         let rank = rank_of(&adapter);

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::load::tokenizer;
+use super::plan::{KV_BYTES, Room};
 use super::{ModelOptions, Role, RolesOptions};
 use crate::engine::{EventStream, Queue, Request, Task, Writer};
 use crate::error::{Code, Error, Result};
-use crate::size::bytes;
 use crate::text::Tokenizer;
 use crate::weights::{Checkpoint, GenerationDefaults};
 use runner::Runner;
@@ -72,6 +72,7 @@ impl Mistral {
         model: &ModelOptions,
         checkpoint: &Checkpoint,
         options: &RolesOptions,
+        memory: &Room,
     ) -> Result<Arc<Self>> {
         let cache = &options.kv_cache;
         if cache.max_sequences == 0 {
@@ -88,7 +89,7 @@ impl Mistral {
             dtype: model.dtype.clone(),
             device: options.device.kind.clone(),
             tokenizer: tokenizer.clone(),
-            kv_memory_bytes: bytes(&cache.memory, "kv_cache.memory")?,
+            kv_memory_bytes: memory.kv_bytes(cache, 1)?.unwrap_or(KV_BYTES),
             max_sequences: cache.max_sequences,
             prefix_caching: cache.prefix_caching,
             queue: queue.clone(),

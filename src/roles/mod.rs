@@ -7,6 +7,7 @@ mod judge;
 mod load;
 mod mistral;
 mod options;
+mod plan;
 mod pool;
 mod remote;
 mod reward;
@@ -28,6 +29,7 @@ pub use options::{
     AdapterOptions, Backend, DeviceOptions, HttpRewardOptions, JudgeMode, JudgeOptions, KvCacheOptions, ModelOptions,
     RewardOptions, RoleOptions, RolesOptions, RuleOptions,
 };
+pub use plan::MemoryPlan;
 pub use remote::{Chunks, Remote, Start};
 pub use reward::{Reward, Rubric, Score};
 pub use target::{Answer, Seat, Target};
@@ -38,6 +40,8 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::Adapter;
 use crate::telemetry::metrics;
+use crate::train::TrainingOptions;
+use crate::weights::LoraConfig;
 use load::{Backing, Loaded, Loader};
 
 /// Which role a name belongs to.
@@ -90,6 +94,7 @@ pub struct Roles {
     reward: Arc<Reward>,
     adapters: Adapters,
     loaded: Vec<Arc<Loaded>>,
+    memory: MemoryPlan,
     max_sequences: usize,
     created: i64,
 }
@@ -99,13 +104,16 @@ impl Roles {
     pub fn load(options: RolesOptions) -> Result<Arc<Self>> {
         options.check()?;
         let mut loader = Loader::new(&options)?;
-        let teacher = loader.backing(Role::Teacher, &options.teacher)?;
+        let teacher = loader.find(Role::Teacher, &options.teacher)?;
         let student = loader.get("student", &options.student.model)?;
         let judge = match &options.reward {
-            RewardOptions::Judge(judge) => Some(loader.backing(Role::Reward, &judge.role)?),
-            RewardOptions::Classifier(classifier) => Some(loader.backing(Role::Reward, classifier)?),
+            RewardOptions::Judge(judge) => Some(loader.find(Role::Reward, &judge.role)?),
+            RewardOptions::Classifier(classifier) => Some(loader.find(Role::Reward, classifier)?),
             RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
         };
+        let (loaded, memory) = loader.start(student)?;
+        let (teacher, student) = (teacher.backing(&loaded), loaded[student].clone());
+        let judge = judge.map(|judge| judge.backing(&loaded));
         let native = match &teacher {
             Backing::Native(teacher) => Some(teacher),
             Backing::Mistral(_) | Backing::Remote(_) => None,
@@ -127,11 +135,13 @@ impl Roles {
             judge,
             reward,
             adapters,
-            loaded: std::mem::take(&mut loader.loaded),
+            loaded,
+            memory,
             max_sequences: options.kv_cache.max_sequences,
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64),
         };
         roles.show();
+        roles.memory.announce();
         Ok(Arc::new(roles))
     }
 
@@ -188,6 +198,16 @@ impl Roles {
     /// Adapters of the student.
     pub fn adapters(&self) -> &Adapters {
         &self.adapters
+    }
+
+    /// How the device's memory is divided.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.memory
+    }
+
+    /// Whether the device has the memory to train such an adapter; a 422 with the numbers where it has not.
+    pub fn fits(&self, lora: &LoraConfig, training: &TrainingOptions) -> Result<()> {
+        self.memory.fits(self.student.engine.model(), lora, training, self.adapters.resident_bytes())
     }
 
     /// Name under `[models]` of the student's checkpoint.

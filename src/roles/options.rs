@@ -19,6 +19,8 @@ pub struct DeviceOptions {
     pub kind: String,
     /// CPU threads; all cores when absent.
     pub threads: Option<usize>,
+    /// What the server may use of the device's memory, a size or a share; 90% of a GPU's and all of the CPU's when absent.
+    pub memory: Option<String>,
 }
 
 /// `[kv_cache]`.
@@ -27,7 +29,8 @@ pub struct DeviceOptions {
 pub struct KvCacheOptions {
     /// Tokens per block.
     pub block_size: usize,
-    /// Size of each checkpoint's pool, e.g. `2GiB`.
+    /// Size of each checkpoint's pool, e.g. `2GiB`; a share of the device's memory for all pools together, e.g. `40%`; or `auto`: all
+    /// that is left on a GPU, 2 GiB each on a CPU.
     pub memory: String,
     /// Share KV of equal prefixes.
     pub prefix_caching: bool,
@@ -299,7 +302,7 @@ impl RolesOptions {
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { kind: "auto".into(), threads: None }
+        DeviceOptions { kind: "auto".into(), threads: None, memory: None }
     }
 }
 
@@ -307,7 +310,7 @@ impl Default for KvCacheOptions {
     fn default() -> Self {
         KvCacheOptions {
             block_size: 16,
-            memory: "2GiB".into(),
+            memory: "auto".into(),
             prefix_caching: true,
             max_batch_tokens: 512,
             max_sequences: 64,

@@ -43,7 +43,7 @@ impl ResponseError for ApiError {
             Code::RateLimited => {
                 response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
-            Code::Overloaded | Code::Unreachable => {
+            Code::Overloaded | Code::OutOfMemory | Code::Unreachable => {
                 response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
             }
             Code::InvalidApiKey => {

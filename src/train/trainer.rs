@@ -15,7 +15,7 @@ use super::pack::{Pack, PackedPair, packed_tokens, plan, trl_tokens, truncate};
 use super::pass::{Pass, logprobs};
 use super::{LossOptions, PairLogps, TrainingOptions, preference_loss, score_scale};
 use crate::error::{Code, Error, Result};
-use crate::model::{Decoder, LoraParams, LoraRows, ModelConfig};
+use crate::model::{Decoder, LoraParams, LoraRows, ModelConfig, flat_step_rows};
 use crate::telemetry;
 use crate::weights::{AdapterFile, LoraConfig};
 
@@ -145,8 +145,8 @@ impl<'a> Trainer<'a> {
             saved_step = Some(saved.state.step);
             state = saved.state;
         }
-        // Moments and one gradient; the variables themselves are the adapter's.
-        metrics::memory("optimizer", optimizer.bytes() * 3 / 2);
+        // Both moments, the gradients and the variables themselves.
+        metrics::memory("optimizer", optimizer.bytes() * 2);
         Ok(Trainer {
             model: job.model,
             gradients: Gradients::new(variables.len()),
@@ -160,7 +160,7 @@ impl<'a> Trainer<'a> {
             seed: job.seed,
             folder: job.folder.clone(),
             keep_bytes,
-            pack_rows: pack_rows(job.model.config(), keep_bytes, job.model.device().is_cpu()),
+            pack_rows: flat_step_rows(job.model.config(), keep_bytes, job.model.device().is_cpu()),
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,
@@ -210,7 +210,7 @@ impl<'a> Trainer<'a> {
             let pass = Pass { model: self.model, params: &self.params, dropout_seed, keep_bytes: self.keep_bytes };
             let stats = pass.forward_backward(&pack, &mut upstream, &mut self.gradients, pace)?;
             self.kept_blocks = stats.kept_blocks;
-            metrics::memory("activations", stats.activation_bytes);
+            metrics::memory("activation", stats.activation_bytes);
             for &index in &indices {
                 let counted = trl_tokens(&all[index]);
                 sums.tokens += counted;
@@ -442,7 +442,7 @@ pub(super) fn pair_logps(
 impl Drop for Trainer<'_> {
     fn drop(&mut self) {
         metrics::memory("optimizer", 0);
-        metrics::memory("activations", 0);
+        metrics::memory("activation", 0);
     }
 }
 
@@ -488,18 +488,6 @@ fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Resu
         }
         None => Ok(()),
     }
-}
-
-/// Rows of a flat step whose layer graphs fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
-/// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
-fn pack_rows(config: &ModelConfig, bytes: usize, on_cpu: bool) -> usize {
-    let heads = config.num_attention_heads * config.head_dim;
-    let kv_heads = config.num_key_value_heads * config.head_dim;
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let linears = heads + 2 * kv_heads + 2 * hidden + 2 * inner;
-    let rest = 5 * hidden + 2 * heads + kv_heads + inner;
-    let per_row = 4 * (linears + rest) * config.num_hidden_layers;
-    (bytes / per_row.max(1)).clamp(512, if on_cpu { 512 } else { 16384 })
 }
 
 /// One step of SplitMix64's output function over both numbers.

@@ -20,7 +20,7 @@ pub(super) struct Server {
     runtime: Runtime,
 }
 
-fn settings(folder: &Path, model: &Path) -> PathBuf {
+pub(super) fn settings(folder: &Path, model: &Path) -> PathBuf {
     settings_of(folder, model, "{model = \"tiny\"}", "{kind = \"judge\", model = \"tiny\"}")
 }
 
@@ -74,10 +74,18 @@ impl Server {
         self.runtime.block_on(async { sent.await.unwrap().error_for_status().unwrap() });
     }
 
-    pub(super) fn submit(&self, request: &Value) -> String {
+    /// Status and body of the answer to a job.
+    pub(super) fn try_submit(&self, request: &Value) -> (u16, Value) {
         let client = reqwest::Client::new();
         let sent = client.post(format!("{}/v1/rdpo/train", self.url)).json(request).send();
-        let job: Value = self.runtime.block_on(async { sent.await.unwrap().json().await.unwrap() });
+        self.runtime.block_on(async {
+            let answer = sent.await.unwrap();
+            (answer.status().as_u16(), answer.json().await.unwrap())
+        })
+    }
+
+    pub(super) fn submit(&self, request: &Value) -> String {
+        let (_, job) = self.try_submit(request);
         job["id"].as_str().unwrap_or_else(|| panic!("no job: {job}")).to_owned()
     }
 

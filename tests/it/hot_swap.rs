@@ -21,7 +21,7 @@ pub(crate) fn options(data: &Path, reward: RewardOptions) -> RolesOptions {
     let model = |path: PathBuf| ModelOptions { path, dtype: "f32".into(), max_model_len: None };
     let models = [("tiny", "tiny-llama"), ("again", "tiny-llama/."), ("classifier", "tiny-classifier")];
     RolesOptions {
-        device: DeviceOptions { kind: "cpu".into(), threads: None },
+        device: DeviceOptions { kind: "cpu".into(), ..DeviceOptions::default() },
         kv_cache: KvCacheOptions {
             block_size: 4,
             memory: "8MiB".into(),

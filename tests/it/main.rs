@@ -12,6 +12,7 @@ mod grammar;
 mod hot_swap;
 mod jobs;
 mod lookup;
+mod memory;
 mod method;
 #[cfg(feature = "mistralrs")]
 mod mistral;

@@ -201,6 +201,8 @@ impl State {
 impl CustomLogitsProcessor for Hand {
     /// logits: V values. All of the probability to the token that was drawn here.
     fn apply(&self, logits: &Tensor, _: &[u32]) -> CandleResult<Tensor> {
+        #[cfg(test)]
+        assert!(!tests::PANICS.swap(false, std::sync::atomic::Ordering::Relaxed), "ordered by a test");
         let mut row = logits.to_vec1::<f32>()?;
         let rows = row.len();
         // Some models have fewer rows than their tokenizer has ids.
@@ -227,5 +229,61 @@ fn said(reply: Option<Response>) -> String {
         Some(Response::InternalError(error) | Response::ValidationError(error)) => error.to_string(),
         Some(Response::CompletionModelError(error, _) | Response::ModelError(error, _)) => error,
         Some(_) => "it ended the answer by itself".into(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use crate::engine::{Event, SamplingParams};
+    use crate::error::{Code, Error};
+    use crate::roles::{
+        AdapterOptions, Backend, DeviceOptions, ModelOptions, RewardOptions, RoleOptions, Roles, RolesOptions,
+        RuleOptions,
+    };
+
+    /// Lets mistral.rs' own thread panic at the next token.
+    pub(super) static PANICS: AtomicBool = AtomicBool::new(false);
+
+    #[test]
+    fn after_a_panic_the_next_request_starts_it_again() {
+        let data = tempfile::tempdir().unwrap();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama");
+        let model = ModelOptions { path, dtype: "f32".into(), max_model_len: None };
+        let roles = Roles::load(RolesOptions {
+            device: DeviceOptions { kind: "cpu".into(), ..DeviceOptions::default() },
+            kv_cache: Default::default(),
+            speculative_config: Default::default(),
+            models: [("tiny".to_owned(), model)].into(),
+            teacher: RoleOptions { backend: Backend::Mistralrs, ..RoleOptions::native("tiny") },
+            student: RoleOptions::native("tiny"),
+            reward: RewardOptions::Rules { terms: vec![RuleOptions::JsonValid { weight: 1.0 }] },
+            adapters: AdapterOptions { path: data.path().join("adapters"), ..AdapterOptions::default() },
+            training_share: 0.5,
+        });
+        let teacher = roles.unwrap().teacher().unwrap();
+        let ask = || {
+            let params = SamplingParams { temperature: 0.0, max_tokens: Some(8), ..SamplingParams::default() };
+            let mut stream = teacher.generate(vec![5, 9, 20], params).unwrap();
+            let mut ids = Vec::new();
+            loop {
+                match stream.blocking_recv().expect("an answer ends with an event") {
+                    Event::Token { id, .. } => ids.push(id),
+                    Event::Done { .. } => return Ok::<_, Error>(ids),
+                    Event::Failed(error) => return Err(error),
+                    _ => {}
+                }
+            }
+        };
+        let undisturbed = ask().unwrap();
+        PANICS.store(true, Ordering::Relaxed);
+        let error = ask().unwrap_err();
+        assert_eq!(error.code, Code::Internal);
+        assert!(error.message.starts_with("mistralrs failed"), "{error}");
+        assert!(!PANICS.load(Ordering::Relaxed), "the panic never came");
+        assert_eq!(ask().unwrap(), undisturbed);
     }
 }

@@ -216,6 +216,7 @@ fn meaning(status: u16) -> String {
         Code::RateLimited,
         Code::Internal,
         Code::Overloaded,
+        Code::OutOfMemory,
         Code::TimedOut,
         Code::Unreachable,
     ];

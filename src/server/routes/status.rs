@@ -59,6 +59,7 @@ async fn exposition(state: web::Data<AppState>) -> Reply {
     if let Some((_, engine)) = state.roles.engines().first() {
         metrics().gpu_utilization_ratio.set(engine.gate().utilization());
     }
+    state.roles.memory().measure();
     let mut text = Vec::new();
     let mut families = metrics().registry.gather();
     families.extend(prometheus::gather());

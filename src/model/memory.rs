@@ -1,0 +1,148 @@
+//! What adapters and their training take of the device's memory, before any of it is allocated.
+
+use candle_core::DType;
+
+use super::layer::site_shape;
+use super::lora::{SITES, module_path};
+use super::{Decoder, ModelConfig};
+use crate::ops::logprobs_scratch_bytes;
+use crate::weights::LoraConfig;
+
+/// Fewest rows of a flat step: shorter ones waste the device.
+const LEAST_ROWS: usize = 512;
+/// Most rows of a flat step on a GPU; a CPU gains little beyond the fewest.
+const MOST_ROWS: usize = 16384;
+
+/// How large the steps of a run may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainingSize {
+    /// Most tokens of prompt + answer.
+    pub max_length: usize,
+    /// Pairs per forward-backward.
+    pub batch_size: usize,
+    /// Bytes for graphs kept between forward and backward.
+    pub keep_bytes: usize,
+}
+
+/// Bytes that training an adapter takes at most, by use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrainingMemory {
+    /// A and B, their gradients and both moments, f32.
+    pub optimizer: usize,
+    /// Graphs kept between forward and backward.
+    pub graphs: usize,
+    /// All else of a step: the inputs of every block, the block under way with its gradients, the head's chunk.
+    pub step: usize,
+    /// The frozen copy that is published.
+    pub copy: usize,
+}
+
+impl TrainingMemory {
+    /// What the layers' work takes.
+    pub fn activations(&self) -> usize {
+        self.graphs + self.step
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.optimizer + self.activations() + self.copy
+    }
+}
+
+impl Decoder {
+    /// Bytes of a published adapter of that shape, as [`super::Adapter`] holds it.
+    pub fn adapter_bytes(&self, lora: &LoraConfig) -> usize {
+        lora_parameters(self.config(), lora) * self.linear(0, 0).low_rank_dtype().size_in_bytes()
+    }
+
+    /// What training such an adapter in steps of such a size takes at most: every pair as long as it may be, its prompt as short.
+    pub fn training_memory(&self, lora: &LoraConfig, size: &TrainingSize) -> TrainingMemory {
+        let (config, on_cpu) = (self.config(), self.device().is_cpu());
+        // A prompt of next to nothing with both answers behind it.
+        let pair = 2 * size.max_length.min(config.max_position_embeddings);
+        let rows = pair.max((pair * size.batch_size).min(flat_step_rows(config, size.keep_bytes, on_cpu)));
+        let layers = config.num_hidden_layers;
+        let input = rows * config.hidden_size * self.compute_dtype().size_in_bytes();
+        let [attention, mlp] = graph_values(config).map(|values| 4 * values * rows);
+        let graphs = (layers * (attention + mlp)).min(size.keep_bytes);
+        // The graph of the block under way and the gradients along it are alike in size. The head works on the rows of the answers,
+        // which are nearly all: its input, normed and as gradients, and what comes back.
+        let block = 2 * attention.max(mlp);
+        let head = 6 * input + logprobs_scratch_bytes(rows, config.vocab_size, on_cpu);
+        // The first two layers are held to be measured before it is known how many may stay.
+        let measured = (layers.min(2) * (attention + mlp)).saturating_sub(graphs) + 5 * input;
+        TrainingMemory {
+            optimizer: 4 * lora_parameters(config, lora) * DType::F32.size_in_bytes(),
+            graphs,
+            step: (2 * layers * input + block.max(head)).max(measured),
+            copy: self.adapter_bytes(lora),
+        }
+    }
+}
+
+/// Numbers in A and B of all sites.
+fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
+    let of = |layer: usize, site: usize| {
+        let (input, out) = site_shape(config, site);
+        lora.rank_and_scale(&module_path(layer, site)).0 * (input + out)
+    };
+    let targets = |site: &usize| lora.target_modules.iter().any(|name| name == SITES[*site]);
+    let layers = 0..config.num_hidden_layers;
+    layers.map(|layer| (0..SITES.len()).filter(targets).map(|site| of(layer, site)).sum::<usize>()).sum()
+}
+
+/// Numbers a row leaves in the graph of a layer's attention and of its MLP: what each op gives. On a GPU the low-rank parts are wider
+/// than the rest and the rest narrower than f32; counted as f32 both ways even out.
+fn graph_values(config: &ModelConfig) -> [usize; 2] {
+    let heads = config.num_attention_heads * config.head_dim;
+    let kv_heads = config.num_key_value_heads * config.head_dim;
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    [4 * hidden + 3 * heads + 3 * kv_heads, 3 * hidden + 3 * inner]
+}
+
+/// Rows of a flat step whose layer graphs fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
+/// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
+pub(crate) fn flat_step_rows(config: &ModelConfig, bytes: usize, on_cpu: bool) -> usize {
+    let per_row = 4 * graph_values(config).iter().sum::<usize>() * config.num_hidden_layers;
+    (bytes / per_row.max(1)).clamp(LEAST_ROWS, if on_cpu { LEAST_ROWS } else { MOST_ROWS })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn config(layers: usize) -> ModelConfig {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 64,
+        });
+        ModelConfig::from_json(&config).unwrap()
+    }
+
+    #[test]
+    fn parameters_follow_targets_and_patterns() {
+        let mut lora = LoraConfig {
+            r: 2,
+            lora_alpha: 4.0,
+            lora_dropout: 0.0,
+            target_modules: vec!["q_proj".into(), "down_proj".into()],
+            use_rslora: false,
+            rank_pattern: Default::default(),
+            alpha_pattern: Default::default(),
+            base_model_name_or_path: None,
+        };
+        let (q, down) = (32 + 32, 80 + 32);
+        assert_eq!(lora_parameters(&config(3), &lora), 3 * 2 * (q + down));
+        lora.rank_pattern.insert("layers.1.self_attn.q_proj".into(), 5);
+        assert_eq!(lora_parameters(&config(3), &lora), 3 * 2 * (q + down) + 3 * q);
+    }
+
+    #[test]
+    fn flat_steps_grow_with_the_memory_on_a_gpu_only() {
+        let per_row = 4 * (4 * 32 + 3 * 32 + 3 * 16 + 3 * 32 + 3 * 80) * 3;
+        assert_eq!(flat_step_rows(&config(3), 700 * per_row, false), 700);
+        assert_eq!(flat_step_rows(&config(3), 700 * per_row, true), LEAST_ROWS);
+        assert_eq!(flat_step_rows(&config(3), usize::MAX / 2, false), MOST_ROWS);
+    }
+}
