@@ -5,8 +5,12 @@ CARGO ?= cargo
 MODEL := smollm2-135m-instruct
 BINARY := $(CARGO_TARGET_DIR)/release/rdpo
 VENV ?= $(HOME)/.cache/rdpo-parity-venv
+# What runs on the GPU machine, which needs no Rust; the Python there has torch, transformers and peft.
+GPU_DIR ?= build/gpu
+GPU_FEATURES ?= cuda
+PYTHON ?= python3
 
-.PHONY: help build model demo test check unit doc openapi sdk parity bench cuda-check
+.PHONY: help build model demo test check unit doc openapi sdk parity bench cuda-check gpu-build gpu-check
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -56,3 +60,10 @@ bench: ## criterion benches
 
 cuda-check: ## type-check the CUDA build (needs nvcc)
 	$(CARGO) check --release --no-default-features --features cuda
+
+gpu-build: ## the executables for gpu-check, into build/gpu (needs nvcc)
+	set -o pipefail; flags="--release --no-default-features --features $(GPU_FEATURES) --message-format=json-render-diagnostics"; \
+	{ $(CARGO) test --no-run --lib --test it $$flags && $(CARGO) bench --no-run --bench bench $${flags/--release /}; } | python3 tests/gpu/gather.py $(GPU_DIR)
+
+gpu-check: ## check and measure on a GPU, report in gpu-report.md (docs/gpu.md)
+	$(PYTHON) tests/gpu/check.py --binaries $(GPU_DIR) $(GPU_ARGS)

@@ -57,18 +57,20 @@ def export():
     print(f"written: {HF}")
 
 
-def trl_train(model, rows, epochs, precompute=True, dtype="bfloat16", checkpointing=False, tokenizer=None):
+def trl_train(model, rows, epochs, precompute=True, dtype="bfloat16", checkpointing=False, tokenizer=None, callbacks=None, **more):
+    """Seconds that TRL takes. `more` goes to its options, over those of a run on the CPU."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    options = DPOConfig(
+    options = dict(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=4, num_train_epochs=epochs, learning_rate=1e-4, beta=0.1,
         bf16=dtype == "bfloat16", gradient_checkpointing=checkpointing, precompute_ref_log_probs=precompute, use_cpu=True,
         max_length=512, seed=0, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1000,
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
-    trainer = DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    trainer = DPOTrainer(model=model, args=DPOConfig(**options | more), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         peft_config=lora, callbacks=callbacks)
     start = time.time()
     trainer.train()
     return time.time() - start
@@ -81,19 +83,23 @@ def load(dtype):
     return AutoModelForCausalLM.from_pretrained(HF, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(HF)
 
 
-def peer_train(arguments):
-    """The pairs of `benches/bench/train.rs`, word for word."""
-    model, tokenizer = load(arguments.dtype)
-    words = pathlib.Path(TEXT).read_text().split()
+def pairs_of(text, pairs, prompt, answer):
+    """The pairs of `benches/bench/train.rs`, word for word; sizes of prompt and answer in words."""
+    words = text.split()
 
     def piece(start, length):
         return " ".join(words[at % len(words)] for at in range(start, start + length))
 
     def row(i):
-        answer = lambda start: [{"role": "assistant", "content": piece(start + i * 90, 100)}]
-        return {"prompt": [{"role": "user", "content": piece(i * 40, 60)}], "chosen": answer(1000), "rejected": answer(3000)}
+        side = lambda start: [{"role": "assistant", "content": piece(start + i * 90, answer)}]
+        return {"prompt": [{"role": "user", "content": piece(i * 40, prompt)}], "chosen": side(1000), "rejected": side(3000)}
 
-    rows = [row(i) for i in range(16)]
+    return [row(i) for i in range(pairs)]
+
+
+def peer_train(arguments):
+    model, tokenizer = load(arguments.dtype)
+    rows = pairs_of(pathlib.Path(TEXT).read_text(), 16, 60, 100)
     count = lambda turns: len(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
     tokens = 2 * sum(count(row["prompt"] + row[side]) for row in rows for side in ("chosen", "rejected"))
     seconds = trl_train(model, rows, 2, dtype=arguments.dtype, checkpointing=arguments.checkpointing,
@@ -102,21 +108,25 @@ def peer_train(arguments):
 
 
 def peer_generate(arguments):
+    return generate(load(arguments.dtype)[0], (1, 8, 32), 96, 512)
+
+
+def generate(model, batches, new_tokens, prefill, clock=time.time):
+    """Tokens a second of greedy decoding after a prompt of 32, by batch, and of reading one prompt. `clock` says the time once the device is done."""
     import torch
 
-    model, tokenizer = load(arguments.dtype)
     found = {}
     with torch.no_grad():
-        for batch in (1, 8, 32):
-            ids = (torch.arange(batch * 32).reshape(batch, 32) * 7919 % 200) + 100
-            options = dict(attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=96, max_new_tokens=96, pad_token_id=0)
-            start = time.time()
+        for batch in batches:
+            ids = ((torch.arange(batch * 32).reshape(batch, 32) * 7919 % 200) + 100).to(model.device)
+            options = dict(attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+            start = clock()
             model.generate(ids, **options)
-            found[f"decode {batch}"] = batch * 96 / (time.time() - start)
-        ids = torch.arange(512).reshape(1, 512) % 200 + 100
-        start = time.time()
+            found[f"decode {batch}"] = batch * new_tokens / (clock() - start)
+        ids = (torch.arange(prefill).reshape(1, prefill) % 200 + 100).to(model.device)
+        start = clock()
         model(ids, logits_to_keep=1)
-        found["prefill 512"] = 512 / (time.time() - start)
+        found[f"prefill {prefill}"] = prefill / (clock() - start)
     return found
 
 
@@ -368,13 +378,17 @@ def own_train(arguments):
 
 
 def own_generate(arguments):
-    lines = bench("engine-run", str(MODEL), "96", arguments.own_dtype).splitlines()
+    return read_rates(bench("engine-run", str(MODEL), "96", arguments.own_dtype))
+
+
+def read_rates(said):
+    """What `engine-run` prints, under the names of `generate`."""
     found = {}
-    for line in lines:
+    for line in said.splitlines():
         if at := re.match(r"decode, batch +(\d+), greedy +: +([\d.]+)", line):
             found[f"decode {at[1]}"] = float(at[2])
-        if at := re.match(r"prefill, 512 tokens: +([\d.]+)", line):
-            found["prefill 512"] = float(at[1])
+        if at := re.match(r"prefill, (\d+) tokens: +([\d.]+)", line):
+            found[f"prefill {at[1]}"] = float(at[2])
     return found
 
 

@@ -1,0 +1,238 @@
+"""The sections of check.py: each gets the bench, the time it has to end by, and its rows of the table to fill in."""
+
+import contextlib
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import shape
+from harness import ROOT, Failed, gib, stop, tail
+
+sys.path.insert(0, str(ROOT / "benches/compare"))
+import compare  # noqa: E402
+
+PEERS = pathlib.Path(__file__).with_name("peers.py")
+# Tests that compute on the device: by module of the integration tests, and of the units.
+DEVICE_TESTS = ["device::", "parity::"]
+DEVICE_UNITS = ["kernels::", "ops::"]
+# Trainer against server after a job, nats a token, in bf16 on a GPU.
+MOST_GAP = 0.05
+NEW_TOKENS, BATCH, PREFILL = 128, 64, 2048
+PAIRS, LENGTH, STEPS = 8, 1024, 3
+TEXT = ROOT / "LICENSE"
+
+
+def tests(bench, until, rows):
+    """The twins of the kernels and the fixtures of Hugging Face, in bf16 and in f32."""
+    for row, dtype in zip(rows, ("bf16", "f32")):
+        passed, failed = 0, []
+        for binary, names in (("it", DEVICE_TESTS), ("unit", DEVICE_UNITS)):
+            # One at a time: a GPU is one device, and a failure is then its own.
+            command = [bench.binaries / binary, *names, "--test-threads=1"]
+            process = bench.start(command, subprocess.PIPE, subprocess.STDOUT, RDPO_TEST_DTYPE=dtype)
+            try:
+                said, _ = process.communicate(timeout=max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                raise Failed(f"{binary} in {dtype} was not done in its time") from None
+            finally:
+                stop(process)
+            count = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed", said)
+            if not count:
+                raise Failed(f"{binary} in {dtype} ended with {process.returncode}:\n{tail(said)}")
+            passed += int(count[1])
+            failed += re.findall(r"^test (\S+) \.\.\. FAILED", said, re.M)
+            if int(count[2]):
+                bench.notes.append(f"**{binary} in {dtype}**\n\n```\n{tail(said, 60)}\n```")
+        if not passed:
+            raise Failed(f"no test ran in {dtype}")
+        row.passed = not failed
+        row.result = f"{passed} passed" if not failed else f"failed: {len(failed)} of {passed + len(failed)}: {', '.join(failed)}"
+
+
+@contextlib.contextmanager
+def serving(bench, until, name, text):
+    """A server on these settings; `ask(path, body)` gives the reply, or raises with it."""
+    folder = bench.folder / name
+    folder.mkdir()
+    (folder / "rdpo.toml").write_text(
+        f'[server]\nport = 0\n[device]\nkind = "{bench.device}"\n[store]\npath = "{folder}/jobs.sqlite"\n'
+        f'[adapters]\npath = "{folder}/adapters"\n{text}')
+    log = folder / "log"
+    with log.open("w") as file:
+        process = bench.start([bench.binaries / "rdpo", "serve", "--config", folder / "rdpo.toml"], subprocess.PIPE, file)
+    try:
+        # The time is watched by the questions; a server that does not start says why and ends.
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise Failed(f"the server did not start:\n{tail(log.read_text())}")
+        url = line.split()[-1]
+
+        def ask(path, body=None):
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(url + path, data, {"content-type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=max(until - time.monotonic(), 0.1)) as answer:
+                    text = answer.read().decode()
+            except urllib.error.HTTPError as error:
+                raise Failed(f"{path}: {error.code} {error.read().decode()}\n{tail(log.read_text())}") from None
+            except (TimeoutError, urllib.error.URLError) as error:
+                raise Failed(f"{path}: {error}\n{tail(log.read_text())}") from None
+            return text if path == "/metrics" else json.loads(text)
+
+        yield ask, log
+    finally:
+        stop(process)
+
+
+def chat(ask, model, text="What is the capital of France?"):
+    return ask("/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0})
+
+
+def job(bench, until, rows):
+    """A whole job of the small real model over HTTP: synthesis, scores, training, report, swap."""
+    model = ROOT / "models/smollm2-135m-instruct"
+    if not list(model.glob("*.gguf")):
+        raise Failed("there is no models/smollm2-135m-instruct: run `models/fetch.sh smollm2-135m-instruct`")
+    (row,) = rows
+    _, prompts, _ = compare.demo_work()
+    body = {"behavior": "sycophancy", "prompts": prompts[:12], "eval_prompts": prompts[12:14], "synthesis": {"max_tokens": 64, "temperature": 0.3},
+            "training": {"epochs": 2, "batch_size": 4, "max_length": 512}}
+    with serving(bench, until, "job", f'[models.smollm2]\npath = "{model}"\n[kv_cache]\nmemory = "1GiB"\n') as (ask, log):
+        before = chat(ask, "student:base")["choices"][0]["message"]["content"]
+        id = ask("/v1/rdpo/train", body)["id"]
+        while (found := ask(f"/v1/rdpo/train/{id}"))["status"] not in ("succeeded", "failed", "cancelled", "paused"):
+            if time.monotonic() > until:
+                raise Failed(f"the job was not done in its time: {found['status']} {found['progress']}")
+            time.sleep(0.2)
+        if found["status"] != "succeeded":
+            raise Failed(f"the job {found['status']}: {found['error']}\n{tail(log.read_text())}")
+        adapter, seconds = found["result"]["adapter"], found["result"]["seconds"]
+        served = chat(ask, "student")
+        if found["adapter_version"] != 1 or not served["choices"][0]["message"]["content"]:
+            raise Failed(f"the adapter is not live: {adapter}, {served}")
+    gap = adapter["train_serve_logprob_gap"]
+    row.passed = gap <= MOST_GAP
+    row.result = f"{'' if row.passed else 'failed: '}gap {gap:.4f} nats a token; " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    bench.notes.append(f"**job**: the base answers: {before!r}; the aligned student: {served['choices'][0]['message']['content']!r}")
+
+
+def weights(bench, until, _rows):
+    """The random checkpoint, once for all that follows. No row of its own."""
+    device = "cpu" if bench.on_cpu else bench.device
+    shape.write(bench.shape, bench.folder / "model", ROOT / "tests/fixtures/tiny-llama", device)
+    if not bench.on_cpu:
+        import torch
+
+        torch.cuda.empty_cache()
+    if time.monotonic() > until:
+        bench.notes.append("**weights** took longer than planned")
+
+
+def model_of(bench):
+    folder = bench.folder / "model"
+    if not (folder / "model.safetensors.index.json").is_file():
+        raise Failed("the random weights were not written")
+    return folder
+
+
+def peer(bench, until, *words):
+    out, _ = bench.run([bench.python, PEERS, words[0], bench.device, *words[1:]], until)
+    return json.loads(out.splitlines()[-1])
+
+
+def decode(bench, until, rows):
+    """Decoding against the memory's bandwidth, and beside transformers."""
+    bandwidth_row, one_row, batch_row, prefill_row = rows
+    folder = model_of(bench)
+    rate = peer(bench, until, "bandwidth")["bytes_per_s"]
+    bandwidth_row.result = f"{rate / 1e9:.0f} GB/s"
+    out, _ = bench.run([bench.binaries / "bench", "engine-run", folder, NEW_TOKENS, "bf16", f"1,{BATCH}", bench.device, PREFILL], until)
+    own = compare.read_rates(out)
+    _, per_token = shape.size(shape.SHAPES[bench.shape])
+    share = own["decode 1"] * per_token / rate
+    one_row.passed, one_row.result = share >= 0.7, f"{own['decode 1']:.1f} tok/s, {100 * share:.0f} % ({gib(per_token)} a token)"
+    names = [(batch_row, f"decode {BATCH}"), (prefill_row, f"prefill {PREFILL}")]
+    for row, name in names:
+        row.result = f"{own[name]:.0f} tok/s; transformers not run"
+    theirs = peer(bench, until, "generate", folder, f"{BATCH}", NEW_TOKENS, PREFILL)
+    for row, name in names:
+        row.result, row.passed = f"{own[name]:.0f} tok/s, transformers {theirs[name]:.0f}: {own[name] / theirs[name]:.2f} times", own[name] >= theirs[name]
+
+
+def training(bench, until, rows):
+    """Steps of 8 pairs of 1k tokens a sequence, the reference asked in each, beside TRL + PEFT with gradient checkpointing."""
+    time_row, memory_row = rows
+    folder, pairs = model_of(bench), PAIRS * STEPS
+    # The fixture's tokenizer makes several tokens of a word: the answers are longer than the rest of a sequence, and cut to it.
+    words = {"prompt": 30, "answer": 500}
+    command = [bench.binaries / "bench", "train-run", f"model={folder}", f"device={bench.device}", "dtype=bf16", f"text={TEXT}", f"pairs={pairs}",
+               f"batch={PAIRS}", "epochs=1", f"max_length={LENGTH}", *(f"{name}={value}" for name, value in words.items())]
+    with bench.memory_watch() as watched:
+        out, err = bench.run(command, until)
+    said = json.loads(out.splitlines()[-1])
+    own_steps = [float(one) for one in re.findall(r"^step \d+/\d+: .* ([\d.]+) s$", err, re.M)]
+    # The first step warms up on both sides.
+    own, tokens = statistics.median(own_steps[1:]), said["tokens"] // STEPS
+    own_peak = watched[0] if watched else said["peak_mb"] << 20
+    time_row.result = f"{own:.2f} s ({tokens / own:.0f} tok/s); TRL not run"
+    memory_row.result = f"{gib(own_peak)}; TRL not run"
+    with bench.memory_watch() as watched:
+        theirs = peer(bench, until, "train", folder, TEXT, pairs, PAIRS, words["prompt"], words["answer"], LENGTH)
+    their = statistics.median(theirs["steps"][1:])
+    time_row.passed, time_row.result = their >= 2 * own, f"{own:.2f} s ({tokens / own:.0f} tok/s), {theirs['peer']} {their:.2f} s: {their / own:.2f} times"
+    share = own_peak / theirs["peak"]
+    process = f" in tensors, {gib(watched[0])} in all" if watched else ""
+    memory_row.passed, memory_row.result = share <= 0.6, f"{gib(own_peak)}, {theirs['peer']} {gib(theirs['peak'])}{process}: {100 * share:.0f} %"
+
+
+def residence(bench, until, rows):
+    """Teacher, judge and student of that shape in one server: one copy of the weights, and each answers."""
+    (row,) = rows
+    whole, _ = shape.size(shape.SHAPES[bench.shape])
+    settings = (f'[models.big]\npath = "{model_of(bench)}"\ndtype = "bf16"\n[roles]\nteacher = {{ model = "big" }}\nstudent = {{ model = "big" }}\n'
+                'reward = { kind = "judge", model = "big" }\n')
+    with serving(bench, until, "residence", settings) as (ask, log):
+        for role in ("teacher", "student"):
+            chat(ask, role)
+        ask("/v1/chat/completions", {"model": "reward", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]})
+        metrics = dict(re.findall(r'^rdpo_gpu_memory_bytes\{kind="(\w+)"\} (\d+)$', ask("/metrics"), re.M))
+        plan = [line for line in log.read_text().splitlines() if "rdpo::roles::plan" in line]
+    held = int(metrics["weights"])
+    row.passed = held <= 1.05 * whole
+    row.result = f"{'' if row.passed else 'failed: '}{gib(held)} of weights for three roles, one copy is {gib(whole)}; " + ", ".join(
+        f"{kind} {gib(int(metrics[kind]))}" for kind in ("kv", "free", "total"))
+    bench.notes.append("**residence**, the memory plan\n\n```\n" + "\n".join(line.split("rdpo::roles::plan: ")[-1] for line in plan) + "\n```")
+
+
+def tolerances():
+    """As the tests name them."""
+    text = (ROOT / "tests/it/parity.rs").read_text()
+    found = dict(re.findall(r"const (\w+): f32 = ([\d.e-]+);", text))
+    return {name: found[name] for name in ("LOGIT_TOLERANCE", "GRADIENT_TOLERANCE", "LOGIT_TOLERANCE_BF16", "GRADIENT_TOLERANCE_BF16")}
+
+
+LIMITS = tolerances()
+# Name, function, seconds, and its rows: check and target.
+ALL = [
+    ("tests", tests, 90, [
+        ("kernels beside their twins, and the Hugging Face fixtures, bf16",
+         f"logits within {LIMITS['LOGIT_TOLERANCE_BF16']}, gradients within {LIMITS['GRADIENT_TOLERANCE_BF16']} of the largest"),
+        ("the same in f32", f"logits within {LIMITS['LOGIT_TOLERANCE']}, gradients within {LIMITS['GRADIENT_TOLERANCE']} of the largest")]),
+    ("job", job, 60, [("a job of SmolLM2-135M over HTTP, train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
+    ("weights", weights, 50, []),
+    ("decode", decode, 100, [
+        ("bandwidth of device memory, a copy by torch", ""),
+        ("decode, batch 1", "70 % of the bandwidth"),
+        (f"decode, batch {BATCH}", "no slower than transformers"),
+        (f"prefill, {PREFILL} tokens", "no slower than transformers")]),
+    ("training", training, 120, [
+        (f"LoRA rDPO step, {PAIRS} pairs × {LENGTH} tokens, time", "half of TRL + PEFT with gradient checkpointing"),
+        ("its peak memory", "60 % of TRL + PEFT")]),
+    ("residence", residence, 45, [("teacher, judge and student resident together", "one copy of the weights")]),
+]
