@@ -30,7 +30,7 @@ TARGET_CARD = "H100"
 def facts(device):
     """What the report says about the machine."""
     version = lambda name: next((f"{name} {importlib.metadata.version(name)}" for _ in [0] if installed(name)), f"no {name}")
-    found = {"device": f"CPU ({platform.machine()}, {os.cpu_count()} threads)", "driver": "none"}
+    found = {"device": f"CPU ({platform.machine()} with {os.cpu_count()} threads)", "driver": "none"}
     if device != "cpu":
         query = ["nvidia-smi", "-i", device.split(":")[1], "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         name, memory, driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip().split(", ")

@@ -46,7 +46,7 @@ class Bench:
         known = os.environ.get("LD_LIBRARY_PATH", "")
         # The CUDA libraries beside torch do for the executables too.
         return os.environ | {"RDPO_TEST_ROOT": str(ROOT), "RDPO_TEST_DEVICE": self.device, "LD_LIBRARY_PATH": ":".join(filter(None, [known, *libraries])),
-                             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+                             "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     @staticmethod
     def site_packages(name):
