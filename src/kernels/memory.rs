@@ -84,7 +84,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         };
-        let info = format!("MemTotal: {} kB\nMemFree: 5 kB\nMemAvailable: {} kB\n", 8 * GIB >> 10, 6 * GIB >> 10);
+        let info = format!("MemTotal: {} kB\nMemFree: 5 kB\nMemAvailable: {} kB\n", (8 * GIB) >> 10, (6 * GIB) >> 10);
         write(root.path().join("proc/meminfo"), &info);
         write(root.path().join("proc/self/cgroup"), member);
         files.iter().for_each(|(path, text)| write(root.path().join("groups").join(path), text));

@@ -112,10 +112,9 @@ pub(super) async fn synthesize_work(
     let responder = roles.resolve(&options.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
     let teacher = roles.teacher()?;
     let keeps_logprobs = writes_the_reference(roles, &responder, behavior);
-    let (responder, teacher) = (&responder, &teacher);
-    let conversations =
-        work.into_iter().map(|work| converse(responder, teacher, behavior, work, options, seed, keeps_logprobs));
-    let width = roles.max_in_flight([responder, teacher]);
+    let width = roles.max_in_flight([&responder, &teacher]);
+    let asked = &Asked { responder, teacher, keeps_logprobs, behavior, options, seed };
+    let conversations = work.into_iter().map(|work| converse(asked, work));
     drive(conversations, width, check, |sample| on_sample(sample?)).await
 }
 
@@ -166,15 +165,18 @@ pub(super) async fn drive<T>(
     }
 }
 
-async fn converse(
-    responder: &Target,
-    teacher: &Target,
-    behavior: &Behavior,
-    work: Work,
-    options: &SynthesisOptions,
-    seed: u64,
+/// Who holds the conversations, and how.
+struct Asked<'a> {
+    responder: Target,
+    teacher: Target,
+    /// Whether the responder's log-probs are the reference's.
     keeps_logprobs: bool,
-) -> Result<Sample> {
+    behavior: &'a Behavior,
+    options: &'a SynthesisOptions,
+    seed: u64,
+}
+
+async fn converse(asked: &Asked<'_>, work: Work) -> Result<Sample> {
     let since = Instant::now();
     let mut sample = Sample {
         prompt_index: work.prompt_index,
@@ -189,7 +191,7 @@ async fn converse(
         too_long: None,
         sampled: None,
     };
-    match turns(responder, teacher, behavior, &work, options, seed, keeps_logprobs, &mut sample).await {
+    match turns(asked, &work, &mut sample).await {
         Ok(()) => {
             metrics().pairs_generated_total.inc();
             metrics().critique_duration_seconds.observe(since.elapsed().as_secs_f64());
@@ -200,61 +202,52 @@ async fn converse(
     Ok(sample)
 }
 
-async fn turns(
-    responder: &Target,
-    teacher: &Target,
-    behavior: &Behavior,
-    work: &Work,
-    options: &SynthesisOptions,
-    seed: u64,
-    keeps_logprobs: bool,
-    sample: &mut Sample,
-) -> Result<()> {
+async fn turns(asked: &Asked<'_>, work: &Work, sample: &mut Sample) -> Result<()> {
+    let Asked { responder, teacher, behavior, .. } = asked;
     let mut conversation = work.prompt.under(behavior.context.as_deref());
     let prompt = conversation.clone();
     let mut turn = 0;
-    let logprobs = keeps_logprobs.then_some(0);
-    let answer = next_turn(responder, &mut conversation, options, logprobs, seed, &mut turn, sample).await?;
+    let answer = asked.next_turn(responder, &mut conversation, &mut turn, sample).await?;
     sample.response = answer.text.trim().to_owned();
-    if keeps_logprobs {
+    if asked.keeps_logprobs {
         sample.sampled = as_trained(responder, &prompt, &sample.response, &answer).await?;
     }
-    for _ in 0..options.rounds {
+    for _ in 0..asked.options.rounds {
         conversation.push(Message::new("user", behavior.critique_request(&sample.prompt)));
-        let critique = next_turn(teacher, &mut conversation, options, None, seed, &mut turn, sample).await?;
+        let critique = asked.next_turn(teacher, &mut conversation, &mut turn, sample).await?;
         sample.critique = critique.text.trim().to_owned();
         conversation.push(Message::new("user", behavior.revision_request(&sample.prompt)));
-        let revised = next_turn(teacher, &mut conversation, options, None, seed, &mut turn, sample).await?;
+        let revised = asked.next_turn(teacher, &mut conversation, &mut turn, sample).await?;
         sample.revised = without_heading(revised.text.trim()).to_owned();
     }
     Ok(())
 }
 
-/// One more assistant turn. Its seed depends on job, prompt, sample and turn alone, so a resumed job gets the same text.
-async fn next_turn(
-    target: &Target,
-    conversation: &mut Vec<Message>,
-    options: &SynthesisOptions,
-    logprobs: Option<usize>,
-    seed: u64,
-    turn: &mut u64,
-    sample: &mut Sample,
-) -> Result<Answer> {
-    let params = SamplingParams {
-        temperature: options.temperature as f32,
-        top_p: options.top_p as f32,
-        max_tokens: Some(options.max_tokens),
-        seed: Some(mixed(seed, &[sample.prompt_index as u64, sample.sample as u64, *turn])),
-        logprobs,
-        ..SamplingParams::default()
-    };
-    *turn += 1;
-    let answer = target.answer(conversation, params).await?;
-    sample.prompt_tokens += answer.usage.prompt_tokens;
-    sample.cached_tokens += answer.usage.cached_tokens;
-    sample.completion_tokens += answer.usage.completion_tokens;
-    conversation.push(Message::new("assistant", answer.text.clone()));
-    Ok(answer)
+impl Asked<'_> {
+    /// One more assistant turn. Its seed depends on job, prompt, sample and turn alone, so a resumed job gets the same text.
+    async fn next_turn(
+        &self,
+        target: &Target,
+        conversation: &mut Vec<Message>,
+        turn: &mut u64,
+        sample: &mut Sample,
+    ) -> Result<Answer> {
+        let params = SamplingParams {
+            temperature: self.options.temperature as f32,
+            top_p: self.options.top_p as f32,
+            max_tokens: Some(self.options.max_tokens),
+            seed: Some(mixed(self.seed, &[sample.prompt_index as u64, sample.sample as u64, *turn])),
+            logprobs: (self.keeps_logprobs && *turn == 0).then_some(0),
+            ..SamplingParams::default()
+        };
+        *turn += 1;
+        let answer = target.answer(conversation, params).await?;
+        sample.prompt_tokens += answer.usage.prompt_tokens;
+        sample.cached_tokens += answer.usage.cached_tokens;
+        sample.completion_tokens += answer.usage.completion_tokens;
+        conversation.push(Message::new("assistant", answer.text.clone()));
+        Ok(answer)
+    }
 }
 
 /// A seed out of several numbers (SplitMix64's finalizer, chained).

@@ -79,6 +79,7 @@ fn trained(model: &Decoder, memory: &str) -> (TrainingMemory, usize) {
             prompt: ids(index, 8),
             chosen: ids(100 + index, LENGTH - 8),
             rejected: ids(900 + index, LENGTH - 8),
+            reference_rejected: None,
             score_chosen: 1.0,
             score_rejected: 0.0,
         })
