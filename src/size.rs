@@ -26,7 +26,7 @@ pub fn bytes(text: &str, field: &str) -> Result<usize> {
     Err(Error::invalid(field, format!("`{text}` is not a size; write it like \"2GiB\" or \"512MiB\"")))
 }
 
-/// The bytes of a size as [`bytes`] reads it, or of a share of `total` such as `90%`.
+/// The bytes of a size as [`bytes()`] reads it, or of a share of `total` such as `90%`.
 pub fn bytes_of(text: &str, total: u64, field: &str) -> Result<usize> {
     let Some(percent) = text.trim().strip_suffix('%') else { return bytes(text, field) };
     match percent.trim().parse::<f64>() {

@@ -99,7 +99,7 @@ pub fn attention(heads: Heads, work: &Work, qkv: [View<'_>; 3]) -> Result<(CudaS
     }
 }
 
-/// Gradients of [`attention`] in q, k and v.
+/// Gradients of [`attention()`] in q, k and v.
 pub fn attention_backward(
     heads: Heads,
     work: &Work,
