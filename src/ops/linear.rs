@@ -57,8 +57,8 @@ impl FrozenLinear {
         Ok(FrozenLinear { weight: Weight::Packed(Arc::new(packed)) })
     }
 
-    /// Takes a quantized weight `(n, k)` and a bias as [`FrozenLinear::new`] does; it stays quantized, and its numbers are read as bf16.
-    /// On the CPU only.
+    /// Takes a quantized weight `(n, k)` and a bias as [`FrozenLinear::new`] does; it stays quantized, and its numbers are read as bf16
+    /// where the processor multiplies bf16, else as f32. On the CPU only.
     pub fn from_codes(codes: Codes, (n, k): (usize, usize), bias: Option<&Tensor>) -> Result<Self> {
         FrozenLinear::packed_from(&Width::Codes(codes), (n, k), bias)
     }

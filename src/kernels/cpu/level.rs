@@ -25,7 +25,7 @@ pub(super) fn level() -> Level {
 }
 
 /// Whether pairs of bf16 numbers can be multiplied and summed in f32 by one instruction.
-pub(super) fn has_bf16_products() -> bool {
+pub fn has_bf16_products() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx512f")

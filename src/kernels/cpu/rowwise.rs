@@ -167,17 +167,19 @@ fn gate_back(
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.3, 88.7);
-    // Adding 1.5·2²³ leaves no bits below one: rounding without the instruction that a portable build lacks.
+    // Adding 1.5·2²³ leaves no bits below one: rounding without the instruction that a portable build lacks, and the integer is in the
+    // low bits. A cast would be done number by number, for what does not fit an integer.
     const ROUND: f32 = 12_582_912.0;
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let (n, whole) = (rounded - ROUND, rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32);
     // ln 2 in two parts, so that r keeps its low bits.
     let r = x - n * 0.693_359_4;
     let r = r + n * 2.121_944_4e-4;
     let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.666_666_7e-1 + r * (4.166_66e-2 + r * (8.333_7e-3 + r * 1.388_9e-3)))));
-    // n is in -126..=128 here; split so that neither factor leaves the exponent's range.
-    let half = (n as i32) >> 1;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    p * power(half) * power(n as i32 - half)
+    // It is in -126..=128 here, but for NaN; split so that neither factor leaves the exponent's range.
+    let half = whole >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    p * power(half) * power(whole.wrapping_sub(half))
 }
 
 /// `x·σ(x)` and its derivative.

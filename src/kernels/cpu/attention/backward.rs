@@ -6,7 +6,7 @@ use super::scores::{Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks};
 use crate::cores::spread;
 use crate::kernels::cpu::level::{Level, Out, level};
-use crate::kernels::cpu::matmul::{PANEL, Tile};
+use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
 use crate::kernels::cpu::rowwise::{dot_row, score_gradient_row};
 
 /// Gradients of [`super::attention`] in q, k and v. out, dout, q: (N, H, D); k, v: (N, K, D), the slots being rows of the step.
@@ -116,8 +116,7 @@ fn onto_keys(
                 x: weights.as_ptr().wrapping_add(index),
                 stride: pitch,
                 turned: true,
-                panel: rows.as_ptr().wrapping_add(column),
-                pitch: wide,
+                weights: Plain(rows.as_ptr().wrapping_add(column), wide),
                 k: rows.len() / wide,
                 columns: PANEL.min(heads.dim - column),
                 add: true,

@@ -20,7 +20,7 @@ use scores::Scratch;
 /// Rows of a block at most.
 const ROWS: usize = 32;
 /// Scores of a block at most, unless one row has more.
-const SCORES: usize = 1 << 16;
+const SCORES: usize = 1 << 17;
 
 /// Shape of the heads.
 #[derive(Clone, Copy, Debug)]

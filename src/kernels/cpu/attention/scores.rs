@@ -4,7 +4,7 @@
 
 use super::{Block, Heads};
 use crate::kernels::cpu::level::{Level, Out};
-use crate::kernels::cpu::matmul::{PANEL, Tile};
+use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
 use crate::kernels::cpu::rowwise::{scale_row, weigh_row};
 
 /// Buffers of a task.
@@ -32,9 +32,13 @@ pub(super) struct Products {
     padded: Vec<f32>,
 }
 
-/// Length of a row of weights: its keys, rounded up to 32.
+/// Values that are taken at once, so that they stay in cache while rows pass by.
+const VALUES: usize = 128;
+
+/// Length of a row of weights: its keys, rounded up to 32, and 16 more: an odd number of cache lines, so that rows do not fall on the same
+/// places of the cache.
 pub(super) fn pitch(block: &Block<'_>) -> usize {
-    block.slots.len().next_multiple_of(PANEL)
+    block.slots.len().next_multiple_of(PANEL) + PANEL / 2
 }
 
 /// Runs of consecutive slots: (first index, first slot, length).
@@ -121,8 +125,7 @@ impl Products {
                 x: rows.as_ptr(),
                 stride: self.wide,
                 turned: false,
-                panel: self.turned.as_ptr(),
-                pitch: PANEL,
+                weights: Plain(self.turned.as_ptr(), PANEL),
                 k: dim,
                 columns: slots.len(),
                 add: false,
@@ -181,13 +184,14 @@ impl Products {
                 (&values[(slot * heads + kv) * dim..], heads * dim)
             };
             assert!(from.len() >= (len - 1) * row + wide);
-            for column in (0..wide).step_by(PANEL) {
+            let parts = (0..len).step_by(VALUES).map(|at| (at, VALUES.min(len - at)));
+            for ((at, len), column) in parts.flat_map(|part| (0..wide).step_by(PANEL).map(move |column| (part, column)))
+            {
                 let tile = Tile {
-                    x: weights.as_ptr().wrapping_add(index),
+                    x: weights.as_ptr().wrapping_add(index + at),
                     stride: pitch,
                     turned: false,
-                    panel: from.as_ptr().wrapping_add(column),
-                    pitch: row,
+                    weights: Plain(from.as_ptr().wrapping_add(at * row + column), row),
                     k: len,
                     columns: PANEL.min(wide - column),
                     add: true,

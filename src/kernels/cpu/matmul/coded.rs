@@ -1,21 +1,25 @@
 //! Weights that stay quantized: codes of 4 or 8 bits with a scale and an offset for every 32 (or 16) numbers of a row.
 //!
-//! A number is `scale·code + offset` in f32, rounded to bf16 as it is read. A product has the bits of the same product over the numbers
-//! in bf16, whatever the rows: codes cost a fraction of the memory traffic and change nothing else.
+//! A number is `scale·code + offset` in f32; where the processor multiplies bf16 it is rounded to bf16 as it is read. A product has the
+//! bits of the same product over those numbers, whatever the rows: codes cost a fraction of the memory traffic and change nothing else.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::tile::PANEL;
+use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::rowwise::at_every_level;
 
 /// Numbers of a row that are read at a time.
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a line.
 const LINE: usize = 64;
+/// How many lines ahead of the ones that are unpacked the processor is asked for.
+const AHEAD: usize = 32;
 
 /// A quantized W: (N, K), row-major; K is a multiple of 32.
 #[derive(Clone, Debug)]
@@ -109,8 +113,8 @@ impl CodePanels {
         &self.lines[(panel * self.blocks + block) * self.block_lines()..][..self.block_lines()]
     }
 
-    /// Row `n` of W.
-    pub(super) fn row(&self, n: usize, out: &mut [f32]) {
+    /// Row `n` of W, rounded to bf16 or not.
+    pub(super) fn row(&self, n: usize, rounds: bool, out: &mut [f32]) {
         let (panel, column) = (n / PANEL, n % PANEL);
         for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
             let lines = self.block(panel, block);
@@ -123,37 +127,136 @@ impl CodePanels {
                     4 => f32::from(lines[line].0[byte] >> shift & 15),
                     _ => f32::from(lines[line].0[byte] as i8),
                 };
-                *value = bf16::from_f32(head(first).to_f32() * code + offset).to_f32();
+                let exact = head(first).to_f32() * code + offset;
+                *value = if rounds { bf16::from_f32(exact).to_f32() } else { exact };
+            }
+        }
+    }
+
+    /// Blocks of a panel in f32: (32·blocks, 32).
+    pub(super) fn widen(&self, level: Level, panel: usize, blocks: Range<usize>, to: &mut [f32]) {
+        for (block, to) in blocks.zip(to.chunks_exact_mut(BLOCK * PANEL)) {
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the processor has the instructions, and `to` has room for 32 rows of 32.
+                Level::Avx512 => unsafe { self.widen_by_rows(panel, block, to.as_mut_ptr()) },
+                _ => widen_plain(self, self.block(panel, block), to),
+            }
+        }
+    }
+
+    /// # Safety
+    /// `to` has room for 32 rows of 32; the processor has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn widen_by_rows(&self, panel: usize, block: usize, to: *mut f32) {
+        let put = |row: usize, numbers: [__m512; 2]| {
+            for (half, numbers) in numbers.into_iter().enumerate() {
+                // SAFETY: the row is one of 32.
+                unsafe { _mm512_storeu_ps(to.add(row * PANEL + half * 16), numbers) };
+            }
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.rows(panel, block, put) };
+    }
+
+    /// The rows of one block in order, each as two vectors of 16 columns in f32.
+    /// # Safety
+    /// The processor has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn rows(&self, panel: usize, block: usize, emit: impl FnMut(usize, [__m512; 2])) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => self.rows_of_bits::<4>(panel, block, emit),
+                _ => self.rows_of_bits::<8>(panel, block, emit),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::rows`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn rows_of_bits<const BITS: usize>(
+        &self,
+        panel: usize,
+        block: usize,
+        mut emit: impl FnMut(usize, [__m512; 2]),
+    ) {
+        let (per_group, per_line) = (BITS / self.groups, BLOCK / BITS);
+        let numbers = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+        let evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+        let odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+        // The codes of a row's second eight columns are the next four bits.
+        let nibbles = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+        let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        let (heads, codes) = self.block(panel, block).split_at(self.heads());
+        let mut of_group = heads.chunks_exact(1 + usize::from(self.has_offsets));
+        let (mut scales, mut offsets) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 2]);
+        for line in 0..BITS {
+            if line % per_group == 0 {
+                let heads = of_group.next().unwrap_or_default();
+                scales = halves(&heads[0]);
+                if let Some(line) = heads.get(1) {
+                    offsets = halves(line);
+                }
+            }
+            let number = |half: usize, code: __m512| _mm512_fmadd_ps(code, scales[half], offsets[half]);
+            let from = [codes[2 * line].0.as_ptr(), codes[2 * line + 1].0.as_ptr()];
+            from.into_iter().for_each(|from| _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD * LINE).cast()));
+            if BITS == 4 {
+                // SAFETY: a line is 64 bytes.
+                let words = unsafe { [_mm512_load_si512(from[0].cast()), _mm512_load_si512(from[1].cast())] };
+                let [e0, e1] = [_mm512_permutexvar_epi32(evens, words[0]), _mm512_permutexvar_epi32(evens, words[1])];
+                let [o0, o1] = [_mm512_permutexvar_epi32(odds, words[0]), _mm512_permutexvar_epi32(odds, words[1])];
+                // The low four bits of a word choose the number.
+                let code = |words, by| _mm512_permutexvar_ps(_mm512_srlv_epi32(words, by), numbers);
+                for row in (0..per_line).step_by(2) {
+                    let by = _mm512_add_epi32(nibbles, _mm512_set1_epi32((row * 4) as i32));
+                    emit(line * per_line + row, [number(0, code(e0, by)), number(1, code(e1, by))]);
+                    emit(line * per_line + row + 1, [number(0, code(o0, by)), number(1, code(o1, by))]);
+                }
+            } else {
+                for row in (0..per_line).step_by(2) {
+                    let set = |half: usize, set: usize| {
+                        // SAFETY: a line is 64 bytes.
+                        unsafe { _mm_shuffle_epi8(_mm_load_si128(from[half].add(16 * (row + set)).cast()), apart) }
+                    };
+                    let sets = [set(0, 0), set(0, 1), set(1, 0), set(1, 1)];
+                    let code = |codes| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+                    let first =
+                        |half: usize| number(half, code(_mm_unpacklo_epi64(sets[2 * half], sets[2 * half + 1])));
+                    let second =
+                        |half: usize| number(half, code(_mm_unpackhi_epi64(sets[2 * half], sets[2 * half + 1])));
+                    emit(line * per_line + row, [first(0), first(1)]);
+                    emit(line * per_line + row + 1, [second(0), second(1)]);
+                }
             }
         }
     }
 
     /// Blocks of a panel as pairs: (16·blocks, 32, 2).
-    pub(super) fn unpack(&self, panel: usize, blocks: std::ops::Range<usize>, to: &mut [bf16]) {
+    /// # Safety
+    /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn unpack(&self, panel: usize, blocks: Range<usize>, to: &mut [bf16]) {
         for (block, to) in blocks.zip(to.chunks_exact_mut(BLOCK * PANEL)) {
-            #[cfg(target_arch = "x86_64")]
-            if super::has_bf16_products() {
-                // SAFETY: the processor has the instructions, and `to` has room for 16 pairs of 32.
-                unsafe {
-                    let to = to.as_mut_ptr();
-                    self.walk(panel, block, |pair, weights| {
-                        for (half, weights) in weights.into_iter().enumerate() {
-                            let weights = std::mem::transmute::<__m512bh, __m512i>(weights);
-                            _mm512_storeu_si512(to.add(pair * PANEL * 2 + half * 32).cast(), weights);
-                        }
-                    });
-                }
-                continue;
+            let to = to.as_mut_ptr();
+            // SAFETY: the caller's promise; `to` has room for 16 pairs of 32.
+            unsafe {
+                self.walk(panel, block, |pair, weights| {
+                    for (half, weights) in weights.into_iter().enumerate() {
+                        let weights = std::mem::transmute::<__m512bh, __m512i>(weights);
+                        _mm512_storeu_si512(to.add(pair * PANEL * 2 + half * 32).cast(), weights);
+                    }
+                });
             }
-            unpack_plain(self, self.block(panel, block), to);
         }
-    }
-
-    /// 32 columns from `k` on of one panel, as pairs: (16, 32, 2).
-    pub(super) fn square(&self, panel: usize, k: usize) -> [bf16; BLOCK * PANEL] {
-        let mut square = [bf16::ZERO; BLOCK * PANEL];
-        self.unpack(panel, k / BLOCK..k / BLOCK + 1, &mut square);
-        square
     }
 
     /// The pairs of one block in order, each as two vectors of 16 columns.
@@ -238,32 +341,42 @@ fn doubled(line: &Line) -> [__m512; 4] {
     all
 }
 
+/// 32 numbers as two vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(line: &Line) -> [__m512; 2] {
+    // SAFETY: a line is 64 bytes.
+    let half = |byte: usize| _mm512_cvtph_ps(unsafe { _mm256_load_si256(line.0.as_ptr().add(byte).cast()) });
+    [half(0), half(32)]
+}
+
 at_every_level! {
-    /// One block as pairs, for any processor.
-    pub(super) fn unpack_plain(panels: &CodePanels, lines: &[Line], to: &mut [bf16]) {
+    /// One block in f32, for any processor.
+    fn widen_plain(panels: &CodePanels, lines: &[Line], to: &mut [f32]) {
         let (heads, codes) = lines.split_at(panels.heads());
-        let doubled = |line: &Line| -> [f32; 2 * PANEL] {
-            std::array::from_fn(|at| f16::from_le_bytes([line.0[at / 2 * 2], line.0[at / 2 * 2 + 1]]).to_f32())
+        let numbers = |line: &Line| -> [f32; PANEL] {
+            std::array::from_fn(|at| f16::from_le_bytes([line.0[2 * at], line.0[2 * at + 1]]).to_f32())
         };
-        let (per_group, per_word) = (2 * panels.bits / panels.groups, BLOCK / panels.bits);
+        let (per_group, per_line) = (2 * panels.bits / panels.groups, BLOCK / panels.bits);
         for (group, codes) in codes.chunks_exact(per_group).enumerate() {
             let heads = &heads[group * heads.len() / panels.groups..];
-            let scales = doubled(&heads[0]);
-            let offsets = if panels.has_offsets { doubled(&heads[1]) } else { [0.0; 2 * PANEL] };
-            for (line, words) in codes.iter().enumerate() {
-                let first = (group * per_group + line) / 2 * per_word / 2;
-                for at in 0..per_word {
+            let scales = numbers(&heads[0]);
+            let offsets = if panels.has_offsets { numbers(&heads[1]) } else { [0.0; PANEL] };
+            for (line, bytes) in codes.iter().enumerate() {
+                let first = (group * per_group + line) / 2 * per_line;
+                for (at, row) in (0..per_line).flat_map(|at| [(at, 0), (at, 1)]) {
                     let column = line % 2 * 16 + at % 2 * 8;
-                    let to = &mut to[((first + at / 2) * PANEL + column) * 2..][..16];
-                    for (word, to) in to.iter_mut().enumerate() {
+                    let to = &mut to[(first + at / 2 * 2 + row) * PANEL + column..][..8];
+                    let (scales, offsets) = (&scales[column..][..8], &offsets[column..][..8]);
+                    for (c, to) in to.iter_mut().enumerate() {
+                        let word = 2 * c + row;
                         let code = if panels.bits == 4 {
-                            f32::from(words.0[word * 4 + at / 2] >> (at % 2 * 4) & 15)
+                            i32::from(bytes.0[word * 4 + at / 2] >> (at % 2 * 4) & 15)
                         } else {
-                            f32::from(words.0[at * 16 + word] as i8)
+                            i32::from(bytes.0[at * 16 + word] as i8)
                         };
-                        let value = (code * scales[column * 2 + word] + offsets[column * 2 + word]).to_bits();
-                        // To the nearest bf16, ties to even; weights are no NaN.
-                        *to = bf16::from_bits((value.wrapping_add(0x7fff + (value >> 16 & 1)) >> 16) as u16);
+                        *to = code as f32 * scales[c] + offsets[c];
                     }
                 }
             }
@@ -272,7 +385,6 @@ at_every_level! {
 }
 
 /// A panel that is unpacked as it is multiplied.
-#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize);
 
@@ -284,6 +396,45 @@ impl super::pairs::Weights for CodedPanel<'_> {
         for block in 0..pairs / (BLOCK / 2) {
             // SAFETY: the caller's promise.
             unsafe { self.0.walk(self.1, block, |pair, weights| emit(block * (BLOCK / 2) + pair, weights)) };
+        }
+    }
+}
+
+impl super::tile::Weights for CodedPanel<'_> {
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
+        for block in 0..k / BLOCK {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.0
+                    .rows(self.1, block, |row, weights| emit(block * BLOCK + row, std::array::from_fn(|v| weights[v])));
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
+        // SAFETY: the caller's promise; a row has 32 numbers, and first is 0 or 16.
+        unsafe {
+            self.each(PANEL, k, |at, row| {
+                let row = row.as_ptr().add(first);
+                emit(at, [_mm256_loadu_ps(row), _mm256_loadu_ps(row.add(8))]);
+            });
+        }
+    }
+
+    #[inline]
+    unsafe fn each(self, _columns: usize, k: usize, mut emit: impl FnMut(usize, &[f32; PANEL])) {
+        let mut numbers = [0f32; BLOCK * PANEL];
+        for block in 0..k / BLOCK {
+            widen_plain(self.0, self.0.block(self.1, block), &mut numbers);
+            for (row, numbers) in numbers.as_chunks::<PANEL>().0.iter().enumerate() {
+                emit(block * BLOCK + row, numbers);
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Products with a frozen weight that was packed once, and with plain matrices.
 //!
 //! Every output number is summed over the inner dimension in order by one chain, so it does not depend on how many rows the call has,
-//! nor on how the work was cut up. A weight in bf16 is multiplied by `vdpbf16ps` where the processor has it, which rounds the
-//! activations to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's rounding.
+//! nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the processor has it, which rounds
+//! the activations (and what codes stand for) to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's
+//! rounding.
 
 mod coded;
 mod low;
@@ -24,17 +25,15 @@ use rayon::prelude::*;
 
 use super::level::{Level, Out, filled, has_bf16_products, level};
 use crate::cores::spread;
-use coded::CodePanels;
-#[cfg(target_arch = "x86_64")]
-use coded::CodedPanel;
 pub use coded::Codes;
+use coded::{CodePanels, CodedPanel};
 pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
 pub use plain::{Left, multiply};
 use stored::Stored;
 use tile::ROWS;
-pub(super) use tile::{PANEL, Tile};
+pub(super) use tile::{PANEL, Plain, Tile};
 pub use together::{Adapted, forward_together};
 #[cfg(target_arch = "x86_64")]
 pub(super) use turn::turn16;
@@ -43,7 +42,7 @@ pub(super) use turn::turn16;
 const BLOCK: usize = 1 << 17;
 /// Rows of W that are turned at once for the gradient.
 const TURNED: usize = 1024;
-/// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16.
+/// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32.
 const UNPACKED: usize = 256;
 /// Most rows for which a quantized panel is unpacked on the way into the product, and not first into memory.
 const FEW_ROWS: usize = 8;
@@ -77,7 +76,7 @@ enum Panels {
 }
 
 /// A weight W: (N, K) as panels `(⌈N/32⌉, K, 32)`, in bf16 `(⌈N/32⌉, ⌈K/2⌉, 32, 2)`, zero-padded, 16 wide where N ≤ 16; quantized
-/// ones as `coded.rs` says, read as bf16.
+/// ones as `coded.rs` says.
 #[derive(Clone, Debug)]
 pub struct Packed {
     n: usize,
@@ -175,7 +174,7 @@ impl Packed {
             Panels::F32(panels) => self.row_of(panels, n, out),
             Panels::Bf16(panels) => self.row_of(panels, n, out),
             Panels::F16(panels) => self.row_of(panels, n, out),
-            Panels::Codes(panels) => panels.row(n, out),
+            Panels::Codes(panels) => panels.row(n, has_bf16_products(), out),
         }
     }
 
@@ -244,11 +243,18 @@ impl Packed {
                 Panels::F32(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::Bf16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
-                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
-                    let add = add || k.start > 0;
-                    let (x, stride, panel, pitch, k) = (x.add(k.start), self.k, unpacked.as_ptr(), 2 * PANEL, k.len());
-                    Tile { x, stride, turned: false, panel, pitch, k, columns, add }.run(level, len, to, self.n);
-                }),
+                Panels::Codes(panels) => {
+                    let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, add };
+                    if len <= FEW_ROWS {
+                        return tile.of(CodedPanel(panels, panel)).run(level, len, to, self.n);
+                    }
+                    let mut numbers = [0f32; UNPACKED * PANEL];
+                    for k in pieces(self.k, UNPACKED) {
+                        panels.widen(level, panel, blocks(&k), &mut numbers);
+                        let tile = Tile { x: x.add(k.start), k: k.len(), add: add || k.start > 0, ..tile };
+                        tile.of(Plain(numbers.as_ptr(), PANEL)).run(level, len, to, self.n);
+                    }
+                }
             }
         }
     }
@@ -271,18 +277,25 @@ impl Packed {
         let _ = (at, bytes);
     }
 
-    /// A quantized weight in bf16, for the time of one call, where its panels would be unpacked for several blocks of rows.
-    fn whole(&self, blocks: usize) -> Option<Packed> {
-        let (n, k) = (self.n, self.k);
-        let Panels::Codes(panels) = &self.panels else { return None };
-        if blocks < 2 || n * k > MOST_WHOLE || self.width() < PANEL {
-            return None;
+    /// A quantized weight in bf16, for the time of one call in pairs, where its panels would be unpacked for several blocks of rows.
+    fn whole(&self, mode: Mode, of_rows: usize) -> Option<Packed> {
+        #[cfg(target_arch = "x86_64")]
+        if let Panels::Codes(panels) = &self.panels
+            && mode.pairs
+            && of_rows > 1
+            && self.n * self.k <= MOST_WHOLE
+            && self.width() == PANEL
+        {
+            let (n, k) = (self.n, self.k);
+            let len = panel_len::<bf16>(PANEL, k);
+            let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
+            let of_panels = numbers.par_chunks_mut(len).enumerate();
+            // SAFETY: `pairs` says that the processor has the instructions.
+            spread(|| of_panels.for_each(|(panel, to)| unsafe { panels.unpack(panel, blocks(&(0..k)), to) }));
+            return Some(Packed { n, k, panels: Panels::Bf16(numbers), bias: None });
         }
-        let len = panel_len::<bf16>(PANEL, k);
-        let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
-        let of_panels = numbers.par_chunks_mut(len).enumerate();
-        spread(|| of_panels.for_each(|(panel, to)| panels.unpack(panel, 0..k / coded::BLOCK, to)));
-        Some(Packed { n, k, panels: Panels::Bf16(numbers), bias: None })
+        let _ = (mode, of_rows);
+        None
     }
 
     /// # Safety
@@ -305,11 +318,15 @@ impl Packed {
                 Panels::Codes(panels) if rows.len() <= FEW_ROWS => {
                     tile.of(CodedPanel(panels, panel)).run(rows.len(), to, self.n);
                 }
-                Panels::Codes(panels) => self.unpacked(panels, panel, |k, unpacked| {
-                    let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
-                    let tile = PairTile { x, pairs, add, ..tile };
-                    tile.of(Panel::<2>(unpacked.as_ptr())).run(rows.len(), to, self.n);
-                }),
+                Panels::Codes(panels) => {
+                    let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
+                    for k in pieces(self.k, UNPACKED) {
+                        panels.unpack(panel, blocks(&k), &mut numbers);
+                        let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
+                        let tile = PairTile { x, pairs, add, ..tile };
+                        tile.of(Panel::<2>(numbers.as_ptr())).run(rows.len(), to, self.n);
+                    }
+                }
                 Panels::Bf16(panels) => {
                     let weights = self.panel_of(panels, panel).as_ptr();
                     match self.width() {
@@ -323,35 +340,22 @@ impl Packed {
     }
 
     /// One panel against rows from `x` on.
-    fn widened<W: Stored>(&self, panels: &[W], panel: usize, x: *const f32, columns: usize, add: bool) -> Tile<W> {
-        let pitch = self.width() * W::STEP;
-        Tile {
-            x,
-            stride: self.k,
-            turned: false,
-            panel: self.panel_of(panels, panel).as_ptr(),
-            pitch,
-            k: self.k,
-            columns,
-            add,
-        }
-    }
-
-    /// A quantized panel, some of its columns at a time, in order.
-    fn unpacked(&self, panels: &CodePanels, panel: usize, mut multiply: impl FnMut(Range<usize>, &[bf16])) {
-        let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
-        for start in (0..self.k).step_by(UNPACKED) {
-            let some = start..self.k.min(start + UNPACKED);
-            let numbers = &mut numbers[..some.len() * PANEL];
-            panels.unpack(panel, some.start / coded::BLOCK..some.end / coded::BLOCK, numbers);
-            multiply(some, numbers);
-        }
+    fn widened<W: Stored>(
+        &self,
+        panels: &[W],
+        panel: usize,
+        x: *const f32,
+        columns: usize,
+        add: bool,
+    ) -> Tile<Plain<W>> {
+        let weights = Plain(self.panel_of(panels, panel).as_ptr(), self.width() * W::STEP);
+        Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
     }
 
     /// dx: (M, K), all of it written.
     fn backward_to(&self, dy: &[f32], dx: Out, mode: Mode) {
         let m = dy.len() / self.n;
-        if let Some(whole) = self.whole(row_blocks(m, TURNED.min(self.n)).0) {
+        if let Some(whole) = self.whole(mode, row_blocks(m, TURNED.min(self.n)).0) {
             return whole.backward_to(dy, dx, mode);
         }
         #[cfg(target_arch = "x86_64")]
@@ -359,7 +363,12 @@ impl Packed {
             // SAFETY: `pairs` says that the processor has the instructions.
             let rounded = unsafe { Pairs::new(dy, self.n) };
             let turn = |panel, k, to: &mut [bf16]| match &self.panels {
-                Panels::Codes(panels) => turn::paired(&panels.square(panel, k), to),
+                Panels::Codes(panels) => {
+                    let mut square = [bf16::ZERO; PANEL * PANEL];
+                    // SAFETY: as above.
+                    unsafe { panels.unpack(panel, blocks(&(k..k + PANEL)), &mut square) };
+                    turn::paired(&square, to);
+                }
                 Panels::Bf16(panels) => turn::paired(&self.square(panels, panel, k), to),
                 _ => {}
             };
@@ -376,12 +385,15 @@ impl Packed {
             Panels::F32(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
             Panels::Bf16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
             Panels::F16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
-            Panels::Codes(panels) => turn::widened(mode.level, &panels.square(panel, k), to),
+            Panels::Codes(panels) => {
+                let mut square = [0f32; PANEL * PANEL];
+                panels.widen(mode.level, panel, blocks(&(k..k + PANEL)), &mut square);
+                turn::widened(mode.level, &square, to);
+            }
         };
         let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
-            let (x, panel) = (dy[rows.start * self.n + n.start..].as_ptr(), turned.as_ptr());
-            let (stride, k, add) = (self.n, n.len(), n.start > 0);
-            let tile = Tile { x, stride, turned: false, panel, pitch: PANEL, k, columns, add };
+            let (x, weights) = (dy[rows.start * self.n + n.start..].as_ptr(), Plain(turned.as_ptr(), PANEL));
+            let tile = Tile { x, stride: self.n, turned: false, weights, k: n.len(), columns, add: n.start > 0 };
             // SAFETY: as above.
             unsafe { tile.run(mode.level, rows.len(), to, self.k) };
         };
@@ -440,6 +452,16 @@ impl Packed {
 /// Where it begins, and its bytes.
 fn start_of<W>(numbers: &[W]) -> (*const i8, usize) {
     (numbers.as_ptr().cast(), size_of_val(numbers))
+}
+
+/// Columns `0..k` some at a time, in order.
+fn pieces(k: usize, some: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..k).step_by(some).map(move |start| start..k.min(start + some))
+}
+
+/// The blocks of quantized columns.
+fn blocks(k: &Range<usize>) -> Range<usize> {
+    k.start / coded::BLOCK..k.end / coded::BLOCK
 }
 
 /// How many blocks of how many rows: even, whole microkernels, about [`BLOCK`] numbers each.

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::row_blocks;
-use super::tile::{PANEL, Tile};
+use super::tile::{PANEL, Plain, Tile};
 use crate::cores::spread;
 use crate::kernels::cpu::level::{Out, level};
 
@@ -39,8 +39,7 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
             x: numbers.as_ptr().wrapping_add(from),
             stride,
             turned,
-            panel: right.as_ptr().wrapping_add(panel * PANEL),
-            pitch: n,
+            weights: Plain(right.as_ptr().wrapping_add(panel * PANEL), n),
             k,
             columns,
             add,
@@ -52,7 +51,7 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
             for (to, from) in whole.chunks_exact_mut(PANEL).zip(right.chunks_exact(n)) {
                 to[..columns].copy_from_slice(&from[panel * PANEL..]);
             }
-            (tile.panel, tile.pitch) = (whole.as_ptr(), PANEL);
+            tile.weights = Plain(whole.as_ptr(), PANEL);
         }
         // SAFETY: rows and columns are inside out and no other task has them; `whole` lives until here.
         unsafe { tile.run(level, rows.len(), out.at(rows.start * n + panel * PANEL), n) };

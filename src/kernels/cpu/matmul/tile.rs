@@ -14,6 +14,69 @@ pub(in super::super) const PANEL: usize = 32;
 /// Rows the largest microkernel takes: 12 × 2 accumulators of the 32 registers.
 pub(in super::super) const ROWS: usize = 12;
 
+/// Where 32 columns of weights come from.
+pub(in super::super) trait Weights: Copy {
+    /// Gives the first `k` rows in order, each as vectors of 16 columns.
+    /// # Safety
+    /// There are that many; the processor has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn each16<const V: usize>(self, k: usize, emit: impl FnMut(usize, [__m512; V]));
+    /// Gives the first `k` rows of the 16 columns from `first` in order, as two vectors.
+    /// # Safety
+    /// There are that many, and first is 0 or 16; the processor has AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn each8(self, first: usize, k: usize, emit: impl FnMut(usize, [__m256; 2]));
+    /// Gives the first `k` rows in order, as far as there are columns.
+    /// # Safety
+    /// There are that many, with `columns` columns.
+    unsafe fn each(self, columns: usize, k: usize, emit: impl FnMut(usize, &[f32; PANEL]));
+}
+
+/// Numbers in memory, element `(k, c)` at `(k / STEP)·pitch + c·STEP + k mod STEP`. Vectors are read whole: 16 columns, and 32 where
+/// there are more than 16.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Plain<W>(pub(in super::super) *const W, pub(in super::super) usize);
+
+impl<W: Stored> Weights for Plain<W> {
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
+        for at in 0..k {
+            let from = self.0.wrapping_add(at / W::STEP * self.1);
+            let mut weights = [_mm512_setzero_ps(); V];
+            for (v, weights) in weights.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *weights = unsafe { W::load16(from.add(v * 16 * W::STEP), at % W::STEP) };
+            }
+            emit(at, weights);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
+        for at in 0..k {
+            let from = self.0.wrapping_add(at / W::STEP * self.1 + first * W::STEP);
+            // SAFETY: the caller's promise.
+            emit(at, unsafe { [W::load8(from, at % W::STEP), W::load8(from.add(8 * W::STEP), at % W::STEP)] });
+        }
+    }
+
+    #[inline]
+    unsafe fn each(self, columns: usize, k: usize, mut emit: impl FnMut(usize, &[f32; PANEL])) {
+        let mut row = [0f32; PANEL];
+        for at in 0..k {
+            for (c, number) in row[..columns].iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *number = unsafe { *self.0.add(at / W::STEP * self.1 + c * W::STEP + at % W::STEP) }.widen();
+            }
+            emit(at, &row);
+        }
+    }
+}
+
 /// One product of some rows with at most 32 columns.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Tile<W> {
@@ -21,17 +84,23 @@ pub(in super::super) struct Tile<W> {
     pub(in super::super) x: *const f32,
     pub(in super::super) stride: usize,
     pub(in super::super) turned: bool,
-    /// Element `(k, c)` at `(k / STEP)·pitch + c·STEP + k mod STEP`.
-    pub(in super::super) panel: *const W,
-    pub(in super::super) pitch: usize,
+    pub(in super::super) weights: W,
     pub(in super::super) k: usize,
-    /// Columns to store, 1..=32. Vectors are read whole: 16 columns of the panel, and 32 where there are more than 16.
+    /// Columns to store, 1..=32.
     pub(in super::super) columns: usize,
     /// Whether the sums start from what `out` holds.
     pub(in super::super) add: bool,
 }
 
-impl<W: Stored> Tile<W> {
+impl<N> Tile<N> {
+    /// The same tile with these weights.
+    pub(super) fn of<W: Weights>(&self, weights: W) -> Tile<W> {
+        let Tile { x, stride, turned, k, columns, add, .. } = *self;
+        Tile { x, stride, turned, weights, k, columns, add }
+    }
+}
+
+impl<W: Weights> Tile<W> {
     /// # Safety
     /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; `level` is
     /// what the processor has.
@@ -122,24 +191,16 @@ impl<W: Stored> Tile<W> {
                 }
             }
         }
-        let (x, step) = (self.x, W::STEP);
-        for group in 0..self.k.div_ceil(step) {
-            for part in 0..step.min(self.k - group * step) {
-                let k = group * step + part;
-                // SAFETY: k < self.k and r < M: what the fields say is there.
-                unsafe {
-                    let mut weights = [_mm512_setzero_ps(); V];
-                    for (v, weights) in weights.iter_mut().enumerate() {
-                        *weights = W::load16(self.panel.add(group * self.pitch + v * 16 * step), part);
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let value = _mm512_set1_ps(*x.add(self.at(T, r, k)));
-                        for v in 0..V {
-                            sums[v] = _mm512_fmadd_ps(value, weights[v], sums[v]);
-                        }
+        // SAFETY: k < self.k and r < M: what the fields say is there.
+        unsafe {
+            self.weights.each16::<V>(self.k, |k, weights| {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm512_set1_ps(*self.x.add(self.at(T, r, k)));
+                    for v in 0..V {
+                        sums[v] = _mm512_fmadd_ps(value, weights[v], sums[v]);
                     }
                 }
-            }
+            });
         }
         for (r, sums) in sums.iter().enumerate() {
             for v in 0..V {
@@ -189,21 +250,15 @@ impl<W: Stored> Tile<W> {
                 }
             }
         }
-        let step = W::STEP;
-        for group in 0..self.k.div_ceil(step) {
-            for part in 0..step.min(self.k - group * step) {
-                let k = group * step + part;
-                // SAFETY: k < self.k and r < M: what the fields say is there.
-                unsafe {
-                    let from = self.panel.add(group * self.pitch + first * step);
-                    let weights = [W::load8(from, part), W::load8(from.add(8 * step), part)];
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
-                        sums[0] = _mm256_fmadd_ps(value, weights[0], sums[0]);
-                        sums[1] = _mm256_fmadd_ps(value, weights[1], sums[1]);
-                    }
+        // SAFETY: k < self.k and r < M: what the fields say is there.
+        unsafe {
+            self.weights.each8(first, self.k, |k, weights| {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
+                    sums[0] = _mm256_fmadd_ps(value, weights[0], sums[0]);
+                    sums[1] = _mm256_fmadd_ps(value, weights[1], sums[1]);
                 }
-            }
+            });
         }
         for (r, sums) in sums.iter().enumerate() {
             // SAFETY: the caller's promise; the row has room for 16.
@@ -220,7 +275,6 @@ impl<W: Stored> Tile<W> {
     /// # Safety
     /// As [`Self::run`].
     unsafe fn portable(&self, rows: usize, out: *mut f32, out_stride: usize) {
-        let step = W::STEP;
         for r in 0..rows {
             let mut sums = [0f32; PANEL];
             // SAFETY: the caller's promise.
@@ -228,17 +282,15 @@ impl<W: Stored> Tile<W> {
             if self.add {
                 sums[..self.columns].copy_from_slice(row);
             }
-            for k in 0..self.k {
-                // SAFETY: k < self.k and r < rows: what the fields say is there.
-                let (value, panel) = unsafe {
-                    let from = self.panel.add(k / step * self.pitch);
-                    let width = if self.columns > 16 { PANEL } else { 16 };
-                    (*self.x.add(self.at(self.turned, r, k)), std::slice::from_raw_parts(from, width * step))
-                };
-                for (sum, weight) in sums.iter_mut().zip(panel[k % step..].iter().step_by(step)) {
-                    // Not fused: without the instruction that is a call for each number.
-                    *sum += value * weight.widen();
-                }
+            // SAFETY: k < self.k and r < rows: what the fields say is there.
+            unsafe {
+                self.weights.each(self.columns, self.k, |k, weights| {
+                    let value = *self.x.add(self.at(self.turned, r, k));
+                    for (sum, weight) in sums.iter_mut().zip(weights) {
+                        // Not fused: without the instruction that is a call for each number.
+                        *sum += value * weight;
+                    }
+                });
             }
             row.copy_from_slice(&sums[..self.columns]);
         }

@@ -50,7 +50,7 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
         .iter()
         .zip(&mut found)
         .map(|(Adapted { weight, parts }, y)| Product {
-            whole: weight.whole(blocks),
+            whole: weight.whole(mode, blocks),
             weight,
             lows: Lows::new(weight, parts, (m, block)),
             y: Out(y.as_mut_ptr()),
