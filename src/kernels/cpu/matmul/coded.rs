@@ -140,8 +140,30 @@ impl CodePanels {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the processor has the instructions, and `to` has room for 32 rows of 32.
                 Level::Avx512 => unsafe { self.widen_by_rows(panel, block, to.as_mut_ptr()) },
-                _ => widen_plain(self, self.block(panel, block), to),
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Level::Avx2 => unsafe { self.widen_by_halves(panel, block, to.as_mut_ptr()) },
+                Level::Portable => widen_plain(self, self.block(panel, block), to),
             }
+        }
+    }
+
+    /// # Safety
+    /// `to` has room for 32 rows of 32; the processor has AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn widen_by_halves(&self, panel: usize, block: usize, to: *mut f32) {
+        for half in 0..2 {
+            let put = |row: usize, numbers: [__m256; 2]| {
+                // SAFETY: the row is one of 32.
+                unsafe {
+                    let to = to.add(row * PANEL + half * 16);
+                    _mm256_storeu_ps(to, numbers[0]);
+                    _mm256_storeu_ps(to.add(8), numbers[1]);
+                }
+            };
+            // SAFETY: the caller's promise.
+            unsafe { self.rows8(panel, block, half, put) };
         }
     }
 
@@ -232,6 +254,80 @@ impl CodePanels {
                         |half: usize| number(half, code(_mm_unpacklo_epi64(sets[2 * half], sets[2 * half + 1])));
                     let second =
                         |half: usize| number(half, code(_mm_unpackhi_epi64(sets[2 * half], sets[2 * half + 1])));
+                    emit(line * per_line + row, [first(0), first(1)]);
+                    emit(line * per_line + row + 1, [second(0), second(1)]);
+                }
+            }
+        }
+    }
+
+    /// The rows of one block in order, 16 columns of each as two vectors in f32.
+    /// # Safety
+    /// The processor has AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn rows8(&self, panel: usize, block: usize, half: usize, emit: impl FnMut(usize, [__m256; 2])) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => self.rows8_of_bits::<4>(panel, block, half, emit),
+                _ => self.rows8_of_bits::<8>(panel, block, half, emit),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::rows8`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn rows8_of_bits<const BITS: usize>(
+        &self,
+        panel: usize,
+        block: usize,
+        half: usize,
+        mut emit: impl FnMut(usize, [__m256; 2]),
+    ) {
+        let (per_group, per_line) = (BITS / self.groups, BLOCK / BITS);
+        let evens_first = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+        let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        let (heads, codes) = self.block(panel, block).split_at(self.heads());
+        let mut of_group = heads.chunks_exact(1 + usize::from(self.has_offsets));
+        let (mut scales, mut offsets) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2]);
+        for line in 0..BITS {
+            if line % per_group == 0 {
+                let heads = of_group.next().unwrap_or_default();
+                scales = quarters(&heads[0], half);
+                if let Some(line) = heads.get(1) {
+                    offsets = quarters(line, half);
+                }
+            }
+            let from = codes[2 * line + half].0.as_ptr();
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD * LINE).cast());
+            let number = |part: usize, codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scales[part], offsets[part]);
+            // SAFETY: a line is 64 bytes.
+            let (words, more) = unsafe { (_mm256_load_si256(from.cast()), _mm256_load_si256(from.add(32).cast())) };
+            let words = _mm256_permutevar8x32_epi32(words, evens_first);
+            let more = _mm256_permutevar8x32_epi32(more, evens_first);
+            let even = _mm256_permute2x128_si256::<0x20>(words, more);
+            let odd = _mm256_permute2x128_si256::<0x31>(words, more);
+            for row in (0..per_line).step_by(2) {
+                if BITS == 4 {
+                    let code = |words, part: usize| {
+                        let by = _mm256_set1_epi32((row * 4 + part * 4) as i32);
+                        _mm256_and_si256(_mm256_srlv_epi32(words, by), _mm256_set1_epi32(15))
+                    };
+                    emit(line * per_line + row, [number(0, code(even, 0)), number(1, code(even, 1))]);
+                    emit(line * per_line + row + 1, [number(0, code(odd, 0)), number(1, code(odd, 1))]);
+                } else {
+                    let set = |part: usize| {
+                        // SAFETY: a line is 64 bytes.
+                        unsafe { _mm_shuffle_epi8(_mm_load_si128(from.add(16 * (row + part)).cast()), apart) }
+                    };
+                    let sets = [set(0), set(1)];
+                    let first = |part: usize| number(part, _mm256_cvtepi8_epi32(sets[part]));
+                    let second = |part: usize| number(part, _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(sets[part])));
                     emit(line * per_line + row, [first(0), first(1)]);
                     emit(line * per_line + row + 1, [second(0), second(1)]);
                 }
@@ -351,6 +447,16 @@ fn halves(line: &Line) -> [__m512; 2] {
     [half(0), half(32)]
 }
 
+/// 16 of 32 numbers as two vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn quarters(line: &Line, half: usize) -> [__m256; 2] {
+    // SAFETY: a line is 64 bytes.
+    let quarter = |at: usize| unsafe { _mm256_cvtph_ps(_mm_load_si128(line.0.as_ptr().add(32 * half + at).cast())) };
+    [quarter(0), quarter(16)]
+}
+
 at_every_level! {
     /// One block in f32, for any processor.
     fn widen_plain(panels: &CodePanels, lines: &[Line], to: &mut [f32]) {
@@ -363,20 +469,20 @@ at_every_level! {
             let heads = &heads[group * heads.len() / panels.groups..];
             let scales = numbers(&heads[0]);
             let offsets = if panels.has_offsets { numbers(&heads[1]) } else { [0.0; PANEL] };
-            for (line, bytes) in codes.iter().enumerate() {
+            for (line, Line(bytes)) in codes.iter().enumerate() {
                 let first = (group * per_group + line) / 2 * per_line;
+                let word = |at: usize| u32::from_le_bytes(bytes.as_chunks().0[at]);
+                let words: [[u32; 8]; 2] = [0, 1].map(|row| std::array::from_fn(|c| word(2 * c + row)));
                 for (at, row) in (0..per_line).flat_map(|at| [(at, 0), (at, 1)]) {
                     let column = line % 2 * 16 + at % 2 * 8;
+                    let codes: [i32; 8] = match panels.bits {
+                        4 => words[row].map(|word| (word >> (4 * at) & 15) as i32),
+                        _ => std::array::from_fn(|c| i32::from(bytes[at * 16 + 2 * c + row] as i8)),
+                    };
                     let to = &mut to[(first + at / 2 * 2 + row) * PANEL + column..][..8];
                     let (scales, offsets) = (&scales[column..][..8], &offsets[column..][..8]);
-                    for (c, to) in to.iter_mut().enumerate() {
-                        let word = 2 * c + row;
-                        let code = if panels.bits == 4 {
-                            i32::from(bytes.0[word * 4 + at / 2] >> (at % 2 * 4) & 15)
-                        } else {
-                            i32::from(bytes.0[at * 16 + word] as i8)
-                        };
-                        *to = code as f32 * scales[c] + offsets[c];
+                    for c in 0..8 {
+                        to[c] = codes[c] as f32 * scales[c] + offsets[c];
                     }
                 }
             }
@@ -418,12 +524,9 @@ impl super::tile::Weights for CodedPanel<'_> {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
-        // SAFETY: the caller's promise; a row has 32 numbers, and first is 0 or 16.
-        unsafe {
-            self.each(PANEL, k, |at, row| {
-                let row = row.as_ptr().add(first);
-                emit(at, [_mm256_loadu_ps(row), _mm256_loadu_ps(row.add(8))]);
-            });
+        for block in 0..k / BLOCK {
+            // SAFETY: the caller's promise.
+            unsafe { self.0.rows8(self.1, block, first / 16, |row, weights| emit(block * BLOCK + row, weights)) };
         }
     }
 
