@@ -19,19 +19,20 @@ pub(super) fn with_views<const N: usize, R>(
     tensors: [&Tensor; N],
     read: impl FnOnce([View<'_>; N]) -> Result<R>,
 ) -> Result<R> {
+    with_all(&tensors, |views| read(std::array::from_fn(|index| views[index])))
+}
+
+/// [`with_views`] of any number of tensors.
+pub(super) fn with_all<R>(tensors: &[&Tensor], read: impl FnOnce(&[View<'_>]) -> Result<R>) -> Result<R> {
     let held: Vec<_> = tensors.iter().map(|tensor| tensor.storage_and_layout()).collect();
-    let view = |(storage, layout): &'_ (candle_core::StorageRef<'_>, &Layout)| -> Result<()> {
+    let mut views = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
         match &**storage {
-            Storage::Cuda(storage) => View::new(storage, layout).map(|_| ()),
+            Storage::Cuda(storage) => views.push(View::new(storage, layout)?),
             _ => candle_core::bail!("not a tensor of a GPU"),
         }
-    };
-    held.iter().try_for_each(view)?;
-    let views = std::array::from_fn(|index| match &*held[index].0 {
-        Storage::Cuda(storage) => View::new(storage, held[index].1).expect("it was one above. This is a bug."),
-        _ => unreachable!("it was one above"),
-    });
-    read(views)
+    }
+    read(&views)
 }
 
 /// The GPU of a tensor.

@@ -124,6 +124,14 @@ impl FrozenLinear {
         }
     }
 
+    /// The weight, (out, in), on a GPU.
+    pub(super) fn dense(&self) -> candle_core::Result<&Tensor> {
+        match &self.weight {
+            Weight::Dense(weight, _) => Ok(weight),
+            Weight::Packed(_) => candle_core::bail!("a GPU tensor met a weight on the CPU"),
+        }
+    }
+
     /// [`FrozenLinear::forward`] on numbers of the CPU, with low-rank parts added to some rows.
     pub(super) fn on_cpu(&self, x: &[f32], parts: &[LowRank<'_>]) -> candle_core::Result<Vec<f32>> {
         Ok(self.packed()?.forward_adapted(x, parts))
@@ -189,9 +197,7 @@ impl CustomOp1 for Product {
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let Weight::Dense(weight, _) = &self.linear.weight else {
-            candle_core::bail!("a GPU tensor met a weight on the CPU")
-        };
+        let weight = self.linear.dense()?;
         let (n, k) = weight.dims2()?;
         let m = layout.shape().elem_count() / k;
         let transposed = weight.t()?;

@@ -6,9 +6,10 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use half::bf16;
 
-use super::{FrozenLinear, cpu};
+use super::{FrozenLinear, cpu, cuda};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{self as kernels, Adapted, Left, Packed, Width, forward_together, multiply};
+use crate::kernels::cuda::{self as gpu, LowRows};
 
 /// The low-rank part for all rows, on top of `base` where it is given. x: (N, in), a: (R, in), b: (out, R) → (N, out).
 /// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
@@ -43,6 +44,8 @@ pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'
         for (numbers, (base, _)) in numbers.into_iter().zip(&of) {
             found.push(cpu::tensor(numbers, (x.dim(0)?, base.out_features()))?);
         }
+    } else if cuda::takes(x) && !x.track_op() && of.iter().flat_map(|(_, parts)| parts).all(fits) {
+        found = on_gpu(&x.contiguous()?, &of)?;
     } else {
         for (base, parts) in &of {
             found.push(composed(base, x, parts)?);
@@ -53,6 +56,31 @@ pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'
 
 fn on_cpu<'a>((rows, a, b): &ServedRows<'a>) -> candle_core::Result<kernels::LowRank<'a>> {
     Ok(kernels::LowRank { rows: rows.clone(), a: a.packed()?, b: b.packed()? })
+}
+
+/// Whether the GPU's kernel has room for it.
+fn fits((_, a, _): &ServedRows<'_>) -> bool {
+    (1..=gpu::MOST_RANK).contains(&a.out_features())
+}
+
+/// [`linears`] on a GPU: the low-rank parts of all of them in one pair of launches.
+fn on_gpu(x: &Tensor, of: &[(&FrozenLinear, Vec<ServedRows<'_>>)]) -> Result<Vec<Tensor>> {
+    let products = of.iter().map(|(base, _)| base.forward(x)).collect::<Result<Vec<_>>>()?;
+    let (mut tensors, mut rows) = (vec![x], Vec::new());
+    for ((_, parts), y) in of.iter().zip(&products) {
+        for (of, a, b) in parts {
+            tensors.extend([a.dense()?, b.dense()?, y]);
+            rows.push(of.clone());
+        }
+    }
+    if !rows.is_empty() {
+        cuda::with_all(&tensors, |views| {
+            let parts = views[1..].chunks_exact(3).zip(rows);
+            let parts = parts.map(|(of, rows)| LowRows { rows, a: of[0], b: of[1], y: of[2] });
+            gpu::add_low_rank(views[0], x.dim(1)?, &parts.collect::<Vec<_>>())
+        })?;
+    }
+    Ok(products)
 }
 
 /// One of [`linears`] of candle's operations.

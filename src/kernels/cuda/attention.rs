@@ -107,7 +107,8 @@ pub(super) unsafe fn rows(
     for first in (0..count).step_by(split.rows.max(1)) {
         let some = split.rows.min(count - first);
         let tasks = Arg::At(tasks + 12 * first as u64);
-        let mut args = vec![Arg::At(q), Arg::At(k), Arg::At(v), tasks, Arg::At(lists.table), Arg::int(lists.size)];
+        let mut args =
+            vec![Arg::At(q), Arg::At(k), Arg::At(v), tasks.clone(), Arg::At(lists.table), Arg::int(lists.size)];
         args.extend([Arg::int(group), Arg::int(dim), Arg::int(lanes), Arg::Float(heads.scale), heads.window()]);
         args.extend([Arg::int(SPAN), Arg::At(out), Arg::At(partial), Arg::At(stats), Arg::At(lse)]);
         let launch = Launch {
@@ -236,7 +237,7 @@ pub(super) unsafe fn backward(
         for_q.extend([Arg::Long(count as i64), Arg::int(heads.query), Arg::int(group), Arg::int(dim)]);
         for_kv.push(Arg::int(dim));
     }
-    for_q.extend(ends);
+    for_q.extend(ends.clone());
     for_kv.extend(ends);
     for_q.push(Arg::At(dq));
     for_kv.extend([Arg::At(dk), Arg::At(dv)]);

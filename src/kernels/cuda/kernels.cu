@@ -2,3 +2,4 @@
 #include "rows.cu"
 #include "tiles.cu"
 #include "head.cu"
+#include "lora.cu"

@@ -2,8 +2,11 @@
 
 use candle_core::{DType, Result};
 
+/// Words of a table that comes with a launch: less than the 4 KiB that all its arguments may have.
+pub(super) const WORDS: usize = 320;
+
 /// An argument of a kernel, of the width its signature has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))] // only a GPU reads them
 pub(super) enum Arg {
     /// Where an array begins on the device; zero for none.
@@ -11,6 +14,8 @@ pub(super) enum Arg {
     Int(i32),
     Long(i64),
     Float(f32),
+    /// A structure by value.
+    Table(Box<[u64; WORDS]>),
 }
 
 impl Arg {

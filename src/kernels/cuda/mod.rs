@@ -9,6 +9,7 @@ mod attend;
 mod attention;
 mod head;
 mod launch;
+mod lora;
 mod plan;
 mod rows;
 #[cfg(feature = "cuda")]
@@ -22,6 +23,10 @@ use absent as stream;
 
 pub use attend::{Work, attention, attention_backward, paged_attention};
 pub use attention::Heads;
+pub use lora::MOST_RANK;
 pub use plan::Plan;
 pub use stream::device;
-pub use view::{View, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, scale_rows, token_logprobs};
+pub use view::{
+    LowRows, View, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, scale_rows,
+    token_logprobs,
+};

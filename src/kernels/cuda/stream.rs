@@ -37,6 +37,7 @@ impl Queue for CudaDevice {
                 Arg::Int(value) => builder.arg(value),
                 Arg::Long(value) => builder.arg(value),
                 Arg::Float(value) => builder.arg(value),
+                Arg::Table(words) => builder.arg(&**words),
             };
         }
         let [x, y, z] = launch.grid.map(|blocks| blocks as u32);

@@ -1,9 +1,12 @@
 //! Kernels on candle's storages: sizes are checked here, results are new storages.
 
+use std::ops::Range;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::launch::Kind;
+use super::lora::{self, MOST_RANK, Part};
 use super::{head, rows, stream};
 use crate::kernels::cpu::Activation;
 
@@ -168,4 +171,36 @@ pub fn scale_rows(x: View<'_>, factors: View<'_>) -> Result<CudaStorage> {
     // SAFETY: the lengths were checked; the result is new.
     unsafe { head::scale_rows(x.device(), kind, (rows, c), places) }?;
     Ok(y)
+}
+
+/// Rows of a product that one adapter has.
+pub struct LowRows<'a> {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// (R, C), of a rank to [`MOST_RANK`].
+    pub a: View<'a>,
+    /// (out, R).
+    pub b: View<'a>,
+    /// The product, (N, out), written in place: nobody else may hold it.
+    pub y: View<'a>,
+}
+
+/// `y += x·Aᵀ·Bᵀ` in the rows of every part, of which no two have the same row of a product. x: (N, C).
+pub fn add_low_rank(x: View<'_>, c: usize, parts: &[LowRows<'_>]) -> Result<()> {
+    let (kind, dtype, n) = (x.kind()?, x.dtype(), rows_of(x, c)?);
+    let part = |part: &LowRows<'_>| {
+        let rank = rows_of(part.a, c)?;
+        if rank == 0 || rank > MOST_RANK || part.rows.end > n {
+            candle_core::bail!("rows {:?} of {n}, rank {rank} of at most {MOST_RANK}", part.rows);
+        }
+        let out = rows_of(part.b, rank)?;
+        let (a, b) = (part.a.at("A", rank * c, dtype)?, part.b.at("B", out * rank, dtype)?);
+        let (first, rows) = (part.rows.start, part.rows.len());
+        Ok(Part { a, b, y: part.y.at("y", n * out, dtype)?, first, rows, rank, out })
+    };
+    let parts = parts.iter().map(part).collect::<Result<Vec<_>>>()?;
+    // Freed on the stream, behind what reads it.
+    let (_low, low) = new(x.device(), lora::scratch(&parts), DType::F32)?;
+    // SAFETY: the lengths were checked, the products' owner by the caller; the scratch is new.
+    unsafe { lora::add(x.device(), kind, c, x.at("x", n * c, dtype)?, &parts, low) }
 }

@@ -21,4 +21,6 @@ KERNEL(attend_dkv_tiles_64)
 KERNEL(attend_dkv_tiles_128)
 BOTH(token_logprobs)
 BOTH(scale_rows)
+BOTH(lora_down)
+BOTH(lora_up)
 #undef BOTH

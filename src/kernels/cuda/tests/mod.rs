@@ -4,6 +4,7 @@
 
 mod attention;
 mod head;
+mod lora;
 mod rows;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -68,14 +69,15 @@ impl Queue for Emulator {
     unsafe fn launch(&self, launch: Launch) -> Result<()> {
         // A driver refuses an empty grid, and so few threads have so much shared memory.
         assert!(launch.grid.iter().all(|blocks| *blocks > 0) && launch.shared <= 227 << 10, "{launch:?}");
-        let mut values: Vec<[u8; 8]> = launch
+        let mut values: Vec<Vec<u64>> = launch
             .args
             .iter()
-            .map(|arg| match *arg {
-                Arg::At(address) => address.to_ne_bytes(),
-                Arg::Long(value) => value.to_ne_bytes(),
-                Arg::Int(value) => i64::from(value).to_ne_bytes(),
-                Arg::Float(value) => u64::from(value.to_bits()).to_ne_bytes(),
+            .map(|arg| match arg {
+                Arg::At(address) => vec![*address],
+                Arg::Long(value) => vec![*value as u64],
+                Arg::Int(value) => vec![i64::from(*value) as u64],
+                Arg::Float(value) => vec![u64::from(value.to_bits())],
+                Arg::Table(words) => words.to_vec(),
             })
             .collect();
         let mut places: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
@@ -83,7 +85,7 @@ impl Queue for Emulator {
         let grid = launch.grid.map(|blocks| blocks as u32);
         let count = places.len() as c_int;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's addresses; every argument has eight bytes, of which a narrower one takes the first.
+        // SAFETY: the caller's addresses; every argument has eight bytes or more, of which a narrower one takes the first.
         let fault = unsafe {
             let (threads, shared) = (launch.threads as u32, launch.shared as u32);
             (self.run)(name.as_ptr(), grid.as_ptr(), threads, shared, count, places.as_mut_ptr())
