@@ -6,6 +6,7 @@ mod blocks;
 mod gate;
 mod live;
 mod lookup;
+mod pick;
 mod queue;
 pub mod request;
 mod sampler;

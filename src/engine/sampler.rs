@@ -8,6 +8,8 @@ use super::request::{SamplingParams, TokenLogprob};
 use crate::model::RowLogprobs;
 use crate::text::TokenMask;
 
+/// A temperature below this takes the most likely token.
+pub(super) const GREEDY: f32 = 1e-5;
 /// Tokens sorted at first when looking for a nucleus.
 const NUCLEUS: usize = 256;
 
@@ -36,7 +38,7 @@ pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>
         logits[*id as usize] += bias;
     }
     restrict(logits, draw);
-    let id = if params.temperature < 1e-5 { argmax(logits) } else { draw_from(logits, draw) };
+    let id = if params.temperature < GREEDY { argmax(logits) } else { draw_from(logits, draw) };
     let logprob = raw.map(|(row, top, raw)| describe(&raw, id, &row, &top));
     (id, logprob)
 }
@@ -89,13 +91,28 @@ fn penalize(logits: &mut [f32], draw: &Draw<'_>) {
             *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
         }
     }
-    if params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
-        let mut output = draw.output.to_vec();
-        output.sort_unstable();
-        for same in output.chunk_by(|a, b| a == b) {
-            logits[same[0] as usize] -= params.frequency_penalty * same.len() as f32 + params.presence_penalty;
-        }
+    for (id, penalty) in frequencies(draw) {
+        logits[id as usize] -= penalty;
     }
+}
+
+/// What frequency and presence take from the logits of tokens in the output.
+pub(super) fn frequencies(draw: &Draw<'_>) -> Vec<(u32, f32)> {
+    let params = draw.params;
+    if params.frequency_penalty == 0.0 && params.presence_penalty == 0.0 {
+        return Vec::new();
+    }
+    let mut output = draw.output.to_vec();
+    output.sort_unstable();
+    let penalty = |same: &[u32]| (same[0], params.frequency_penalty * same.len() as f32 + params.presence_penalty);
+    output.chunk_by(|a, b| a == b).map(penalty).collect()
+}
+
+/// The draw, in [0, 1): of the request's seed and the position alone.
+pub(super) fn uniform(draw: &Draw<'_>) -> f64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(draw.seed);
+    rng.set_stream(draw.output.len() as u64);
+    rng.random()
 }
 
 /// Minus infinity for every token that may not come.
@@ -166,9 +183,7 @@ fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
         kept.truncate(count.max(1));
     }
     kept.sort_unstable_by_key(|(id, _)| *id);
-    let mut rng = ChaCha8Rng::seed_from_u64(draw.seed);
-    rng.set_stream(draw.output.len() as u64);
-    let mut left = rng.random::<f64>() * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    let mut left = uniform(draw) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
     for (id, weight) in &kept {
         left -= weight;
         if left < 0.0 {

@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::batch::Batch;
-use super::live::Live;
+use super::live::{Live, Questions};
 use super::lookup::{self, SpeculativeMethod, SpeculativeOptions};
 use super::request::{Task, TokenLogprob, Usage};
 use super::sampler;
@@ -17,7 +17,7 @@ use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::writer::{Ending, Outcome, Writer};
 use super::{EngineStats, GateGuard, Shared};
 use crate::error::{Code, Error, Result};
-use crate::model::{Attend, Decoder, KvPool, PagedSequence};
+use crate::model::{Attend, Decoder, KvPool, PagedSequence, SampleRow, sample};
 use crate::telemetry::metrics;
 
 /// Rows of logits held at once while a prompt's log-probabilities are read.
@@ -199,12 +199,37 @@ impl Owner {
             let scores = model.scores(&last)?;
             return Ok(wanting.iter().zip(scores).map(|((id, _), score)| (*id, vec![Outcome::Score(score)])).collect());
         }
-        let mut logits = model.logits(&last)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?.into_iter();
+        let logits = model.logits(&last)?;
+        if logits.device().is_cuda() {
+            return self.sample_there(&wanting, &logits, device);
+        }
+        let mut logits = logits.to_vec2::<f32>()?.into_iter();
         drop(device);
         let rows: Vec<(u64, Vec<Vec<f32>>)> =
             wanting.into_iter().map(|(id, count)| (id, logits.by_ref().take(count).collect())).collect();
         let outcomes = |(id, rows): (u64, Vec<Vec<f32>>)| (id, self.live[&id].outcomes(self.sequence(id), rows));
         Ok(rows.into_par_iter().map(outcomes).collect())
+    }
+
+    /// The outcomes of sequences with so many rows of logits each, (rows, V), on a GPU: only tokens come back from there.
+    fn sample_there(
+        &self,
+        wanting: &[(u64, usize)],
+        logits: &Tensor,
+        device: GateGuard<'_>,
+    ) -> Result<Vec<(u64, Vec<Outcome>)>> {
+        let v = logits.dim(1)?;
+        // While the device is still at work on the step.
+        let mut asked: Vec<Questions> =
+            wanting.par_iter().map(|(id, count)| self.live[id].questions(self.sequence(*id), *count, v)).collect();
+        let rows: Vec<SampleRow> = asked.iter_mut().flat_map(|asked| std::mem::take(&mut asked.rows)).collect();
+        let mut replies = sample(logits, &rows)?.into_iter();
+        drop(device);
+        let answered = wanting.iter().zip(asked).map(|((id, count), asked)| {
+            let replies = replies.by_ref().take(*count).collect();
+            (*id, self.live[id].answers(self.sequence(*id), &asked, replies))
+        });
+        Ok(answered.collect())
     }
 
     fn sequence(&self, id: u64) -> &Sequence {
@@ -226,9 +251,7 @@ impl Owner {
         let targets: Vec<u32> = (first..last).map(|position| sequence.tokens[position + 1]).collect();
         for (chunk, targets) in targets.chunks(LOGIT_ROWS).enumerate() {
             let rows = hidden.narrow(0, start + chunk * LOGIT_ROWS, targets.len())?;
-            let logits = self.shared.model.logits(&rows)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-            let found: Vec<TokenLogprob> =
-                logits.par_iter().zip(targets).map(|(row, target)| sampler::logprob_of(row, *target, top)).collect();
+            let found = logprobs(&self.shared.model.logits(&rows)?, targets, top)?;
             let live = self.live.get_mut(&scheduled.id).expect("a scheduled sequence is live. This is a bug.");
             for (offset, logprob) in found.into_iter().enumerate() {
                 live.writer.prompt_logprobs[first + chunk * LOGIT_ROWS + offset + 1] = Some(logprob);
@@ -302,6 +325,17 @@ impl Owner {
             self.shared.count(role, started.len() as i64, waiting.len() as i64);
         }
     }
+}
+
+/// Log-probabilities of `targets`, with the `top` most likely tokens. logits: (targets, V).
+fn logprobs(logits: &Tensor, targets: &[u32], top: usize) -> Result<Vec<TokenLogprob>> {
+    if logits.device().is_cuda() {
+        let row = |target: &u32| SampleRow { top, asked: vec![*target], ..SampleRow::default() };
+        let found = sample(logits, &targets.iter().map(row).collect::<Vec<_>>())?.into_iter().zip(targets);
+        return Ok(found.map(|(row, id)| TokenLogprob { id: *id, logprob: row.asked[0], top: row.top }).collect());
+    }
+    let rows = logits.to_vec2::<f32>()?;
+    Ok(rows.par_iter().zip(targets).map(|(row, target)| sampler::logprob_of(row, *target, top)).collect())
 }
 
 /// Tokens of the answer so far.

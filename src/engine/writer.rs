@@ -1,17 +1,18 @@
 //! One request's answer as it is made: what a row of logits says, what of it is sent, and when it ends. It knows no scheduler and
 //! no pool, so that an engine of another make can be made to answer as this one does.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::pick;
 use super::request::{Event, FinishReason, Request, Task, TokenLogprob, Usage};
 use super::sampler::{self, Draw};
 use crate::error::{Code, Error, Result};
-use crate::model::RowLogprobs;
+use crate::model::{RowLogprobs, SampleRow, Sampled};
 use crate::telemetry::metrics;
-use crate::text::{Matcher, StreamDecoder, Tokenizer};
+use crate::text::{Matcher, StreamDecoder, TokenMask, Tokenizer};
 
 /// A request and all that its answer needs besides its tokens.
 pub struct Writer {
@@ -153,8 +154,7 @@ impl Writer {
 
     /// The tokens that usually write what the grammar leaves no choice about. The last may run into what follows: it is left out.
     pub(super) fn forced(&self, most: usize) -> Option<Vec<u32>> {
-        let mut matcher = self.matcher.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
-        let forced = matcher.forced();
+        let forced = self.matcher()?.forced();
         let text = std::str::from_utf8(&forced).ok().filter(|text| !text.is_empty())?;
         let mut tokens = self.tokenizer.encode(text, false).ok()?;
         tokens.pop();
@@ -165,31 +165,80 @@ impl Writer {
     /// What the logits after `prompt` and `output` say; a grammar moves on by the token that is drawn. logits: V values, changed in place.
     pub fn read(&self, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Outcome {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            let text = "the model's logits are not finite: its weights or the adapter are broken";
-            return Outcome::Failed(Error::internal(text));
+            return not_finite();
         }
         match &self.request.task {
             Task::NextToken(ids) => {
                 let row = RowLogprobs::new(logits);
                 Outcome::NextToken(ids.iter().map(|id| row.of(logits[*id as usize])).collect())
             }
-            Task::Score | Task::Generate if self.request.params.max_tokens == Some(0) => Outcome::PromptRead,
+            Task::Score | Task::Generate if self.reads_only() => Outcome::PromptRead,
             Task::Score | Task::Generate => self.draw(prompt, output, logits).unwrap_or_else(Outcome::Failed),
         }
     }
 
+    fn reads_only(&self) -> bool {
+        self.request.params.max_tokens == Some(0)
+    }
+
     /// One token, by the request's parameters and grammar.
     fn draw(&self, prompt: &[u32], output: &[u32], logits: &mut [f32]) -> Result<Outcome> {
+        let mask = self.matcher().map(|mut matcher| matcher.mask()).transpose()?;
+        let (id, logprob) = self.with_draw(prompt, output, mask.as_ref(), |draw| sampler::sample(logits, draw));
+        self.drawn(id, logits[id as usize] > f32::NEG_INFINITY, logprob)
+    }
+
+    /// Where the answer stands in its grammar, if it has one.
+    pub(super) fn matcher(&self) -> Option<MutexGuard<'_, Matcher>> {
+        self.matcher.as_ref().map(|matcher| matcher.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What the next token depends on besides the logits.
+    fn with_draw<R>(
+        &self,
+        prompt: &[u32],
+        output: &[u32],
+        mask: Option<&TokenMask>,
+        then: impl FnOnce(&Draw<'_>) -> R,
+    ) -> R {
         let params = &self.request.params;
         let mut banned: Vec<u32> = sampler::ends_of(&params.bad_words, output).collect();
         if output.len() < params.min_tokens {
             banned.extend(self.tokenizer.eos_token_ids().iter().chain(&params.stop_token_ids));
         }
-        let mut matcher = self.matcher.as_ref().map(|matcher| matcher.lock().unwrap_or_else(PoisonError::into_inner));
-        let mask = matcher.as_mut().map(|matcher| matcher.mask()).transpose()?;
-        let draw = Draw { params, prompt, output, seed: self.seed, banned: &banned, mask: mask.as_ref() };
-        let (id, logprob) = sampler::sample(logits, &draw);
-        if logits[id as usize] > f32::NEG_INFINITY {
+        then(&Draw { params, prompt, output, seed: self.seed, banned: &banned, mask })
+    }
+
+    /// What a GPU is asked of a row of `v` logits so that [`Writer::answer`] says what [`Writer::read`] would. mask: the grammar's after
+    /// `output`.
+    pub(super) fn question(&self, prompt: &[u32], output: &[u32], mask: Option<&TokenMask>, v: usize) -> SampleRow {
+        match &self.request.task {
+            Task::NextToken(ids) => SampleRow { asked: ids.clone(), ..SampleRow::default() },
+            Task::Score | Task::Generate if self.reads_only() => SampleRow::default(),
+            Task::Score | Task::Generate => self.with_draw(prompt, output, mask, |draw| pick::row(draw, v)),
+        }
+    }
+
+    /// What a GPU's reply to [`Writer::question`] says; a grammar moves on by the token that was drawn.
+    pub(super) fn answer(&self, sampled: Sampled) -> Outcome {
+        if !sampled.finite {
+            return not_finite();
+        }
+        match &self.request.task {
+            Task::NextToken(_) => Outcome::NextToken(sampled.asked),
+            Task::Score | Task::Generate if self.reads_only() => Outcome::PromptRead,
+            Task::Score | Task::Generate => {
+                let Sampled { id, logprob, top, .. } = sampled;
+                let logprob = self.request.params.logprobs.map(|_| TokenLogprob { id, logprob, top });
+                self.drawn(id, sampled.possible, logprob).unwrap_or_else(Outcome::Failed)
+            }
+        }
+    }
+
+    /// What follows from a draw; `possible` is false where no token may come.
+    fn drawn(&self, id: u32, possible: bool, logprob: Option<TokenLogprob>) -> Result<Outcome> {
+        let mut matcher = self.matcher();
+        if possible {
             matcher.as_mut().map(|matcher| matcher.commit(id)).transpose()?;
             let complete = matcher.is_some_and(|matcher| matcher.is_complete());
             return Ok(Outcome::Token(Drawn { id, logprob, complete }));
@@ -253,4 +302,9 @@ impl Writer {
         metrics().request_success_total.with_label_values(&[role, reason]).inc();
         metrics().e2e_request_latency_seconds.with_label_values(&[role]).observe(self.arrived.elapsed().as_secs_f64());
     }
+}
+
+fn not_finite() -> Outcome {
+    let text = "the model's logits are not finite: its weights or the adapter are broken";
+    Outcome::Failed(Error::internal(text))
 }

@@ -26,5 +26,7 @@ pub use crate::ops::RowLogprobs;
 pub use crate::ops::gpu;
 /// How much memory its device has.
 pub use crate::ops::{DeviceMemory, device_memory};
+/// Tokens drawn from [`Decoder::logits`] on a GPU.
+pub use crate::ops::{Edit, Pick, SampleRow, Sampled, sample};
 /// What [`Attend`] takes for a step over paged sequences.
 pub use crate::ops::{PagedBatch, PagedSequence};

@@ -14,6 +14,7 @@ mod norm;
 mod paged;
 mod pointwise;
 mod pull;
+mod sample;
 
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use cuda::gpu;
@@ -25,5 +26,6 @@ pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, dropout, gated, rope};
 pub use pull::pull;
+pub use sample::{Edit, Pick, SampleRow, Sampled, sample};
 
 pub use crate::kernels::memory::{DeviceMemory, device_memory};

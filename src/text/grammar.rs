@@ -97,6 +97,11 @@ impl PartialEq for Grammar {
 pub struct Matcher(llguidance::Matcher);
 
 impl Matcher {
+    /// A matcher at the same place that moves on its own.
+    pub fn fork(&self) -> Self {
+        Matcher(self.0.deep_clone())
+    }
+
     /// Which tokens may come next.
     pub fn mask(&mut self) -> Result<TokenMask> {
         self.0.compute_mask_or_eos().map(TokenMask).map_err(|error| invalid(&error.to_string()))
@@ -130,6 +135,19 @@ impl TokenMask {
     /// Whether it allows the token.
     pub fn allows(&self, id: u32) -> bool {
         (id as usize) < self.0.len() && self.0.is_allowed(id)
+    }
+
+    /// A bit for each of `count` tokens, the lowest of a word first: which it allows.
+    pub fn words(&self, count: usize) -> Vec<u32> {
+        let known = self.0.len().min(count);
+        let mut words = self.0.as_slice()[..known.div_ceil(32)].to_vec();
+        if !known.is_multiple_of(32)
+            && let Some(last) = words.last_mut()
+        {
+            *last &= (1 << (known % 32)) - 1;
+        }
+        words.resize(count.div_ceil(32), 0);
+        words
     }
 
     /// Makes the logits of all other tokens minus infinity.

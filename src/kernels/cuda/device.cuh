@@ -4,6 +4,8 @@
 // the emulation can watch its borders.
 #pragma once
 
+typedef unsigned long long Whole; // what atomics take
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -11,6 +13,7 @@ typedef __nv_bfloat16 bf16;
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 __device__ inline float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+__device__ inline Whole shuffle_xor(Whole value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
 // d += a·b for a (16, 16) by (16, 8) product of bf16. Lane 4g + t of the warp holds, for rows g and g + 8 of a, columns 2t, 2t + 1 and
 // those 8 further; for column g of b, rows 2t, 2t + 1 and those 8 further; of d, columns 2t and 2t + 1 in rows g and g + 8.

@@ -3,3 +3,4 @@
 #include "tiles.cu"
 #include "head.cu"
 #include "lora.cu"
+#include "sample.cu"

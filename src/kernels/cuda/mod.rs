@@ -12,6 +12,7 @@ mod launch;
 mod lora;
 mod plan;
 mod rows;
+mod sample;
 #[cfg(feature = "cuda")]
 mod stream;
 #[cfg(test)]
@@ -25,8 +26,11 @@ pub use attend::{Work, attention, attention_backward, paged_attention};
 pub use attention::Heads;
 pub use lora::MOST_RANK;
 pub use plan::Plan;
+pub use sample::{Edit, Pick, SamplePlan, SampleRow, Sampled};
 pub use stream::device;
+#[cfg(test)]
+pub(crate) use tests::sampled;
 pub use view::{
-    LowRows, View, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, scale_rows,
-    token_logprobs,
+    LowRows, View, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, sample_rows,
+    scale_rows, token_logprobs,
 };

@@ -7,7 +7,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
 use super::launch::Kind;
 use super::lora::{self, MOST_RANK, Part};
-use super::{head, rows, stream};
+use super::sample::SamplePlan;
+use super::{head, rows, sample, stream};
 use crate::kernels::cpu::Activation;
 
 /// Contiguous numbers on a GPU.
@@ -203,4 +204,16 @@ pub fn add_low_rank(x: View<'_>, c: usize, parts: &[LowRows<'_>]) -> Result<()> 
     let (_low, low) = new(x.device(), lora::scratch(&parts), DType::F32)?;
     // SAFETY: the lengths were checked, the products' owner by the caller; the scratch is new.
     unsafe { lora::add(x.device(), kind, c, x.at("x", n * c, dtype)?, &parts, low) }
+}
+
+/// Draws tokens: the words that [`SamplePlan::read`] reads. logits: (rows, V), f32, which nobody else may hold, and the plan's words, both
+/// changed in place.
+pub fn sample_rows(logits: View<'_>, words: View<'_>, plan: &SamplePlan) -> Result<CudaStorage> {
+    let (results, to) = new(logits.device(), plan.results, DType::U32)?;
+    let v = logits.len() / plan.len().max(1);
+    let places =
+        [logits.at("logits", plan.len() * v, DType::F32)?, words.at("words", plan.words.len(), DType::U32)?, to];
+    // SAFETY: the lengths were checked, the ids when the plan was made, the logits' owner by the caller; the results are new.
+    unsafe { sample::sample(logits.device(), (plan.len(), v), places) }?;
+    Ok(results)
 }

@@ -36,6 +36,12 @@ inline float __logf(float x) { return std::log(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline Whole __umul64hi(Whole a, Whole b) { return static_cast<Whole>(static_cast<unsigned __int128>(a) * b >> 64); }
+inline void atomicAdd(Whole *to, Whole value) { *to += value; }
 using std::exp;
 using std::isinf;
 using std::log;
@@ -43,7 +49,7 @@ using std::log;
 namespace emulated {
 extern unsigned char *shared;
 // Shown to the other lanes of the warp, twice so that the next exchange does not overwrite what is still read.
-struct Shown { float value; uint32_t a[4], b[2]; };
+struct Shown { float value; Whole whole; uint32_t a[4], b[2]; };
 Shown &mine(int turn);
 const Shown &lane(int turn, int index);
 int next_turn();
@@ -60,6 +66,13 @@ inline float shuffle_xor(float value, int lanes) {
     emulated::mine(turn).value = value;
     emulated::wait_for_warp();
     return emulated::lane(turn, (threadIdx.x % 32) ^ lanes).value;
+}
+
+inline Whole shuffle_xor(Whole value, int lanes) {
+    int turn = emulated::next_turn();
+    emulated::mine(turn).whole = value;
+    emulated::wait_for_warp();
+    return emulated::lane(turn, (threadIdx.x % 32) ^ lanes).whole;
 }
 
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -23,4 +23,5 @@ BOTH(token_logprobs)
 BOTH(scale_rows)
 BOTH(lora_down)
 BOTH(lora_up)
+KERNEL(sample_rows)
 #undef BOTH

@@ -6,6 +6,9 @@ mod attention;
 mod head;
 mod lora;
 mod rows;
+mod sample;
+
+pub(crate) use sample::sampled;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
