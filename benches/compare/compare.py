@@ -271,10 +271,14 @@ def curve(arguments):
         theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         show("rdpo", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
         if arguments.dtype != "float32":
-            # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is.
+            # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is, and how far rdpo's narrow run is from there.
+            narrow = run
             bench("train-run", f"model={MODEL}", "dtype=f32", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
             run, rows = read_run(folder)
-            show("f32", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
+            show("rdpo f32", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
+            apart = [abs(a - b) for ours, exact in zip(narrow["logprobs"], run["logprobs"], strict=True)
+                     for side, exact_side in zip(ours, exact, strict=True) for a, b in zip(side, exact_side, strict=True)]
+            print(json.dumps({"compared": f"rdpo {dtype} and rdpo f32", "mean log-prob gap a token": statistics.mean(apart), "largest": max(apart)}))
 
 
 def show(name, dtype, theirs, run, gap):
