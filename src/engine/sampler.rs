@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::request::{SamplingParams, TokenLogprob};
-use crate::model::RowLogprobs;
+use crate::model::{PIECE, RowLogprobs, softmax_row, sum_row};
 use crate::text::TokenMask;
 
 /// A temperature below this takes the most likely token.
@@ -144,13 +144,19 @@ pub(super) fn ends_of(words: &[Vec<u32>], output: &[u32]) -> impl Iterator<Item 
 /// Temperature, then min-p, top-k and top-p, then one draw from what is left.
 fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |logit: f32| f64::from((logit - max) / params.temperature).exp();
-    let least = f64::from(params.min_p);
-    let mut kept: Vec<(u32, f64)> = logits
+    let mut weights = logits.to_vec();
+    let (_, total) = softmax_row(&mut weights, 1.0 / params.temperature);
+    if params.min_p <= 0.0 && params.top_k == 0 && params.top_p >= 1.0 {
+        return any_of(&weights, uniform(draw) * total).unwrap_or_else(|| argmax(logits));
+    }
+    // Tokens under an even share of what top-p leaves out are left out, all of them together: they need no sorting.
+    let whole = params.min_p <= 0.0 && params.top_k == 0;
+    let share = 0.99 * (1.0 - f64::from(params.top_p)) * total / weights.len() as f64;
+    let least = if whole { share } else { f64::from(params.min_p) };
+    let mut kept: Vec<(u32, f64)> = weights
         .iter()
         .enumerate()
-        .map(|(id, logit)| (id as u32, weight(*logit)))
+        .map(|(id, weight)| (id as u32, f64::from(*weight)))
         .filter(|(_, weight)| *weight > 0.0 && *weight >= least)
         .collect();
     let order = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -159,7 +165,8 @@ fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
         kept.truncate(params.top_k);
     }
     if params.top_p < 1.0 {
-        let enough = f64::from(params.top_p) * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+        let mass = if whole { total } else { kept.iter().map(|(_, weight)| weight).sum::<f64>() };
+        let enough = f64::from(params.top_p) * mass;
         // The nucleus is small as a rule: sort the most likely few, and more only if they are not enough.
         let mut most = NUCLEUS.min(kept.len());
         loop {
@@ -191,6 +198,24 @@ fn draw_from(logits: &[f32], draw: &Draw<'_>) -> u32 {
         }
     }
     kept.last().map_or_else(|| argmax(logits), |(id, _)| *id)
+}
+
+/// The first id up to which the weights, in order, are more than `left`; the last with a weight where they are not.
+fn any_of(weights: &[f32], mut left: f64) -> Option<u32> {
+    for (piece, weights) in weights.chunks(PIECE).enumerate() {
+        let sum = f64::from(sum_row(weights));
+        if left >= sum {
+            left -= sum;
+            continue;
+        }
+        for (at, weight) in weights.iter().enumerate() {
+            left -= f64::from(*weight);
+            if left < 0.0 {
+                return Some((piece * PIECE + at) as u32);
+            }
+        }
+    }
+    weights.iter().rposition(|weight| *weight > 0.0).map(|id| id as u32)
 }
 
 #[cfg(test)]

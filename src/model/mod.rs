@@ -20,13 +20,13 @@ pub(crate) use memory::flat_step_rows;
 pub use memory::{TrainingMemory, TrainingSize};
 pub use rotary::Rotary;
 
-/// What makes log-probabilities of a row of [`Decoder::logits`].
-pub use crate::ops::RowLogprobs;
 /// The device that serving and training share.
 pub use crate::ops::gpu;
 /// How much memory its device has.
 pub use crate::ops::{DeviceMemory, device_memory};
 /// Tokens drawn from [`Decoder::logits`] on a GPU.
 pub use crate::ops::{Edit, Pick, SampleRow, Sampled, sample};
+/// What makes log-probabilities of a row of [`Decoder::logits`].
+pub use crate::ops::{PIECE, RowLogprobs, softmax_row, sum_row};
 /// What [`Attend`] takes for a step over paged sequences.
 pub use crate::ops::{PagedBatch, PagedSequence};

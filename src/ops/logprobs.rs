@@ -91,7 +91,7 @@ pub struct RowLogprobs {
 impl RowLogprobs {
     /// Of V logits.
     pub fn new(logits: &[f32]) -> Self {
-        let (max, sum) = softmax_row(&mut logits.to_vec());
+        let (max, sum) = softmax_row(&mut logits.to_vec(), 1.0);
         RowLogprobs { max, log_sum: sum.ln() }
     }
 
@@ -107,7 +107,7 @@ fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
     let rows = logits.par_chunks_mut(width).zip(targets);
     let one = |(row, target): (&mut [f32], &u32)| {
         let aim = row[*target as usize];
-        let (max, sum) = softmax_row(row);
+        let (max, sum) = softmax_row(row, 1.0);
         if wanted {
             let scale = -(1.0 / sum) as f32;
             scale_row(row, scale);

@@ -28,4 +28,5 @@ pub use pointwise::{Activation, dropout, gated, rope};
 pub use pull::pull;
 pub use sample::{Edit, Pick, SampleRow, Sampled, sample};
 
+pub use crate::kernels::cpu::{PIECE, softmax_row, sum_row};
 pub use crate::kernels::memory::{DeviceMemory, device_memory};

@@ -9,5 +9,6 @@ pub use attention::{Heads, Rows, attention, attention_backward};
 pub use level::{has_bf16_products, keep_candle_on_one_thread};
 pub use matmul::{Adapted, Codes, Left, LowRank, Packed, Width, forward_together, multiply};
 pub use rowwise::{
-    Activation, gated, gated_backward, rms_norm_backward_row, rms_norm_row, rope_row, scale_row, softmax_row,
+    Activation, PIECE, gated, gated_backward, rms_norm_backward_row, rms_norm_row, rope_row, scale_row, softmax_row,
+    sum_row,
 };

@@ -48,6 +48,9 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// Numbers that are summed in f32.
+pub const PIECE: usize = 1024;
+
 at_every_level! {
     /// `act(gate) ⊙ up`, number by number.
     pub fn gated(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -101,10 +104,23 @@ at_every_level! {
         }
     }
 
-    /// `exp(x − max x)` in place; gives the maximum and the sum. Long rows are summed in f64, a piece at a time.
-    pub fn softmax_row(x: &mut [f32]) -> (f32, f64) {
+    /// `exp(scale·(x − max x))` in place; gives the maximum and the sum. Long rows are summed in f64, a piece at a time. scale > 0.
+    pub fn softmax_row(x: &mut [f32], scale: f32) -> (f32, f64) {
         let max = largest(x);
-        (max, x.chunks_mut(1024).map(|piece| f64::from(exp_row(piece, max, 1.0))).sum())
+        (max, x.chunks_mut(PIECE).map(|piece| f64::from(exp_row(piece, max, scale))).sum())
+    }
+
+    /// Σ x of at most [`PIECE`] numbers, with the bits of a piece of [`softmax_row`].
+    pub fn sum_row(x: &[f32]) -> f32 {
+        let mut sums = [0f32; 16];
+        let (chunks, rest) = x.as_chunks::<16>();
+        for chunk in chunks {
+            for lane in 0..16 {
+                sums[lane] += chunk[lane];
+            }
+        }
+        rest.iter().zip(&mut sums).for_each(|(x, sum)| *sum += x);
+        sums.iter().sum()
     }
 
     /// `exp(scale·(x − max x))` in place; gives the sum. scale > 0.
@@ -163,9 +179,10 @@ fn gate_back(
     }
 }
 
-/// `exp(x)` to about one unit in the last place, in plain arithmetic that vectorises: 2^n · p(r) with |r| ≤ ln 2 / 2.
+/// `exp(x)` to about one unit in the last place, zero where that would be no normal number, in plain arithmetic that vectorises: 2^n · p(r) with |r| ≤ ln 2 / 2.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
+    let vanishes = x < -87.3;
     let x = x.clamp(-87.3, 88.7);
     // Adding 1.5·2²³ leaves no bits below one: rounding without the instruction that a portable build lacks, and the integer is in the
     // low bits. A cast would be done number by number, for what does not fit an integer.
@@ -179,7 +196,8 @@ fn exp(x: f32) -> f32 {
     // It is in -126..=128 here, but for NaN; split so that neither factor leaves the exponent's range.
     let half = whole >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    p * power(half) * power(whole.wrapping_sub(half))
+    let value = p * power(half) * power(whole.wrapping_sub(half));
+    if vanishes { 0.0 } else { value }
 }
 
 /// `x·σ(x)` and its derivative.
@@ -261,7 +279,8 @@ mod tests {
             let exact = f64::from(x).exp();
             assert!(((f64::from(exp(x)) - exact) / exact).abs() < 3e-7, "exp({x})");
         }
-        assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
+        assert_eq!((exp(-1e30), exp(f32::NEG_INFINITY)), (0.0, 0.0));
+        assert!(exp(f32::NAN).is_nan());
     }
 
     #[test]

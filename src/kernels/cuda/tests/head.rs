@@ -23,7 +23,7 @@ fn token_logprobs_and_their_gradient() {
                 let (mut values, mut slopes) = (Vec::new(), given.clone());
                 for (row, target) in slopes.chunks_mut(v).zip(&targets) {
                     let aim = row[*target as usize];
-                    let (max, sum) = softmax_row(row);
+                    let (max, sum) = softmax_row(row, 1.0);
                     values.push((f64::from(aim - max) - sum.ln()) as f32);
                     row.iter_mut().for_each(|value| *value *= -(1.0 / sum) as f32);
                     row[*target as usize] += 1.0;
