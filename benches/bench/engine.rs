@@ -133,9 +133,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     };
     let sampled = SamplingParams { temperature: 0.7, top_p: 0.9, ..greedy.clone() };
     measure(&engine, &[], 1, PROMPT_TOKENS, &greedy)?;
-    let batches = argument(3, "1,8,32").split(',').map(str::parse::<usize>);
-    let batches = batches.collect::<std::result::Result<Vec<_>, _>>();
-    let batches = batches.map_err(|_| Error::invalid("BATCHES", "must be numbers with commas between"))?;
+    let batches = batches(argument(3, "1,8,32"))?;
     for (name, params) in [("greedy", &greedy), ("top_p 0.9", &sampled)] {
         for batch in batches.iter().copied() {
             let (_, time, tokens) = measure(&engine, &[], batch, PROMPT_TOKENS, params)?;
@@ -148,9 +146,15 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The command line after `lora-run`: what adapters cost, all rows having one, of one or of four in turn.
+fn batches(text: &str) -> Result<Vec<usize>> {
+    let batches = text.split(',').map(str::parse).collect::<std::result::Result<_, _>>();
+    batches.map_err(|_| Error::invalid("BATCHES", "must be numbers with commas between"))
+}
+
+/// The command line after `lora-run`, `[DTYPE] [RANK] [BATCHES]`: what adapters cost, all rows having one, of one or of four in turn.
 pub(crate) fn run_adapters(arguments: &[String]) -> Result<()> {
     let argument = |index: usize, default: &'static str| arguments.get(index).map_or(default, String::as_str);
+    let batches = batches(argument(2, "1,8,32"))?;
     let rank = argument(1, "16").parse().map_err(|_| Error::invalid("RANK", "must be a number"))?;
     let path = Path::new("models/smollm2-135m-instruct");
     let (engine, model) = start_with(path, argument(0, "auto").parse()?, Arc::new(Gate::new(0.5)))?;
@@ -163,7 +167,7 @@ pub(crate) fn run_adapters(arguments: &[String]) -> Result<()> {
     let params =
         SamplingParams { temperature: 0.0, max_tokens: Some(96), ignore_eos: true, ..SamplingParams::default() };
     measure(&engine, &adapters, 4, PROMPT_TOKENS, &params)?;
-    for batch in [1, 8, 32] {
+    for batch in batches {
         let mut rates = [Vec::new(), Vec::new(), Vec::new()];
         for _ in 0..5 {
             for (count, rates) in [0, 1, 4].into_iter().zip(&mut rates) {

@@ -268,11 +268,7 @@ impl Packed {
             Panels::Codes(_) => return,
         };
         #[cfg(target_arch = "x86_64")]
-        for line in (0..bytes.min(MOST_AHEAD)).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a hint, which reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line)) };
-        }
+        tile::send_for(at, bytes.min(MOST_AHEAD));
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (at, bytes);
     }

@@ -14,6 +14,9 @@ pub(in super::super) const PANEL: usize = 32;
 /// Rows the largest microkernel takes: 12 × 2 accumulators of the 32 registers.
 pub(in super::super) const ROWS: usize = 12;
 
+/// Rows of weights that are sent for before they are read: the processor does not foresee pieces of rows that lie far apart.
+const AHEAD: usize = 16;
+
 /// Where 32 columns of weights come from.
 pub(in super::super) trait Weights: Copy {
     /// Gives the first `k` rows in order, each as vectors of 16 columns.
@@ -44,6 +47,9 @@ impl<W: Stored> Weights for Plain<W> {
     unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
         for at in 0..k {
             let from = self.0.wrapping_add(at / W::STEP * self.1);
+            if at % W::STEP == 0 {
+                send_for(from.wrapping_add(AHEAD * self.1), V * 16 * W::STEP);
+            }
             let mut weights = [_mm512_setzero_ps(); V];
             for (v, weights) in weights.iter_mut().enumerate() {
                 // SAFETY: the caller's promise.
@@ -59,6 +65,9 @@ impl<W: Stored> Weights for Plain<W> {
     unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
         for at in 0..k {
             let from = self.0.wrapping_add(at / W::STEP * self.1 + first * W::STEP);
+            if at % W::STEP == 0 {
+                send_for(from.wrapping_add(AHEAD * self.1), 16 * W::STEP);
+            }
             // SAFETY: the caller's promise.
             emit(at, unsafe { [W::load8(from, at % W::STEP), W::load8(from.add(8 * W::STEP), at % W::STEP)] });
         }
@@ -74,6 +83,16 @@ impl<W: Stored> Weights for Plain<W> {
             }
             emit(at, &row);
         }
+    }
+}
+
+/// Has the processor read some numbers ahead.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn send_for<W>(from: *const W, numbers: usize) {
+    for line in (0..numbers * size_of::<W>()).step_by(64) {
+        // SAFETY: a hint, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(line)) };
     }
 }
 
