@@ -4,11 +4,11 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
 use rdpo::kernels::cpu::{Activation, Codes, Heads, Packed, Rows, Width, attention, attention_backward, gated};
-use rdpo::ops::{FrozenLinear, pull, rms_norm, token_logprobs};
+use rdpo::ops::{FrozenLinear, record, rms_norm, token_logprobs};
 
 const HIDDEN: usize = 576;
 const INNER: usize = 1536;
@@ -53,7 +53,7 @@ fn matmul(criterion: &mut Criterion) {
                 group.bench_function(BenchmarkId::new("forward", m), |b| b.iter(|| packed.forward(black_box(&x))));
                 if m > 1 {
                     group.bench_function(BenchmarkId::new("backward", m), |b| {
-                        b.iter(|| packed.backward(black_box(&dy)));
+                        b.iter(|| packed.backward(black_box(&dy), None));
                     });
                 }
             }
@@ -118,22 +118,22 @@ fn elementwise(criterion: &mut Criterion) {
 fn head(criterion: &mut Criterion) -> rdpo::error::Result<()> {
     let rows = 128;
     let weight = Tensor::from_vec(numbers(VOCABULARY * HIDDEN), (VOCABULARY, HIDDEN), &Device::Cpu)?;
-    let x = Var::from_tensor(&Tensor::from_vec(numbers(rows * HIDDEN), (rows, HIDDEN), &Device::Cpu)?)?;
+    let x = Tensor::from_vec(numbers(rows * HIDDEN), (rows, HIDDEN), &Device::Cpu)?;
     let targets: Vec<u32> = (0..rows as u32).collect();
     let ones = Tensor::ones(rows, candle_core::DType::F32, &Device::Cpu)?;
     let mut group = criterion.benchmark_group("head of 128 rows");
     for dtype in [candle_core::DType::F32, candle_core::DType::BF16] {
         let head = FrozenLinear::new(&weight.to_dtype(dtype)?, None)?;
-        let plain = x.as_tensor().detach();
         group.throughput(Throughput::Elements((2 * rows * HIDDEN * VOCABULARY) as u64));
         group.bench_function(BenchmarkId::new("log-probs", dtype.as_str()), |b| {
-            b.iter(|| token_logprobs(black_box(&plain), &head, &targets, &mut || Ok(())));
+            b.iter(|| token_logprobs(black_box(&x), &head, &targets, &mut || Ok(())));
         });
         group.throughput(Throughput::Elements((4 * rows * HIDDEN * VOCABULARY) as u64));
         group.bench_function(BenchmarkId::new("log-probs and gradient", dtype.as_str()), |b| {
             b.iter(|| -> rdpo::error::Result<_> {
-                let values = token_logprobs(black_box(x.as_tensor()), &head, &targets, &mut || Ok(()))?;
-                Ok(pull(&values, &ones)?.backward()?)
+                let work = || token_logprobs(black_box(&x), &head, &targets, &mut || Ok(()));
+                let (values, tape) = record([&x], work)?;
+                tape.backward([(&values, ones.clone())])
             });
         });
     }

@@ -8,7 +8,9 @@ use candle_core::{DType, Device, Tensor};
 use super::lora::SITES;
 use super::{Attend, LoadOptions, LoraRows, ModelConfig, Rotary, WeightFormat};
 use crate::error::Result;
-use crate::ops::{Codes, FrozenLinear, causal_attention, gated, kv_write, paged_attention, rms_norm, rope};
+use crate::ops::{
+    Codes, FrozenLinear, add, causal_attention, gated, kv_write, paged_attention, reshape, rms_norm, rope,
+};
 use crate::weights::{Blocks, Checkpoint};
 
 /// Where in [`SITES`] each linear is.
@@ -175,8 +177,8 @@ impl Layer {
             (y, &self.after_mlp)
         };
         match after {
-            Some(weight) => Ok((x + rms_norm(&y, weight, eps)?)?),
-            None => Ok((x + y)?),
+            Some(weight) => add(x, &rms_norm(&y, weight, eps)?),
+            None => add(x, &y),
         }
     }
 
@@ -195,7 +197,7 @@ impl Layer {
     ) -> Result<Tensor> {
         let rows = x.dim(0)?;
         let [q, k, v] = self.linears([Q, K, V], x, lora)?;
-        let heads = |x: Tensor, heads: usize| x.reshape((rows, heads, config.head_dim));
+        let heads = |x: Tensor, heads: usize| reshape(&x, (rows, heads, config.head_dim));
         let is_sliding = config.is_sliding[self.index];
         let (cos, sin) = rotary.of_layer(is_sliding);
         let rotated = |x: Tensor, norm: &Option<Tensor>| match norm {
@@ -215,7 +217,7 @@ impl Layer {
                 paged_attention(&q, cache, batch, scale, window)?
             }
         };
-        let [y] = self.linears([O], &y.reshape((rows, config.num_attention_heads * config.head_dim))?, lora)?;
+        let [y] = self.linears([O], &reshape(&y, (rows, config.num_attention_heads * config.head_dim))?, lora)?;
         Ok(y)
     }
 }

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::layer::{block_sites, site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
-use crate::ops::{FrozenLinear, ServedRows, dropout, linears, low_rank};
+use crate::ops::{FrozenLinear, ServedRows, Trained, add, dropout, linears, low_rank};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -195,6 +195,12 @@ impl LoraParams {
         (0..blocks).map(count).collect()
     }
 
+    /// A site's part beside its linear, if it has one.
+    fn trained<'a>(&'a self, place: (usize, usize), base: &'a FrozenLinear) -> Option<Trained<'a>> {
+        let (a, b) = self.sites.get(&place)?;
+        Some(Trained { base: Some(base), a: a.as_tensor(), b: b.as_tensor(), scale: self.scales[&place] })
+    }
+
     /// Deep copies under PEFT's tensor names.
     pub fn to_file(&self, _model: &ModelConfig) -> Result<AdapterFile> {
         let copied = self.named().into_iter().map(|(name, variable)| {
@@ -258,30 +264,29 @@ impl LoraRows<'_> {
                 linears(x, of.map(|(site, base)| (base, served(groups, (layer, site)))))
             }
             LoraRows::Train { params, dropout_seed } => {
-                let all = of.map(|(site, base)| trained(params, dropout_seed, (layer, site), base, x));
-                let all = all.into_iter().collect::<Result<Vec<_>>>()?;
+                let dropout_seed = dropout_seed.filter(|_| params.config.lora_dropout > 0.0);
+                let all = of.map(|(site, base)| params.trained((layer, site), base));
+                let trained: std::result::Result<[Trained<'_>; L], _> =
+                    all.into_iter().flatten().collect::<Vec<_>>().try_into();
+                if let (None, Ok(trained)) = (dropout_seed, trained) {
+                    return low_rank(x, trained);
+                }
+                let one = |((site, base), trained): ((usize, &FrozenLinear), Option<Trained<'_>>)| {
+                    let Some(trained) = trained else { return base.forward(x) };
+                    let [y] = match dropout_seed {
+                        None => low_rank(x, [trained])?,
+                        Some(seed) => {
+                            let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
+                            let [low] = low_rank(&dropped, [Trained { base: None, ..trained }])?;
+                            [add(&base.forward(x)?, &low)?]
+                        }
+                    };
+                    Ok(y)
+                };
+                let all = of.into_iter().zip(all).map(one).collect::<Result<Vec<_>>>()?;
                 all.try_into().map_err(|_| Error::internal("a product for every site. This is a bug."))
             }
         }
-    }
-}
-
-/// x: (N, in) → (N, out).
-fn trained(
-    params: &LoraParams,
-    dropout_seed: Option<u64>,
-    (layer, site): (usize, usize),
-    base: &FrozenLinear,
-    x: &Tensor,
-) -> Result<Tensor> {
-    let Some((a, b)) = params.sites.get(&(layer, site)) else { return base.forward(x) };
-    let (a, b, scale) = (a.as_tensor(), b.as_tensor(), params.scales[&(layer, site)]);
-    match dropout_seed {
-        Some(seed) if params.config.lora_dropout > 0.0 => {
-            let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
-            Ok((base.forward(x)? + low_rank(None, &dropped, a, b, scale)?)?)
-        }
-        _ => low_rank(Some(base), x, a, b, scale),
     }
 }
 

@@ -20,7 +20,7 @@ pub struct TrainingSize {
     pub max_length: usize,
     /// Pairs per forward-backward.
     pub batch_size: usize,
-    /// Bytes for graphs kept between forward and backward.
+    /// Bytes for tapes kept between forward and backward.
     pub keep_bytes: usize,
 }
 
@@ -29,7 +29,7 @@ pub struct TrainingSize {
 pub struct TrainingMemory {
     /// A and B, their gradients and both moments, f32.
     pub optimizer: usize,
-    /// Graphs kept between forward and backward.
+    /// Tapes kept between forward and backward.
     pub graphs: usize,
     /// All else of a step: the inputs of every block, the block under way with its gradients, the head's chunk.
     pub step: usize,
@@ -60,12 +60,17 @@ impl Decoder {
         let (config, on_cpu) = (self.config(), self.device().is_cpu());
         // A prompt of next to nothing with both answers behind it.
         let pair = 2 * size.max_length.min(config.max_position_embeddings);
-        let rows = pair.max((pair * size.batch_size).min(flat_step_rows(config, size.keep_bytes, on_cpu)));
+        let rows = pair.max((pair * size.batch_size).min(flat_step_rows(
+            config,
+            size.keep_bytes,
+            self.compute_dtype(),
+            on_cpu,
+        )));
         let layers = config.num_hidden_layers;
         let input = rows * config.hidden_size * self.compute_dtype().size_in_bytes();
-        let [attention, mlp] = graph_values(config).map(|values| 4 * values * rows);
+        let [attention, mlp] = kept_values(config).map(|values| self.compute_dtype().size_in_bytes() * values * rows);
         let graphs = (layers * (attention + mlp)).min(size.keep_bytes);
-        // The graph of the block under way and the gradients along it are alike in size. The head works on the rows of the answers,
+        // What the block under way keeps and the gradients along it are alike in size. The head works on the rows of the answers,
         // which are nearly all: its input, normed and as gradients, and what comes back.
         let block = 2 * attention.max(mlp);
         let head = 6 * input + logprobs_scratch_bytes(rows, config.vocab_size, on_cpu);
@@ -91,19 +96,21 @@ fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
     layers.map(|layer| (0..SITES.len()).filter(targets).map(|site| of(layer, site)).sum::<usize>()).sum()
 }
 
-/// Numbers a row leaves in the graph of a layer's attention and of its MLP: what each op gives. On a GPU the low-rank parts are wider
-/// than the rest and the rest narrower than f32; counted as f32 both ways even out.
-fn graph_values(config: &ModelConfig) -> [usize; 2] {
+/// Numbers that the way back through a layer's attention and through its MLP reads of a row, but for the blocks' inputs: what linears,
+/// attention, the gate and norms within the block were given.
+fn kept_values(config: &ModelConfig) -> [usize; 2] {
     let heads = config.num_attention_heads * config.head_dim;
     let kv_heads = config.num_key_value_heads * config.head_dim;
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    [4 * hidden + 3 * heads + 3 * kv_heads, 3 * hidden + 3 * inner]
+    let after = if config.gemma_norms { hidden } else { 0 };
+    let normed = if config.qk_norm { heads + kv_heads } else { 0 };
+    [hidden + 2 * heads + 2 * kv_heads + normed + after, hidden + 3 * inner + after]
 }
 
-/// Rows of a flat step whose layer graphs fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
+/// Rows of a flat step whose layers' tapes fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
 /// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
-pub(crate) fn flat_step_rows(config: &ModelConfig, bytes: usize, on_cpu: bool) -> usize {
-    let per_row = 4 * graph_values(config).iter().sum::<usize>() * config.num_hidden_layers;
+pub(crate) fn flat_step_rows(config: &ModelConfig, bytes: usize, dtype: DType, on_cpu: bool) -> usize {
+    let per_row = dtype.size_in_bytes() * kept_values(config).iter().sum::<usize>() * config.num_hidden_layers;
     (bytes / per_row.max(1)).clamp(LEAST_ROWS, if on_cpu { LEAST_ROWS } else { MOST_ROWS })
 }
 
@@ -140,9 +147,10 @@ mod tests {
 
     #[test]
     fn flat_steps_grow_with_the_memory_on_a_gpu_only() {
-        let per_row = 4 * (4 * 32 + 3 * 32 + 3 * 16 + 3 * 32 + 3 * 80) * 3;
-        assert_eq!(flat_step_rows(&config(3), 700 * per_row, false), 700);
-        assert_eq!(flat_step_rows(&config(3), 700 * per_row, true), LEAST_ROWS);
-        assert_eq!(flat_step_rows(&config(3), usize::MAX / 2, false), MOST_ROWS);
+        let per_row = 2 * (32 + 2 * 32 + 2 * 16 + 32 + 3 * 80) * 3;
+        let rows = |bytes, on_cpu| flat_step_rows(&config(3), bytes, DType::BF16, on_cpu);
+        assert_eq!(rows(700 * per_row, false), 700);
+        assert_eq!(rows(700 * per_row, true), LEAST_ROWS);
+        assert_eq!(rows(usize::MAX / 2, false), MOST_ROWS);
     }
 }

@@ -2,14 +2,14 @@
 //! matrix, unless they are composed.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Tensor};
+use candle_core::{DType, Tensor};
 
-use super::{composed, cpu, cuda};
+use super::{composed, cpu, cuda, tape};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention, attention_backward};
-use crate::kernels::cuda::{self as gpu, Plan, View, Work};
+use crate::kernels::cuda::{self as gpu, Plan, Work};
 
 /// One run of tokens: each sees all of `prefix` (an earlier run of the same step) and, causally, its own run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,22 +111,52 @@ pub fn causal_attention(
     let (_, kv, _) = k.dims3()?;
     mask.check(n)?;
     let heads = Heads { query: h, key: kv, dim: d, scale };
-    if q.device().is_cpu() {
-        let op = Causal { mask: mask.clone(), heads, window };
-        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
-    }
     let gpu_heads = gpu::Heads { query: h, key: kv, dim: d, scale, window };
-    if cuda::takes(q) && k.dtype() == q.dtype() && gpu_heads.fits() && (window.is_none() || mask.is_even()) {
-        let op = OnGpu { work: mask.work(q, gpu_heads)?, heads: gpu_heads, lse: OnceLock::new() };
-        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)?);
+    let ids = [q.id(), k.id(), v.id()];
+    let on_gpu = cuda::takes(q) && k.dtype() == q.dtype() && gpu_heads.fits() && (window.is_none() || mask.is_even());
+    if !q.device().is_cpu() && !on_gpu {
+        return tape::composed([q, k, v], |inputs| composed::causal(inputs, mask, &mask.seen(window), scale));
     }
-    composed::causal([q, k, v], mask, &mask.seen(window), scale)
-}
-
-struct Causal {
-    mask: CausalMask,
-    heads: Heads,
-    window: Option<usize>,
+    let plain = [q.contiguous()?, k.contiguous()?, v.contiguous()?];
+    let inputs = plain.each_ref();
+    if on_gpu {
+        let work = mask.work(q, gpu_heads)?;
+        let (out, lse) = cuda::with_views(inputs, |inputs| gpu::attention(gpu_heads, &work, inputs))?;
+        let out = cuda::tensor(out, q.shape(), q)?;
+        let kept = [&plain[0], &plain[1], &plain[2], &out].map(Tensor::clone);
+        tape::push(&[q, k, v], &out, &kept.clone().each_ref(), move |dout, gradients| {
+            let [q, k, v, out] = &kept;
+            let found = cuda::with_views([q, k, v, out, &dout.tensor.contiguous()?], |[q, k, v, out, dout]| {
+                gpu::attention_backward(gpu_heads, &work, [q, k, v], (out, dout), &lse)
+            })?;
+            for ((id, like), found) in ids.into_iter().zip(&kept).zip(found) {
+                gradients.add(id, cuda::tensor(found, like.shape(), like)?)?;
+            }
+            Ok(())
+        });
+        return Ok(out);
+    }
+    let runs = runs(mask, window);
+    let out = cpu::with_floats(inputs, |[q, k, v]| {
+        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+        Ok(attention(heads, &rows, q, k, v))
+    })?;
+    let out = cpu::tensor(out, q.shape())?;
+    let kept = [&plain[0], &plain[1], &plain[2], &out].map(Tensor::clone);
+    let parts = parts(mask);
+    tape::push(&[q, k, v], &out, &kept.clone().each_ref(), move |dout, gradients| {
+        let [q, k, v, out] = &kept;
+        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+        let parts: Vec<&[Rows<'_>]> = parts.iter().map(|part| &rows[part.clone()]).collect();
+        let found = cpu::with_floats([q, k, v, out, &dout.tensor.contiguous()?], |[q, k, v, out, dout]| {
+            Ok(attention_backward(heads, &parts, (q, k, v), (out, dout)))
+        })?;
+        for ((id, like), found) in ids.into_iter().zip(&kept).zip(found) {
+            gradients.add(id, cpu::tensor(found, like.shape())?)?;
+        }
+        Ok(())
+    });
+    Ok(out)
 }
 
 /// A segment's keys in order, and what each of its rows sees of them.
@@ -142,123 +172,24 @@ impl Run {
     }
 }
 
-impl Causal {
-    fn runs(&self) -> Vec<Run> {
-        let of = |(segment, seen): (&Segment, Vec<Range<usize>>)| Run {
-            start: segment.start,
-            slots: segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect(),
-            seen,
-        };
-        self.mask.segments.iter().zip(self.mask.seen(self.window)).map(of).collect()
-    }
+fn runs(mask: &CausalMask, window: Option<usize>) -> Vec<Run> {
+    let of = |(segment, seen): (&Segment, Vec<Range<usize>>)| Run {
+        start: segment.start,
+        slots: segment.prefix.clone().chain(segment.start..segment.start + segment.len).collect(),
+        seen,
+    };
+    mask.segments.iter().zip(mask.seen(window)).map(of).collect()
+}
 
-    /// Ranges of segments such that no segment's prefix lies in another range.
-    fn parts(&self) -> Vec<Range<usize>> {
-        let (mut parts, mut end, mut reach) = (Vec::new(), self.mask.segments.len(), usize::MAX);
-        for (index, segment) in self.mask.segments.iter().enumerate().rev() {
-            reach = reach.min(if segment.prefix.is_empty() { segment.start } else { segment.prefix.start });
-            if reach == segment.start {
-                parts.push(index..end);
-                (end, reach) = (index, usize::MAX);
-            }
+/// Ranges of segments such that no segment's prefix lies in another range.
+fn parts(mask: &CausalMask) -> Vec<Range<usize>> {
+    let (mut parts, mut end, mut reach) = (Vec::new(), mask.segments.len(), usize::MAX);
+    for (index, segment) in mask.segments.iter().enumerate().rev() {
+        reach = reach.min(if segment.prefix.is_empty() { segment.start } else { segment.prefix.start });
+        if reach == segment.start {
+            parts.push(index..end);
+            (end, reach) = (index, usize::MAX);
         }
-        parts
     }
-}
-
-impl CustomOp3 for Causal {
-    fn name(&self) -> &'static str {
-        "causal-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
-        let runs = self.runs();
-        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
-        Ok((CpuStorage::F32(attention(self.heads, &rows, q, k, v)), l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dout = dout.contiguous()?;
-        let runs = self.runs();
-        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
-        let parts = self.parts();
-        let parts: Vec<&[Rows<'_>]> = parts.iter().map(|part| &rows[part.clone()]).collect();
-        let [dq, dk, dv] = cpu::with_floats([q, k, v, out, &dout], |[q, k, v, out, dout]| {
-            Ok(attention_backward(self.heads, &parts, (q, k, v), (out, dout)))
-        })?;
-        Ok((Some(cpu::tensor(dq, q.shape())?), Some(cpu::tensor(dk, k.shape())?), Some(cpu::tensor(dv, v.shape())?)))
-    }
-}
-
-struct OnGpu {
-    work: Arc<Work>,
-    heads: gpu::Heads,
-    /// What the backward needs of each softmax.
-    lse: OnceLock<CudaStorage>,
-}
-
-impl CustomOp3 for OnGpu {
-    fn name(&self) -> &'static str {
-        "causal-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _s1: &CpuStorage,
-        _l1: &Layout,
-        _s2: &CpuStorage,
-        _l2: &Layout,
-        _s3: &CpuStorage,
-        _l3: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        candle_core::bail!("a GPU's attention on the CPU")
-    }
-
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let views = [View::new(s1, l1)?, View::new(s2, l2)?, View::new(s3, l3)?];
-        let (out, lse) = gpu::attention(self.heads, &self.work, views)?;
-        self.lse.get_or_init(|| lse);
-        Ok((out, l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(lse) = self.lse.get() else { candle_core::bail!("a backward before its forward") };
-        let dout = dout.contiguous()?;
-        let [dq, dk, dv] = cuda::with_views([q, k, v, out, &dout], |[q, k, v, out, dout]| {
-            gpu::attention_backward(self.heads, &self.work, [q, k, v], (out, dout), lse)
-        })?;
-        let tensor = |storage, like: &Tensor| cuda::tensor(storage, like.shape(), like);
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
-    }
+    parts
 }

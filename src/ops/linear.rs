@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{DType, Shape, Tensor, TensorId};
 
-use super::cpu;
+use super::tape::Gradients;
+use super::{cpu, tape};
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Codes;
-use crate::kernels::cpu::{LowRank, Packed, Width};
+use crate::kernels::cpu::{Packed, Width};
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
@@ -91,11 +91,10 @@ impl FrozenLinear {
     /// `x·Wᵀ + b`. x: (N, in) → (N, out). Differentiable in `x` only. Each output row depends on its input row alone, bit for bit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x)?;
-        let y = x.contiguous()?.apply_op1(Product { linear: self.clone() })?;
-        match &self.weight {
-            Weight::Dense(_, Some(bias)) => Ok(y.broadcast_add(bias)?),
-            _ => Ok(y),
-        }
+        let y = self.product(&x.contiguous()?)?;
+        let (linear, id) = (self.clone(), x.id());
+        tape::push(&[x], &y, &[], move |dy, gradients| linear.pull_back(&dy.tensor, None, id, gradients));
+        Ok(y)
     }
 
     pub(super) fn check(&self, x: &Tensor) -> Result<()> {
@@ -132,19 +131,59 @@ impl FrozenLinear {
         }
     }
 
-    /// [`FrozenLinear::forward`] on numbers of the CPU, with low-rank parts added to some rows.
-    pub(super) fn on_cpu(&self, x: &[f32], parts: &[LowRank<'_>]) -> candle_core::Result<Vec<f32>> {
-        Ok(self.packed()?.forward_adapted(x, parts))
-    }
-
-    /// [`FrozenLinear::backward`] on numbers of the CPU.
-    pub(super) fn backward_on_cpu(&self, dy: &[f32]) -> candle_core::Result<Vec<f32>> {
-        Ok(self.packed()?.backward(dy))
+    /// [`FrozenLinear::forward`] of contiguous x, not recorded.
+    pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Packed(packed) => {
+                let y = cpu::with_floats([x], |[x]| Ok(packed.forward(x)))?;
+                Ok(cpu::tensor(y, (x.dim(0)?, packed.n()))?)
+            }
+            Weight::Dense(weight, bias) => {
+                let y = x.detach().matmul(&weight.t()?)?;
+                match bias {
+                    Some(bias) => Ok(y.broadcast_add(bias)?),
+                    None => Ok(y),
+                }
+            }
+        }
     }
 
     /// `dy·W`, the gradient of [`FrozenLinear::forward`] in its input. dy: (N, out) → (N, in).
     pub(super) fn backward(&self, dy: &Tensor) -> Result<Tensor> {
-        Ok(self.weight.backward(dy)?)
+        // cuBLAS takes no broadcast gradient.
+        let dy = dy.detach().contiguous()?;
+        match &self.weight {
+            Weight::Packed(packed) => {
+                let dx = cpu::with_floats([&dy], |[dy]| Ok(packed.backward(dy, None)))?;
+                Ok(cpu::tensor(dx, (dy.dim(0)?, packed.k()))?)
+            }
+            Weight::Dense(weight, _) => Ok(dy.matmul(weight)?),
+        }
+    }
+
+    /// Adds the gradient of the input where it is asked for: `dy·W`, and on a CPU `dlow·A` where `low` has both. dy: (N, out), dlow: (N, R),
+    /// A: (R, in).
+    pub(super) fn pull_back(
+        &self,
+        dy: &Tensor,
+        low: Option<[&[f32]; 2]>,
+        input: TensorId,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Weight::Packed(packed) = &self.weight else { return gradients.add(input, self.backward(dy)?) };
+        if !gradients.wants(input) {
+            return Ok(());
+        }
+        let dy = dy.contiguous()?;
+        let shape = Shape::from((dy.dim(0)?, packed.k()));
+        let fresh = || cpu::with_floats([&dy], |[dy]| Ok(packed.backward(dy, low)));
+        let onto = |dx: &mut [f32]| {
+            cpu::with_floats([&dy], |[dy]| {
+                packed.backward_onto(dy, low, dx);
+                Ok(())
+            })
+        };
+        gradients.add_floats(input, shape, fresh, onto)
     }
 
     /// Rows of the weight, as an embedding table. ids: N token ids → (N, in), in the compute dtype.
@@ -163,52 +202,5 @@ impl FrozenLinear {
             }
             Weight::Dense(weight, _) => Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?),
         }
-    }
-}
-
-impl Weight {
-    fn backward(&self, dy: &Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Weight::Packed(packed) => {
-                let dy = dy.contiguous()?;
-                let dx = cpu::with_floats([&dy], |[dy]| Ok(packed.backward(dy)))?;
-                cpu::tensor(dx, (dy.dim(0)?, packed.k()))
-            }
-            // cuBLAS takes no broadcast gradient.
-            Weight::Dense(weight, _) => dy.contiguous()?.matmul(weight),
-        }
-    }
-}
-
-struct Product {
-    linear: FrozenLinear,
-}
-
-impl CustomOp1 for Product {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.linear.on_cpu(cpu::floats(storage, layout)?, &[])?;
-        let n = self.linear.out_features();
-        let rows = y.len() / n;
-        Ok((CpuStorage::F32(y), (rows, n).into()))
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let weight = self.linear.dense()?;
-        let (n, k) = weight.dims2()?;
-        let m = layout.shape().elem_count() / k;
-        let transposed = weight.t()?;
-        let (held, weight_layout) = transposed.storage_and_layout();
-        match &*held {
-            Storage::Cuda(weight) => Ok((storage.matmul(weight, (1, m, n, k), layout, weight_layout)?, (m, n).into())),
-            _ => candle_core::bail!("a GPU tensor met a weight on the CPU"),
-        }
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.linear.weight.backward(dy).map(Some)
     }
 }

@@ -1,14 +1,13 @@
 //! Log-probabilities of given tokens without the `(N, V)` logits.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::{FrozenLinear, cpu, cuda};
+use super::{FrozenLinear, cpu, cuda, tape};
 use crate::cores::spread;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
-use crate::kernels::cuda::{self as gpu, View};
+use crate::kernels::cuda as gpu;
 
 /// Rows of logits held at once: whole microkernels, and few enough that serving is not kept waiting.
 const ROWS_CPU: usize = 36;
@@ -41,21 +40,21 @@ pub fn token_logprobs(
     }
     let plain = hidden.detach().contiguous()?;
     let (mut logprobs, mut units) = (Vec::new(), Vec::new());
-    let (on_cpu, wanted) = (plain.device().is_cpu(), hidden.track_op());
+    let (on_cpu, wanted) = (plain.device().is_cpu(), tape::tracked(&[hidden]));
     let most = if on_cpu { ROWS_CPU } else { ROWS_GPU };
     for (chunk, targets) in targets.chunks(most).enumerate() {
         let rows = plain.narrow(0, chunk * most, targets.len())?;
         pace()?;
         if on_cpu {
-            let mut logits = cpu::with_floats([&rows], |[rows]| head.on_cpu(rows, &[]))?;
+            let mut logits = cpu::with_floats([&rows], |[rows]| Ok(head.packed()?.forward(rows)))?;
             logprobs.push(cpu::tensor(in_place(&mut logits, targets, wanted), targets.len())?);
             if wanted {
                 pace()?;
-                units.push(cpu::tensor(head.backward_on_cpu(&logits)?, rows.shape())?);
+                units.push(cpu::tensor(head.packed()?.backward(&logits, None), rows.shape())?);
             }
             continue;
         }
-        let logits = head.forward(&rows)?;
+        let logits = head.product(&rows)?;
         let (found, slopes) = match cuda::takes(&logits) {
             true => on_gpu(logits, targets, wanted)?,
             false => composed(&logits, targets)?,
@@ -74,12 +73,17 @@ pub fn token_logprobs(
         return Ok(logprobs);
     }
     let units = Tensor::cat(&units, 0)?.reshape((rows, width))?;
-    if hidden.device().is_cpu() || cuda::takes(hidden) {
-        return Ok(hidden.contiguous()?.apply_op1(Known { logprobs, units })?);
-    }
-    // On other devices: values from `logprobs`, gradient from a product that is zero in value.
-    let slope = (hidden * &units)?.sum(1)?.to_dtype(DType::F32)?;
-    Ok((&logprobs + (&slope - slope.detach())?)?)
+    let id = hidden.id();
+    tape::push(&[hidden], &logprobs, &[&units.clone()], move |upstream, gradients| {
+        let upstream = upstream.tensor.to_dtype(DType::F32)?.contiguous()?;
+        if !cuda::takes(&units) {
+            let slopes = units.broadcast_mul(&upstream.to_dtype(units.dtype())?.unsqueeze(1)?)?;
+            return gradients.add(id, slopes);
+        }
+        let slopes = cuda::with_views([&units, &upstream], |[units, upstream]| gpu::scale_rows(units, upstream))?;
+        gradients.add(id, cuda::tensor(slopes, units.shape(), &units)?)
+    });
+    Ok(logprobs)
 }
 
 /// What turns a row of logits into log-probabilities: the same bits whether they are sampled from or trained on.
@@ -134,38 +138,4 @@ fn composed(logits: &Tensor, targets: &[u32]) -> Result<(Tensor, Tensor)> {
     let ones = Tensor::ones((rows, 1), DType::F32, logits.device())?;
     let onehot = Tensor::zeros((rows, v), DType::F32, logits.device())?.scatter_add(&index, &ones, 1)?;
     Ok((logprobs, (onehot - wide.exp()?)?.to_dtype(logits.dtype())?))
-}
-
-/// An op whose value and gradient are known already.
-struct Known {
-    logprobs: Tensor,
-    units: Tensor,
-}
-
-impl CustomOp1 for Known {
-    fn name(&self) -> &'static str {
-        "token-logprobs"
-    }
-
-    fn cpu_fwd(&self, _storage: &CpuStorage, _layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.logprobs.to_vec1()?), self.logprobs.shape().clone()))
-    }
-
-    fn cuda_fwd(&self, _storage: &CudaStorage, _layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (held, layout) = self.logprobs.storage_and_layout();
-        match &*held {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
-            _ => candle_core::bail!("log-probs of a GPU's rows on another device"),
-        }
-    }
-
-    fn bwd(&self, hidden: &Tensor, _logprobs: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !hidden.device().is_cpu() {
-            let upstream = upstream.to_dtype(DType::F32)?.contiguous()?;
-            let scale = |[units, upstream]: [View<'_>; 2]| gpu::scale_rows(units, upstream);
-            let slopes = cuda::with_views([&self.units, &upstream], scale)?;
-            return cuda::tensor(slopes, self.units.shape(), hidden).map(Some);
-        }
-        self.units.broadcast_mul(&upstream.unsqueeze(1)?).map(Some)
-    }
 }

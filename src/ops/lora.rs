@@ -1,29 +1,180 @@
 //! A frozen linear with a low-rank part: `x·Wᵀ + b + (x·Aᵀ)·(s·B)ᵀ`, trained and served with the same bits.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
+use candle_core::{DType, Shape, Tensor, TensorId};
 use half::bf16;
 
+use super::tape::{self, Gradients};
 use super::{FrozenLinear, cpu, cuda};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{self as kernels, Adapted, Left, Packed, Width, forward_together, multiply};
 use crate::kernels::cuda::{self as gpu, LowRows};
 
-/// The low-rank part for all rows, on top of `base` where it is given. x: (N, in), a: (R, in), b: (out, R) → (N, out).
-/// Differentiable in x, a and b. B is scaled rather than the product, as in a published adapter: both then give the same bits.
-pub fn low_rank(base: Option<&FrozenLinear>, x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    if x.device().is_cpu() {
-        let op = LowRank { base: base.cloned(), scale: scale as f32, a: OnceLock::new() };
-        return Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?);
+/// The low-rank part of a linear in training: variables for all rows.
+#[derive(Clone, Copy)]
+pub struct Trained<'a> {
+    /// What it is added to, if anything.
+    pub base: Option<&'a FrozenLinear>,
+    /// A: (R, in), f32.
+    pub a: &'a Tensor,
+    /// B: (out, R), f32.
+    pub b: &'a Tensor,
+    /// Factor of the product. B is scaled rather than the product, as in a published adapter: both then give the same bits.
+    pub scale: f64,
+}
+
+/// The linears of one input with their low-rank parts. x: (N, in) → (N, out) each. Differentiable in x and in every A and B.
+pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Tensor; L]> {
+    let plain = x.contiguous()?;
+    let mut sites = Vec::with_capacity(L);
+    for Trained { base, a, b, scale } in of {
+        if let Some(base) = base {
+            base.check(x)?;
+        }
+        let packed = if x.device().is_cpu() { Some(pack_site(base, a, b, scale)?) } else { None };
+        let (a, b) = (a.contiguous()?, b.contiguous()?);
+        sites.push(Site { base: base.cloned(), a, b, scale, packed });
     }
-    let low = x.to_dtype(DType::F32)?.matmul(&a.t()?)?;
-    let high = low.matmul(&(b * scale)?.t()?)?.to_dtype(x.dtype())?;
-    Ok(match base {
-        Some(base) => (base.forward(x)? + high)?,
-        None => high,
-    })
+    let outputs = match x.device().is_cpu() {
+        true => forward_on_cpu(&plain, &sites)?,
+        false => sites.iter().map(|site| site.forward(&plain)).collect::<Result<Vec<_>>>()?,
+    };
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(of.iter().flat_map(|of| [of.a, of.b])).collect();
+    let id = x.id();
+    tape::push_all(&inputs, &outputs.iter().collect::<Vec<_>>(), &[&plain.clone()], move |all, gradients| {
+        for (site, dy) in sites.iter().zip(all) {
+            if let Some(dy) = dy {
+                let dy = dy.tensor.contiguous()?;
+                match &site.packed {
+                    Some((a, _)) => site.backward_on_cpu(&plain, a, &dy, id, gradients)?,
+                    None => site.backward(&plain, &dy, id, gradients)?,
+                }
+            }
+        }
+        Ok(())
+    });
+    outputs.try_into().map_err(|_| Error::internal("a product for every linear. This is a bug."))
+}
+
+/// One linear of [`low_rank`].
+struct Site {
+    base: Option<FrozenLinear>,
+    a: Tensor,
+    b: Tensor,
+    scale: f64,
+    /// A, and B scaled, as a published adapter holds them on a CPU.
+    packed: Option<(Packed, Packed)>,
+}
+
+fn pack_site(base: Option<&FrozenLinear>, a: &Tensor, b: &Tensor, scale: f64) -> Result<(Packed, Packed)> {
+    let is_bf16 = base.map(FrozenLinear::low_rank_dtype) == Some(DType::BF16);
+    let pack = |of: &Tensor, scale: f32| {
+        cpu::with_floats([&of.contiguous()?], |[values]| {
+            let scaled = values.iter().map(|value| value * scale);
+            let width = match is_bf16 {
+                true => Width::Bf16(scaled.map(bf16::from_f32).collect()),
+                false => Width::F32(scaled.collect()),
+            };
+            let (n, k) = of.dims2()?;
+            Ok(Packed::new(&width, n, k))
+        })
+    };
+    Ok((pack(a, 1.0)?, pack(b, scale as f32)?))
+}
+
+fn forward_on_cpu(x: &Tensor, sites: &[Site]) -> Result<Vec<Tensor>> {
+    let rows = x.dim(0)?;
+    let parts = sites.iter().filter_map(|site| site.packed.as_ref());
+    let parts: Vec<_> = parts.map(|(a, b)| [kernels::LowRank { rows: 0..rows, a, b }]).collect();
+    let products = cpu::with_floats([x], |[x]| {
+        let together = sites.iter().zip(&parts).filter_map(|(site, parts)| Some((site.base.as_ref()?, parts)));
+        let together = together.map(|(base, parts)| Ok(Adapted { weight: base.packed()?, parts }));
+        let mut together = forward_together(x, &together.collect::<candle_core::Result<Vec<_>>>()?).into_iter();
+        let one = |(site, [part]): (&Site, &[kernels::LowRank<'_>; 1])| match &site.base {
+            Some(_) => together.next().unwrap_or_default(),
+            None => part.b.forward(&part.a.forward(x)),
+        };
+        Ok(sites.iter().zip(&parts).map(one).collect::<Vec<_>>())
+    })?;
+    let tensors = products.into_iter().zip(sites).map(|(y, site)| Ok(cpu::tensor(y, (rows, site.b.dim(0)?))?));
+    tensors.collect()
+}
+
+impl Site {
+    /// Of candle's operations, in f32.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let low = x.to_dtype(DType::F32)?.matmul(&self.a.detach().t()?)?;
+        let high = low.matmul(&(self.b.detach() * self.scale)?.t()?)?.to_dtype(x.dtype())?;
+        Ok(match &self.base {
+            Some(base) => (base.product(x)? + high)?,
+            None => high,
+        })
+    }
+
+    fn backward(&self, x: &Tensor, dy: &Tensor, input: TensorId, gradients: &mut Gradients) -> Result<()> {
+        let (wide, a, b) = (x.to_dtype(DType::F32)?, self.a.detach(), (self.b.detach() * self.scale)?);
+        let dhigh = dy.to_dtype(DType::F32)?;
+        let dlow = dhigh.matmul(&b)?;
+        gradients.add(self.a.id(), dlow.t()?.matmul(&wide)?)?;
+        let low = wide.matmul(&a.t()?)?;
+        gradients.add(self.b.id(), (dhigh.t()?.matmul(&low)? * self.scale)?)?;
+        if gradients.wants(input) {
+            let dx = dlow.matmul(&a)?.to_dtype(x.dtype())?;
+            let dx = match &self.base {
+                Some(base) => (base.backward(dy)? + dx)?,
+                None => dx,
+            };
+            gradients.add(input, dx)?;
+        }
+        Ok(())
+    }
+
+    fn backward_on_cpu(
+        &self,
+        x: &Tensor,
+        packed_a: &Packed,
+        dy: &Tensor,
+        input: TensorId,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let ((rows, width), (out, rank)) = (x.dims2()?, self.b.dims2()?);
+        let scale = self.scale as f32;
+        let mut dlow = vec![0f32; rows * rank];
+        let [da, db] = cpu::with_floats([x, &self.b, dy], |[x, b, dy]| {
+            let low = packed_a.forward(x);
+            let scaled: Vec<f32> = b.iter().map(|value| value * scale).collect();
+            multiply(Left::Rows(dy), &scaled, (rows, out, rank), &mut dlow, false);
+            let mut da = vec![0f32; rank * width];
+            multiply(Left::Turned(&dlow), x, (rank, rows, width), &mut da, false);
+            // dBᵀ: (R, out), then turned.
+            let mut turned = vec![0f32; rank * out];
+            multiply(Left::Turned(&low), dy, (rank, rows, out), &mut turned, false);
+            let mut db = vec![0f32; out * rank];
+            for (to, turned) in turned.chunks_exact(out).enumerate() {
+                for (db, value) in db.chunks_exact_mut(rank).zip(turned) {
+                    db[to] = value * scale;
+                }
+            }
+            Ok([da, db])
+        })?;
+        gradients.add(self.a.id(), cpu::tensor(da, self.a.shape())?)?;
+        gradients.add(self.b.id(), cpu::tensor(db, self.b.shape())?)?;
+        cpu::with_floats([&self.a], |[a]| match &self.base {
+            Some(base) => Ok(base.pull_back(dy, Some([&dlow, a]), input, gradients)),
+            None => {
+                let onto = |dx: &mut [f32]| {
+                    multiply(Left::Rows(&dlow), a, (rows, rank, width), dx, true);
+                    Ok(())
+                };
+                let fresh = || {
+                    let mut dx = vec![0f32; rows * width];
+                    onto(&mut dx).map(|()| dx)
+                };
+                Ok(gradients.add_floats(input, Shape::from((rows, width)), fresh, onto))
+            }
+        })?
+    }
 }
 
 /// Rows of a step with the A and B (scaled) of one adapter.
@@ -33,7 +184,7 @@ pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
 /// in x where there are no parts.
 pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'_>>); L]) -> Result<[Tensor; L]> {
     let mut found = Vec::with_capacity(L);
-    if x.device().is_cpu() && !x.track_op() {
+    if x.device().is_cpu() && !tape::tracked(&[x]) {
         of.iter().try_for_each(|(base, _)| base.check(x))?;
         let x = x.contiguous()?;
         let parts = of.iter().map(|(_, parts)| parts.iter().map(on_cpu).collect());
@@ -44,7 +195,7 @@ pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'
         for (numbers, (base, _)) in numbers.into_iter().zip(&of) {
             found.push(cpu::tensor(numbers, (x.dim(0)?, base.out_features()))?);
         }
-    } else if cuda::takes(x) && !x.track_op() && of.iter().flat_map(|(_, parts)| parts).all(fits) {
+    } else if cuda::takes(x) && !tape::tracked(&[x]) && of.iter().flat_map(|(_, parts)| parts).all(fits) {
         found = on_gpu(&x.contiguous()?, &of)?;
     } else {
         for (base, parts) in &of {
@@ -89,7 +240,7 @@ fn composed(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result
     if parts.is_empty() {
         return Ok(y);
     }
-    if x.track_op() {
+    if tape::tracked(&[x]) {
         return Err(Error::internal("a published adapter gives no gradient. This is a bug."));
     }
     let mut pieces = Vec::with_capacity(2 * parts.len() + 1);
@@ -108,90 +259,44 @@ fn composed(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result
     Ok(Tensor::cat(&pieces, 0)?)
 }
 
-struct LowRank {
-    base: Option<FrozenLinear>,
-    scale: f32,
-    /// As the forward packed it, for the backward.
-    a: OnceLock<Packed>,
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::Device;
 
-impl LowRank {
-    /// A or B (scaled) as a published adapter holds it.
-    fn packed(&self, values: &[f32], (n, k): (usize, usize), scale: f32) -> Packed {
-        let scaled = values.iter().map(|value| value * scale);
-        let width = match self.base.as_ref().map(FrozenLinear::low_rank_dtype) {
-            Some(DType::BF16) => Width::Bf16(scaled.map(bf16::from_f32).collect()),
-            _ => Width::F32(scaled.collect()),
-        };
-        Packed::new(&width, n, k)
-    }
-}
+    use super::super::record;
+    use super::*;
 
-impl CustomOp3 for LowRank {
-    fn name(&self) -> &'static str {
-        "low-rank"
+    fn numbers(shape: (usize, usize), seed: usize) -> Tensor {
+        let of = |index: usize| ((index * 7919 + seed * 104_729) % 997) as f32 / 498.0 - 1.0;
+        Tensor::from_vec((0..shape.0 * shape.1).map(of).collect(), shape, &Device::Cpu).unwrap()
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, a, b) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?, cpu::floats(s3, l3)?);
-        let (rows, _) = l1.shape().dims2()?;
-        let (out, rank) = l3.shape().dims2()?;
-        let shape = l2.shape().dims2()?;
-        let a = self.a.get_or_init(|| self.packed(a, shape, 1.0));
-        let b = self.packed(b, (out, rank), self.scale);
-        let y = match &self.base {
-            Some(base) => base.on_cpu(x, &[kernels::LowRank { rows: 0..rows, a, b: &b }])?,
-            None => b.forward(&a.forward(x)),
-        };
-        Ok((CpuStorage::F32(y), (rows, out).into()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let ((rows, width), (out, rank)) = (x.dims2()?, b.dims2()?);
-        let dy = dy.contiguous()?;
-        let (dx, da, db) = cpu::with_floats([x, a, b, &dy], |[x_values, a, b, dy]| {
-            let low = self.a.get_or_init(|| self.packed(a, (rank, width), 1.0)).forward(x_values);
-            let scaled: Vec<f32> = b.iter().map(|value| value * self.scale).collect();
-            let mut dlow = vec![0f32; rows * rank];
-            multiply(Left::Rows(dy), &scaled, (rows, out, rank), &mut dlow, false);
-            let mut da = vec![0f32; rank * width];
-            multiply(Left::Turned(&dlow), x_values, (rank, rows, width), &mut da, false);
-            // dBᵀ: (R, out), then turned.
-            let mut turned = vec![0f32; rank * out];
-            multiply(Left::Turned(&low), dy, (rank, rows, out), &mut turned, false);
-            let mut db = vec![0f32; out * rank];
-            for (to, turned) in turned.chunks_exact(out).enumerate() {
-                for (db, value) in db.chunks_exact_mut(rank).zip(turned) {
-                    db[to] = value * self.scale;
-                }
-            }
-            // Nothing below the first layer is trained: its input wants no gradient.
-            if !x.track_op() {
-                return Ok((None, da, db));
-            }
-            let mut dx = match &self.base {
-                Some(base) => base.backward_on_cpu(dy)?,
-                None => vec![0f32; rows * width],
+    /// What a GPU runs gives on a CPU what the kernels give.
+    #[test]
+    fn composed_low_rank_parts_are_the_kernels_with_their_gradients() {
+        let linear = FrozenLinear::new(&numbers((6, 9), 1), Some(&numbers((1, 6), 2).squeeze(0).unwrap())).unwrap();
+        for base in [Some(&linear), None] {
+            let (x, a, b, dy) = (numbers((5, 9), 3), numbers((2, 9), 4), numbers((6, 2), 5), numbers((5, 6), 6));
+            let (y, tape) =
+                record([&x, &a, &b], || low_rank(&x, [Trained { base, a: &a, b: &b, scale: 1.5 }])).unwrap();
+            let found = tape.backward([(&y[0], dy.clone())]).unwrap();
+            let (other, tape) = record([&x, &a, &b], || {
+                let site = Site { base: base.cloned(), a: a.clone(), b: b.clone(), scale: 1.5, packed: None };
+                let (y, id, input) = (site.forward(&x)?, x.id(), x.clone());
+                tape::push(&[&x], &y, &[], move |dy, gradients| site.backward(&input, &dy.tensor, id, gradients));
+                Ok(y)
+            })
+            .unwrap();
+            let others = tape.backward([(&other, dy)]).unwrap();
+            let near = |one: &Tensor, other: &Tensor| {
+                let gap = (one - other).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                assert!(gap.to_scalar::<f32>().unwrap() < 1e-5);
             };
-            multiply(Left::Rows(&dlow), a, (rows, rank, width), &mut dx, true);
-            Ok((Some(dx), da, db))
-        })?;
-        let dx = dx.map(|dx| cpu::tensor(dx, x.shape())).transpose()?;
-        Ok((dx, Some(cpu::tensor(da, a.shape())?), Some(cpu::tensor(db, b.shape())?)))
+            near(&y[0], &other);
+            for leaf in [&x, &a, &b] {
+                near(found.get(leaf).unwrap(), others.get(leaf).unwrap());
+            }
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The only differentiable vocabulary of the crate: every op has a forward and a backward that are tested against finite
-//! differences, and a forward-only op refuses a tensor that records a graph instead of cutting the gradient silently.
+//! differences. What runs in [`record`] leaves a [`Tape`]; a forward-only op refuses a tensor whose gradient is asked for instead of
+//! cutting it silently.
 //!
 //! The ops run on [`crate::kernels`]; on a GPU those of f16, and of heads that no kernel takes, are composed of candle's own.
 
@@ -13,20 +14,20 @@ mod lora;
 mod norm;
 mod paged;
 mod pointwise;
-mod pull;
 mod sample;
+mod tape;
 
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use cuda::gpu;
 pub use linear::{Codes, FrozenLinear};
 pub(crate) use logprobs::logprobs_scratch_bytes;
 pub use logprobs::{RowLogprobs, token_logprobs};
-pub use lora::{ServedRows, linears, low_rank};
+pub use lora::{ServedRows, Trained, linears, low_rank};
 pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, dropout, gated, rope};
-pub use pull::pull;
 pub use sample::{Edit, Pick, SampleRow, Sampled, sample};
+pub use tape::{Gradients, Tape, add, record, reshape};
 
 pub use crate::kernels::cpu::{PIECE, softmax_row, sum_row};
 pub use crate::kernels::memory::{DeviceMemory, device_memory};

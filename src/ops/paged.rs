@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor};
 
-use super::{composed, cpu, cuda};
+use super::{composed, cpu, cuda, tape};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Heads, Rows, attention};
 use crate::kernels::cuda::{self as gpu, Plan, Work};
@@ -76,7 +76,7 @@ impl PagedBatch {
 }
 
 fn refuse_graph(tensors: &[&Tensor]) -> Result<()> {
-    if tensors.iter().any(|tensor| tensor.track_op()) {
+    if tape::tracked(tensors) {
         return Err(Error::internal("the paged cache is forward only: it would cut the gradient. This is a bug."));
     }
     Ok(())

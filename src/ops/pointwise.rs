@@ -1,10 +1,8 @@
 //! Rotary embedding (arXiv 2104.09864), gated activation (arXiv 2002.05202) and seeded dropout.
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, D, Layout, Shape, Tensor};
-use rayon::prelude::*;
+use candle_core::{D, Tensor};
 
-use super::{cpu, cuda};
-use crate::cores::spread;
+use super::{cpu, cuda, tape};
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Activation;
 use crate::kernels::cpu::{self as kernels, rope_row};
@@ -12,134 +10,105 @@ use crate::kernels::cuda::{self as gpu, View};
 
 /// Numbers a task works on at once.
 const CHUNK: usize = 4096;
+/// Rows a task rotates at once.
+const ROWS: usize = 16;
 
 /// `act(gate) ⊙ up`. gate, up: (N, F) → (N, F). Differentiable in both.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         return Err(Error::internal(format!("gate {:?} and up {:?} differ in shape", gate.dims(), up.dims())));
     }
-    if gate.device().is_cpu() || cuda::takes(gate) {
-        return Ok(gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { activation })?);
+    if !gate.device().is_cpu() && !cuda::takes(gate) {
+        return tape::composed([gate, up], |[gate, up]| {
+            let gate = match activation {
+                Activation::Silu => gate.silu()?,
+                Activation::GeluTanh => gate.gelu()?,
+            };
+            Ok((gate * up)?)
+        });
     }
-    let gate = match activation {
-        Activation::Silu => gate.silu()?,
-        Activation::GeluTanh => gate.gelu()?,
-    };
-    Ok((gate * up)?)
-}
-
-struct Gated {
-    activation: Activation,
-}
-
-impl CustomOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "gated"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (gate, up) = (cpu::floats(s1, l1)?, cpu::floats(s2, l2)?);
-        let mut out = vec![0f32; gate.len()];
-        let chunks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
-        spread(|| chunks.for_each(|((out, gate), up)| kernels::gated(self.activation, gate, up, out)));
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let out = gpu::gated(self.activation, View::new(s1, l1)?, View::new(s2, l2)?)?;
-        Ok((out, l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        gate: &Tensor,
-        up: &Tensor,
-        _out: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dout = dout.contiguous()?;
-        if !gate.device().is_cpu() {
-            let back = |[gate, up, dout]: [View<'_>; 3]| gpu::gated_backward(self.activation, gate, up, dout);
-            let [dgate, dup] = cuda::with_views([gate, up, &dout], back)?;
-            let (dgate, dup) = (cuda::tensor(dgate, gate.shape(), gate)?, cuda::tensor(dup, up.shape(), up)?);
-            return Ok((Some(dgate), Some(dup)));
+    let ids = [gate.id(), up.id()];
+    let inputs = [gate.contiguous()?, up.contiguous()?];
+    let out = gated_forward(&inputs, activation)?;
+    tape::push(&[gate, up], &out, &[&inputs[0].clone(), &inputs[1].clone()], move |dout, gradients| {
+        for (id, gradient) in ids.into_iter().zip(gated_backward(&inputs, &dout.tensor.contiguous()?, activation)?) {
+            gradients.add(id, gradient)?;
         }
-        let (mut dgate, mut dup) = (vec![0f32; gate.elem_count()], vec![0f32; up.elem_count()]);
-        cpu::with_floats([gate, up, &dout], |[gate, up, dout]| {
-            let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dout.par_chunks(CHUNK));
-            let chunks = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).zip(inputs);
-            spread(|| {
-                chunks.for_each(|((dgate, dup), ((gate, up), dout))| {
-                    kernels::gated_backward(self.activation, gate, up, dout, dgate, dup);
-                });
-            });
-            Ok(())
-        })?;
-        Ok((Some(cpu::tensor(dgate, gate.shape())?), Some(cpu::tensor(dup, up.shape())?)))
+        Ok(())
+    });
+    Ok(out)
+}
+
+fn gated_forward([gate, up]: &[Tensor; 2], activation: Activation) -> Result<Tensor> {
+    if !gate.device().is_cpu() {
+        let out = cuda::with_views([gate, up], |[gate, up]| gpu::gated(activation, gate, up))?;
+        return Ok(cuda::tensor(out, gate.shape(), gate)?);
     }
+    let out = cpu::with_floats([gate, up], |[gate, up]| {
+        let [out] = cpu::in_chunks(gate.len(), CHUNK, |at, [out]| {
+            let rows = at..at + out.len();
+            kernels::gated(activation, &gate[rows.clone()], &up[rows], out);
+        });
+        Ok(out)
+    })?;
+    Ok(cpu::tensor(out, gate.shape())?)
+}
+
+fn gated_backward([gate, up]: &[Tensor; 2], dout: &Tensor, activation: Activation) -> Result<[Tensor; 2]> {
+    let inputs = [gate, up, dout];
+    if !gate.device().is_cpu() {
+        let back = |[gate, up, dout]: [View<'_>; 3]| gpu::gated_backward(activation, gate, up, dout);
+        let [dgate, dup] = cuda::with_views(inputs, back)?;
+        return Ok([cuda::tensor(dgate, gate.shape(), gate)?, cuda::tensor(dup, up.shape(), up)?]);
+    }
+    let [dgate, dup] = cpu::with_floats(inputs, |[gate, up, dout]| {
+        Ok(cpu::in_chunks(gate.len(), CHUNK, |at, [dgate, dup]| {
+            let rows = at..at + dgate.len();
+            kernels::gated_backward(activation, &gate[rows.clone()], &up[rows.clone()], &dout[rows], dgate, dup);
+        }))
+    })?;
+    Ok([cpu::tensor(dgate, gate.shape())?, cpu::tensor(dup, up.shape())?])
 }
 
 /// Rotates pairs `(i, i + D/2)` of each head (Hugging Face's half-split layout). x: (N, H, D); cos, sin: (N, D/2), f32, already
 /// picked for the tokens' positions. Differentiable in `x`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() || cuda::takes(x) {
-        return Ok(x.contiguous()?.apply_op1(Rope { cos: cos.contiguous()?, sin: sin.contiguous()?, sign: 1.0 })?);
+    if !x.device().is_cpu() && !cuda::takes(x) {
+        return tape::composed([x], |[x]| {
+            let half = x.dim(D::Minus1)? / 2;
+            let (left, right) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+            let (cos, sin) = (cos.to_dtype(x.dtype())?.unsqueeze(1)?, sin.to_dtype(x.dtype())?.unsqueeze(1)?);
+            let first = (left.broadcast_mul(&cos)? - right.broadcast_mul(&sin)?)?;
+            let second = (right.broadcast_mul(&cos)? + left.broadcast_mul(&sin)?)?;
+            Ok(Tensor::cat(&[first, second], D::Minus1)?)
+        });
     }
-    let half = x.dim(D::Minus1)? / 2;
-    let (left, right) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-    let (cos, sin) = (cos.to_dtype(x.dtype())?.unsqueeze(1)?, sin.to_dtype(x.dtype())?.unsqueeze(1)?);
-    let first = (left.broadcast_mul(&cos)? - right.broadcast_mul(&sin)?)?;
-    let second = (right.broadcast_mul(&cos)? + left.broadcast_mul(&sin)?)?;
-    Ok(Tensor::cat(&[first, second], D::Minus1)?)
+    let tables = [cos.contiguous()?, sin.contiguous()?];
+    let (y, id) = (rotated(&x.contiguous()?, &tables, 1.0)?, x.id());
+    // The inverse of a rotation is the rotation back.
+    tape::push(&[x], &y, &[], move |dy, gradients| {
+        gradients.add(id, rotated(&dy.tensor.contiguous()?, &tables, -1.0)?)
+    });
+    Ok(y)
 }
 
-struct Rope {
-    cos: Tensor,
-    sin: Tensor,
-    sign: f32,
-}
-
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
+fn rotated(x: &Tensor, [cos, sin]: &[Tensor; 2], sign: f32) -> Result<Tensor> {
+    let (_, h, d) = x.dims3()?;
+    if !x.device().is_cpu() {
+        let y = cuda::with_views([x, cos, sin], |[x_view, cos, sin]| gpu::rope(x_view, x.dims3()?, [cos, sin], sign))?;
+        return Ok(cuda::tensor(y, x.shape(), x)?);
     }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = cpu::floats(storage, layout)?;
-        let (_, h, d) = layout.shape().dims3()?;
-        let mut y = vec![0f32; x.len()];
-        cpu::with_floats([&self.cos, &self.sin], |[cos, sin]| {
-            let tables = cos.par_chunks(d / 2).zip(sin.par_chunks(d / 2));
-            let rows = y.par_chunks_mut(h * d).with_min_len(16).zip(x.par_chunks(h * d)).zip(tables);
-            spread(|| rows.for_each(|((y, x), (cos, sin))| rope_row(x, cos, sin, self.sign, y)));
-            Ok(())
-        })?;
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (x, shape) = (View::new(storage, layout)?, layout.shape().dims3()?);
-        let y = cuda::with_views([&self.cos, &self.sin], |tables| gpu::rope(x, shape, tables, self.sign))?;
-        Ok((y, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        // The inverse of a rotation is the rotation back.
-        let back = Rope { cos: self.cos.clone(), sin: self.sin.clone(), sign: -self.sign };
-        dy.detach().contiguous()?.apply_op1(back).map(Some)
-    }
+    let y = cpu::with_floats([x, cos, sin], |[x, cos, sin]| {
+        let [y] = cpu::in_chunks(x.len(), ROWS * h * d, |at, [y]| {
+            let table = at / h / 2;
+            let tables = cos[table..].chunks_exact(d / 2).zip(sin[table..].chunks_exact(d / 2));
+            for ((y, x), (cos, sin)) in y.chunks_exact_mut(h * d).zip(x[at..].chunks_exact(h * d)).zip(tables) {
+                rope_row(x, cos, sin, sign, y);
+            }
+        });
+        Ok(y)
+    })?;
+    Ok(cpu::tensor(y, x.shape())?)
 }
 
 /// Inverted dropout with probability `p`, whose mask is a function of `seed` and the element index alone, so that a recomputed
@@ -153,7 +122,9 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     let mask: Vec<f32> =
         (0..x.elem_count() as u64).map(|index| if mix(seed, index) >> 32 < limit { 0.0 } else { keep }).collect();
     let mask = Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?;
-    Ok((x * mask)?)
+    let (y, id) = ((x.detach() * &mask)?, x.id());
+    tape::push(&[x], &y, &[&mask.clone()], move |dy, gradients| gradients.add(id, (dy.tensor * mask)?));
+    Ok(y)
 }
 
 /// Two rounds of the SplitMix64 finalizer over seed and index.

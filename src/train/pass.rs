@@ -1,10 +1,8 @@
 //! Forward and backward of one flat step, one residual block (attention or MLP) after the other.
 //!
-//! The forward keeps each block's input and, for as many blocks as the memory allowed takes, the graph the block recorded. The
-//! backward pulls the vector-Jacobian product through one block at a time and recomputes a block whose graph was not kept; the
+//! The forward keeps each block's input and, for as many blocks as the memory allowed takes, the tape the block recorded. The
+//! backward pulls the vector-Jacobian product through one block at a time and recomputes a block whose tape was not kept; the
 //! result is the same bit for bit. Between any two blocks the device can go to somebody else.
-
-use std::collections::HashSet;
 
 use candle_core::{Tensor, Var};
 
@@ -13,7 +11,7 @@ use super::pack::Pack;
 use super::trainer::Pace;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
-use crate::ops::{pull, token_logprobs};
+use crate::ops::{self, Tape, record, token_logprobs};
 
 /// A model with the variables that are trained on it.
 pub(crate) struct Pass<'a> {
@@ -23,22 +21,22 @@ pub(crate) struct Pass<'a> {
     pub(crate) params: &'a LoraParams,
     /// Seed of this pass's dropout masks.
     pub(crate) dropout_seed: Option<u64>,
-    /// Memory for kept graphs, bytes.
+    /// Memory for kept tapes, bytes.
     pub(crate) keep_bytes: usize,
 }
 
-/// What the forward leaves of a block: its input and, if it was kept, its output with the graph behind it.
-struct Tape {
+/// What the forward leaves of a block: its input and, if it was kept, its output and the tape between them.
+struct Left {
     input: Tensor,
-    output: Option<Tensor>,
+    output: Option<(Tensor, Tape)>,
 }
 
 /// What a pass used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PassStats {
-    /// Blocks whose graph was kept.
+    /// Blocks whose tape was kept.
     pub(crate) kept_blocks: usize,
-    /// Bytes of the kept graphs and inputs.
+    /// Bytes of the kept tapes and inputs.
     pub(crate) activation_bytes: usize,
 }
 
@@ -57,52 +55,59 @@ impl Pass<'_> {
         let rotary = model.rotary(&pack.mask.positions)?;
         let attend = Attend::Causal(&pack.mask);
         let lora = LoraRows::Train { params: self.params, dropout_seed: self.dropout_seed };
+        let counts = self.params.counts(blocks);
+        let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate().collect::<Vec<_>>();
+        let mut of_blocks = Vec::with_capacity(blocks);
+        for count in counts.into_iter().rev() {
+            of_blocks.push(variables.split_off(variables.len() - count));
+        }
+        of_blocks.reverse();
+        // Nothing below the first block is trained: its input wants no gradient.
+        let run = |block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
+            let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());
+            record(leaves.chain((block > 0).then_some(input)), || model.block(block, input, &rotary, attend, lora))
+        };
 
-        // (N, C); nothing below the first block is trained, so its input is no variable.
+        // (N, C)
         let mut x = model.embed(&pack.ids)?.detach();
-        let mut tapes: Vec<Tape> = Vec::with_capacity(blocks);
+        let mut passed: Vec<Left> = Vec::with_capacity(blocks);
         let measured = blocks.min(4) - 2;
         let mut kept_from = 0;
         let mut layer_bytes = 0;
-        for block in 0..blocks {
+        for (block, variables) in of_blocks.iter().enumerate() {
             turn(model, pace)?;
-            let input = if block == 0 { x } else { Var::from_tensor(&x)?.into_inner() };
-            let output = model.block(block, &input, &rotary, attend, lora)?;
-            x = output.detach();
-            // The first block's graph has no branch into its input, so the second layer is the measure of all.
+            let (output, tape) = run(block, &x, variables)?;
+            // The first block's tape has no way to its input, so the second layer is the measure of all.
             if (measured..measured + 2).contains(&block) {
-                layer_bytes += graph_bytes(&output);
+                layer_bytes += tape.bytes();
             }
             if block == measured + 1 {
                 kept_from = blocks.saturating_sub(2 * self.keep_bytes / layer_bytes.max(1));
-                tapes.iter_mut().take(kept_from).for_each(|tape| tape.output = None);
+                passed.iter_mut().take(kept_from).for_each(|left| left.output = None);
             }
-            tapes.push(Tape { input, output: (block >= kept_from).then_some(output) });
+            let input = std::mem::replace(&mut x, output.clone());
+            passed.push(Left { input, output: (block >= kept_from).then_some((output, tape)) });
         }
         let kept_blocks = blocks - kept_from;
         let input_bytes = x.elem_count() * x.dtype().size_in_bytes();
         let stats = PassStats { kept_blocks, activation_bytes: kept_blocks * layer_bytes / 2 + blocks * input_bytes };
 
         let mut dy = self.head_backward(&x, pack, upstream, pace)?;
-        let counts = self.params.counts(blocks);
-        let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate().collect::<Vec<_>>();
-        for block in (0..blocks).rev() {
+        for (block, variables) in of_blocks.iter().enumerate().rev() {
             turn(model, pace)?;
-            let tape = tapes.pop().expect("the forward left one tape a block. This is a bug.");
-            let output = match tape.output {
-                Some(output) => output,
-                None => model.block(block, &tape.input, &rotary, attend, lora)?,
+            let left = passed.pop().expect("the forward left something of every block. This is a bug.");
+            let (output, tape) = match left.output {
+                Some(kept) => kept,
+                None => run(block, &left.input, variables)?,
             };
-            let found = vector_jacobian(&output, &dy)?;
-            for (index, variable) in variables.split_off(variables.len() - counts[block]) {
-                let gradient = found.get(variable).ok_or_else(|| {
-                    Error::internal(format!("no gradient reached LoRA variable {index}. This is a bug."))
-                })?;
-                gradients.add(index, gradient)?;
+            let mut found = tape.backward([(&output, dy)])?;
+            for (index, variable) in variables {
+                gradients.add(*index, &taken(&mut found, variable.as_tensor(), "a LoRA variable")?)?;
             }
-            if block > 0 {
-                dy = gradient_of(&found, &tape.input, "a block's input")?;
+            if block == 0 {
+                break;
             }
+            dy = taken(&mut found, &left.input, "a block's input")?;
         }
         Ok(stats)
     }
@@ -116,14 +121,15 @@ impl Pass<'_> {
         pace: &mut Pace<'_>,
     ) -> Result<Tensor> {
         let model = self.model;
-        let hidden = Var::from_tensor(hidden)?;
         let rows = Tensor::from_slice(&pack.rows, pack.rows.len(), model.device())?;
         // (T, C)
-        let normed = model.final_norm(&hidden.as_tensor().index_select(&rows, 0)?)?;
-        let values = token_logprobs(&normed, model.head()?, &pack.targets, pace)?;
+        let picked = hidden.index_select(&rows, 0)?;
+        let (values, tape) =
+            record([&picked], || token_logprobs(&model.final_norm(&picked)?, model.head()?, &pack.targets, pace))?;
         let upstream = upstream(&values.to_vec1::<f32>()?)?;
-        let found = vector_jacobian(&values, &Tensor::from_vec(upstream, values.shape(), model.device())?)?;
-        gradient_of(&found, hidden.as_tensor(), "the last layer's output")
+        let mut found = tape.backward([(&values, Tensor::from_vec(upstream, values.shape(), model.device())?)])?;
+        let picked = taken(&mut found, &picked, "the rows of the answers")?;
+        Ok(hidden.zeros_like()?.index_add(&rows, &picked, 0)?)
     }
 }
 
@@ -148,27 +154,6 @@ fn turn(model: &Decoder, pace: &mut Pace<'_>) -> Result<()> {
     pace()
 }
 
-/// Gradients of `Σ y ⊙ dy` by every variable behind `y`.
-fn vector_jacobian(y: &Tensor, dy: &Tensor) -> Result<candle_core::backprop::GradStore> {
-    Ok(pull(y, dy)?.backward()?)
-}
-
-fn gradient_of(found: &candle_core::backprop::GradStore, variable: &Tensor, name: &str) -> Result<Tensor> {
-    match found.get(variable) {
-        Some(gradient) => Ok(gradient.detach()),
-        None => Err(Error::internal(format!("no gradient reached {name}. This is a bug."))),
-    }
-}
-
-/// Bytes of the distinct tensors in the graph behind `output`, variables left out.
-fn graph_bytes(output: &Tensor) -> usize {
-    let mut seen = HashSet::new();
-    let mut bytes = 0;
-    for node in output.sorted_nodes() {
-        let (storage, _) = node.storage_and_layout();
-        if !node.is_variable() && seen.insert(std::ptr::from_ref(&*storage).addr()) {
-            bytes += node.elem_count() * node.dtype().size_in_bytes();
-        }
-    }
-    bytes
+fn taken(found: &mut ops::Gradients, leaf: &Tensor, name: &str) -> Result<Tensor> {
+    found.remove(leaf).ok_or_else(|| Error::internal(format!("no gradient reached {name}. This is a bug.")))
 }

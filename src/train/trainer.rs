@@ -160,7 +160,12 @@ impl<'a> Trainer<'a> {
             seed: job.seed,
             folder: job.folder.clone(),
             keep_bytes,
-            pack_rows: flat_step_rows(job.model.config(), keep_bytes, job.model.device().is_cpu()),
+            pack_rows: flat_step_rows(
+                job.model.config(),
+                keep_bytes,
+                job.model.compute_dtype(),
+                job.model.device().is_cpu(),
+            ),
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,

@@ -1,12 +1,12 @@
 //! The gradient of every op in `ops/` against central differences of its own forward.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rdpo::error::Result;
 use rdpo::ops::{
-    Activation, CausalMask, FrozenLinear, Segment, causal_attention, dropout, gated, low_rank, pull, rms_norm, rope,
-    token_logprobs,
+    Activation, CausalMask, FrozenLinear, Segment, Trained, add, causal_attention, dropout, gated, low_rank, record,
+    reshape, rms_norm, rope, token_logprobs,
 };
 
 const STEP: f32 = 1e-2;
@@ -23,12 +23,10 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 
 /// `Σ op(inputs) ⊙ weights`: its gradient in every input, by the op's backward and by differences, must agree.
 fn check(name: &str, shapes: &[&[usize]], op: impl Fn(&[Tensor]) -> Result<Tensor>) {
-    let inputs: Vec<Var> =
-        shapes.iter().zip(1..).map(|(shape, seed)| Var::from_tensor(&numbers(shape, seed)).unwrap()).collect();
-    let tensors: Vec<Tensor> = inputs.iter().map(|input| input.as_tensor().clone()).collect();
-    let out = op(&tensors).unwrap();
+    let tensors: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| numbers(shape, seed)).collect();
+    let (out, tape) = record(&tensors, || op(&tensors)).unwrap();
     let weights = numbers(out.dims(), 99);
-    let found = pull(&out, &weights).unwrap().backward().unwrap();
+    let found = tape.backward([(&out, weights.clone())]).unwrap();
     let weights = flat(&weights);
     let sum = |at: &[Tensor]| -> f64 {
         flat(&op(at).unwrap()).iter().zip(&weights).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum()
@@ -42,7 +40,7 @@ fn check(name: &str, shapes: &[&[usize]], op: impl Fn(&[Tensor]) -> Result<Tenso
             let moved = |by: f32| {
                 let mut values = values.clone();
                 values[at] += by;
-                let mut all: Vec<Tensor> = tensors.iter().map(Tensor::detach).collect();
+                let mut all = tensors.clone();
                 all[index] = Tensor::from_vec(values, input.dims(), &Device::Cpu).unwrap();
                 sum(&all)
             };
@@ -58,8 +56,28 @@ fn linear() {
     let bias = numbers(&[5], 8);
     let frozen = FrozenLinear::new(&numbers(&[5, 7], 7), Some(&bias)).unwrap();
     check("frozen linear", &[&[3, 7]], |x| frozen.forward(&x[0]));
-    check("low rank", &[&[3, 7], &[2, 7], &[5, 2]], |x| low_rank(Some(&frozen), &x[0], &x[1], &x[2], 1.5));
-    check("low rank alone", &[&[3, 7], &[2, 7], &[5, 2]], |x| low_rank(None, &x[0], &x[1], &x[2], 0.5));
+    let trained = |base, x: &[Tensor]| {
+        let [y] = low_rank(&x[0], [Trained { base, a: &x[1], b: &x[2], scale: 1.5 }])?;
+        Ok(y)
+    };
+    check("low rank", &[&[3, 7], &[2, 7], &[5, 2]], |x| trained(Some(&frozen), x));
+    check("low rank alone", &[&[3, 7], &[2, 7], &[5, 2]], |x| trained(None, x));
+}
+
+/// Gradients that meet: of a residual's input, of the input of several linears, of one tensor added to itself.
+#[test]
+fn ops_that_share_their_input() {
+    let linear = |out, input, seed| FrozenLinear::new(&numbers(&[out, input], seed), None).unwrap();
+    let (one, other, back) = (linear(5, 7, 7), linear(5, 7, 8), linear(7, 5, 9));
+    let weight = numbers(&[7], 10);
+    check("block", &[&[3, 7], &[2, 7], &[5, 2], &[1, 7], &[5, 1]], |x| {
+        let normed = rms_norm(&x[0], &weight, 1e-5)?;
+        let one = Trained { base: Some(&one), a: &x[1], b: &x[2], scale: 1.5 };
+        let other = Trained { base: Some(&other), a: &x[3], b: &x[4], scale: 0.5 };
+        let [y, z] = low_rank(&normed, [one, other])?;
+        let y = add(&add(&y, &z)?, &one.base.unwrap().forward(&normed)?)?;
+        reshape(&add(&x[0], &back.forward(&add(&y, &y)?)?)?, (7, 3))
+    });
 }
 
 #[test]
@@ -101,11 +119,12 @@ fn head() {
 fn bf16_weights_pass_gradients_too() {
     let weight = numbers(&[32, 64], 7).to_dtype(DType::BF16).unwrap();
     let frozen = FrozenLinear::new(&weight, None).unwrap();
-    let x = Var::from_tensor(&numbers(&[4, 64], 1)).unwrap();
+    let x = numbers(&[4, 64], 1);
     let dy = numbers(&[4, 32], 2);
-    let found = pull(&frozen.forward(x.as_tensor()).unwrap(), &dy).unwrap().backward().unwrap();
+    let (y, tape) = record([&x], || frozen.forward(&x)).unwrap();
+    let found = tape.backward([(&y, dy.clone())]).unwrap();
     let exact = flat(&dy.matmul(&weight.to_dtype(DType::F32).unwrap()).unwrap());
-    for (got, exact) in flat(found.get(x.as_tensor()).unwrap()).iter().zip(&exact) {
+    for (got, exact) in flat(found.get(&x).unwrap()).iter().zip(&exact) {
         // Eight bits of mantissa on both sides of 32 products of at most 1.
         assert!((got - exact).abs() < 0.06, "{got} is not {exact}");
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor};
 use rdpo::error::Result;
 use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, RowGroup, SITES, WeightFormat};
-use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, token_logprobs};
+use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, record, token_logprobs};
 use rdpo::weights::{AdapterFile, Checkpoint, LoraConfig};
 use serde_json::Value;
 
@@ -257,42 +257,59 @@ fn packed(pairs: &Value) -> Packed {
     packed
 }
 
-/// Summed log-probs of each answer: scalars that record their graph.
-fn answer_logprobs(model: &Decoder, packed: &Packed, lora: LoraRows<'_>) -> Vec<Tensor> {
-    let hidden = hidden(model, &packed.ids, &packed.mask, lora);
-    let of = |(rows, targets): &(Vec<u32>, Vec<u32>)| {
-        let rows = Tensor::from_slice(rows, rows.len(), model.device()).unwrap();
-        let hidden = hidden.index_select(&rows, 0).unwrap();
-        token_logprobs(&hidden, model.head().unwrap(), targets, &mut || Ok(())).unwrap().sum_all().unwrap()
-    };
-    packed.answers.iter().map(of).collect()
+/// Log-probs of the answers' tokens, answer after answer. hidden: (N, C).
+fn answer_logprobs(model: &Decoder, packed: &Packed, hidden: &Tensor) -> Result<Tensor> {
+    let targets: Vec<u32> = packed.answers.iter().flat_map(|(_, targets)| targets.clone()).collect();
+    token_logprobs(hidden, model.head()?, &targets, &mut || Ok(()))
 }
 
 #[test]
 fn every_lora_gradient_is_that_of_peft() {
     for name in ARCHITECTURES {
         let fixture = fixture(name);
-        let params = fixture.params();
+        let (params, model) = (fixture.params(), &fixture.model);
         let packed = packed(&fixture.expected["pairs"]);
-        let reference = answer_logprobs(&fixture.model, &packed, LoraRows::Base);
-        let policy = answer_logprobs(&fixture.model, &packed, LoraRows::Train { params: &params, dropout_seed: None });
-        let beta = fixture.expected["beta"].as_f64().unwrap();
-        let losses = policy.chunks(2).zip(reference.chunks(2)).map(|(policy, reference)| -> Result<Tensor> {
-            let gap = |side: &[Tensor]| &side[0] - &side[1];
-            let h = ((gap(policy)? - gap(reference)?.detach())? * beta)?;
-            Ok((h.neg()?.exp()? + 1.0)?.log()?)
-        });
-        let losses: Vec<Tensor> = losses.map(Result::unwrap).collect();
-        let loss = Tensor::stack(&losses, 0).unwrap().mean(D::Minus1).unwrap();
-        let wanted = fixture.expected["dpo_loss"].as_f64().unwrap();
-        let got = f64::from(loss.to_scalar::<f32>().unwrap());
-        let most = if dtype() == DType::F32 { 1e-5 } else { 0.05 };
-        assert!((got - wanted).abs() < most, "{name}: loss {got}, PEFT {wanted}");
+        let run = |lora: LoraRows<'_>| hidden(model, &packed.ids, &packed.mask, lora);
+        let rows: Vec<u32> = packed.answers.iter().flat_map(|(rows, _)| rows.clone()).collect();
+        let rows = Tensor::from_slice(&rows, rows.len(), model.device()).unwrap();
+        let picked = run(LoraRows::Base).index_select(&rows, 0).unwrap();
+        let reference = answer_logprobs(model, &packed, &picked).unwrap();
 
-        let gradients = loss.backward().unwrap();
-        let named = params.named();
-        assert_eq!(named.len(), fixture.model.config().num_hidden_layers * SITES.len() * 2);
-        for (tensor, variable) in named {
+        let variables = params.named();
+        let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());
+        let of_policy = || Ok(run(LoraRows::Train { params: &params, dropout_seed: None }));
+        let (body, of_body) = record(leaves, of_policy).unwrap();
+        let picked = body.index_select(&rows, 0).unwrap();
+        let (policy, of_head) = record([&picked], || answer_logprobs(model, &packed, &picked)).unwrap();
+
+        // Summed over each answer; then −ln σ(β·h) a pair, averaged, and its slope in each token's log-prob.
+        let sums = |logprobs: &Tensor| -> Vec<f64> {
+            let mut logprobs = logprobs.to_vec1::<f32>().unwrap().into_iter();
+            let of = |(_, targets): &(Vec<u32>, Vec<u32>)| logprobs.by_ref().take(targets.len()).map(f64::from).sum();
+            packed.answers.iter().map(of).collect()
+        };
+        let beta = fixture.expected["beta"].as_f64().unwrap();
+        let (policy_sums, reference_sums) = (sums(&policy), sums(&reference));
+        let pairs = policy_sums.len() as f64 / 2.0;
+        let (mut loss, mut slopes) = (0.0, Vec::new());
+        for (index, (policy, reference)) in policy_sums.chunks(2).zip(reference_sums.chunks(2)).enumerate() {
+            let h = beta * ((policy[0] - policy[1]) - (reference[0] - reference[1]));
+            loss += (-h).exp().ln_1p() / pairs;
+            let slope = -beta / (1.0 + h.exp()) / pairs;
+            for (side, sign) in [(0, 1.0), (1, -1.0)] {
+                slopes.extend(vec![(sign * slope) as f32; packed.answers[2 * index + side].1.len()]);
+            }
+        }
+        let wanted = fixture.expected["dpo_loss"].as_f64().unwrap();
+        let most = if dtype() == DType::F32 { 1e-5 } else { 0.05 };
+        assert!((loss - wanted).abs() < most, "{name}: loss {loss}, PEFT {wanted}");
+
+        let slopes = Tensor::from_vec(slopes, policy.shape(), model.device()).unwrap();
+        let back = of_head.backward([(&policy, slopes)]).unwrap().remove(&picked).unwrap();
+        let back = body.zeros_like().unwrap().index_add(&rows, &back, 0).unwrap();
+        let gradients = of_body.backward([(&body, back)]).unwrap();
+        assert_eq!(variables.len(), fixture.model.config().num_hidden_layers * SITES.len() * 2);
+        for (tensor, variable) in variables {
             let got = gradients.get(variable.as_tensor()).unwrap_or_else(|| panic!("{name} {tensor}: no gradient"));
             let wanted = &fixture.tensors[&format!("grad.{tensor}")];
             let largest = largest(wanted);

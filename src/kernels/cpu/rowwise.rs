@@ -144,7 +144,7 @@ at_every_level! {
     }
 
     /// `y ← y + x`.
-    pub(super) fn add_row(x: &[f32], y: &mut [f32]) {
+    pub fn add_row(x: &[f32], y: &mut [f32]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
     }
 

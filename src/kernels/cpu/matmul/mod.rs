@@ -27,6 +27,7 @@ use super::level::{Level, Out, filled, has_bf16_products, level};
 use crate::cores::spread;
 pub use coded::Codes;
 use coded::{CodePanels, CodedPanel};
+use low::LowBack;
 pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
@@ -46,7 +47,7 @@ const TURNED: usize = 1024;
 const UNPACKED: usize = 256;
 /// Most rows for which a quantized panel is unpacked on the way into the product, and not first into memory.
 const FEW_ROWS: usize = 8;
-/// Largest quantized weight that is unpacked whole for a call of many rows: 64 MiB of bf16.
+/// Largest weight that is unpacked whole (if quantized) or turned whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
 /// Most bytes of a panel that are read ahead.
 const MOST_AHEAD: usize = 4096;
@@ -162,10 +163,17 @@ impl Packed {
         forward_together(x, &[Adapted { weight: self, parts }]).remove(0)
     }
 
-    /// `dy·W`, the gradient of the input. dy: (M, N) → (M, K).
-    pub fn backward(&self, dy: &[f32]) -> Vec<f32> {
+    /// `dy·W`, the gradient of the input, and on top of it `dlow·A` where `low` has both. dy: (M, N), dlow: (M, R), A: (R, K) → (M, K).
+    pub fn backward(&self, dy: &[f32], low: Option<[&[f32]; 2]>) -> Vec<f32> {
+        let fill = |dx| self.backward_in(Mode::best(), dy, low, dx, false);
         // SAFETY: the product writes every number of the (M, K).
-        unsafe { filled(dy.len() / self.n * self.k, |dx| self.backward_to(dy, dx, Mode::best())) }
+        unsafe { filled(dy.len() / self.n * self.k, fill) }
+    }
+
+    /// [`Self::backward`] on top of what dx: (M, K) holds.
+    pub fn backward_onto(&self, dy: &[f32], low: Option<[&[f32]; 2]>, dx: &mut [f32]) {
+        assert_eq!(dx.len(), dy.len() / self.n * self.k, "a gradient that does not fit");
+        self.backward_in(Mode::best(), dy, low, Out(dx.as_mut_ptr()), true);
     }
 
     /// Row `n` of W into `out`: (K).
@@ -348,12 +356,10 @@ impl Packed {
         Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
     }
 
-    /// dx: (M, K), all of it written.
-    fn backward_to(&self, dy: &[f32], dx: Out, mode: Mode) {
+    /// dx: (M, K), all of it written, or what it holds added to where `add`.
+    fn backward_in(&self, mode: Mode, dy: &[f32], low: Option<[&[f32]; 2]>, dx: Out, add: bool) {
         let m = dy.len() / self.n;
-        if let Some(whole) = self.whole(mode, row_blocks(m, TURNED.min(self.n)).0) {
-            return whole.backward_to(dy, dx, mode);
-        }
+        let low = low.map(|[dlow, a]| LowBack::new(dlow, a, (m, self.k)));
         #[cfg(target_arch = "x86_64")]
         if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
@@ -370,12 +376,12 @@ impl Packed {
             };
             let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
                 let x = rounded.from(rows.start, n.start / 2);
-                let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), n.start > 0);
+                let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), add || n.start > 0);
                 let tile = PairTile { x, stride, weights: Panel::<2>(turned.as_ptr()), pairs, columns, add };
                 // SAFETY: rows and columns are inside dx and no other task has them.
                 unsafe { tile.run(rows.len(), to, self.k) };
             };
-            return self.backward_panels(m, turn, multiply, dx);
+            return self.backward_panels((m, mode.level), turn, multiply, low.as_ref(), dx);
         }
         let turn = |panel, k, to: &mut [f32]| match &self.panels {
             Panels::F32(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
@@ -389,11 +395,11 @@ impl Packed {
         };
         let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
             let (x, weights) = (dy[rows.start * self.n + n.start..].as_ptr(), Plain(turned.as_ptr(), PANEL));
-            let tile = Tile { x, stride: self.n, turned: false, weights, k: n.len(), columns, add: n.start > 0 };
+            let tile = Tile { x, stride: self.n, turned: false, weights, k: n.len(), columns, add: add || n.start > 0 };
             // SAFETY: as above.
             unsafe { tile.run(mode.level, rows.len(), to, self.k) };
         };
-        self.backward_panels(m, turn, multiply, dx);
+        self.backward_panels((m, mode.level), turn, multiply, low.as_ref(), dx);
     }
 
     /// A panel from column `k` on, 32 wide.
@@ -410,37 +416,54 @@ impl Packed {
         Cow::Owned(square)
     }
 
-    /// Panels over K are turned out of those over N, some of N at a time, and handed to `multiply` as `(turned, rows, range of N,
-    /// columns, where they go)`, ranges of N in order. `turn` does 32 columns of one panel, from the given one on.
-    fn backward_panels<T: Copy + Default>(
+    /// Panels over K are turned out of those over N and handed to `multiply` as `(turned, rows, range of N, columns, where they go)`,
+    /// ranges of N in order; then come the low-rank part's columns. `turn` does 32 columns of one panel, from the given one on. A weight
+    /// that is not too large for it is turned once for all rows.
+    fn backward_panels<T: Copy + Default + Send + Sync>(
         &self,
-        m: usize,
+        (m, level): (usize, Level),
         turn: impl Fn(usize, usize, &mut [T]) + Sync,
         multiply: impl Fn(&[T], Range<usize>, Range<usize>, usize, *mut f32) + Sync,
+        low: Option<&LowBack<'_>>,
         dx: Out,
     ) {
         let (n, k) = (self.n, self.k);
         let (blocks, block) = row_blocks(m, TURNED.min(n));
-        let count = k.div_ceil(PANEL);
-        let turned = || vec![T::default(); TURNED.min(n.next_multiple_of(PANEL)) * PANEL];
+        let (count, panels) = (k.div_ceil(PANEL), n.div_ceil(PANEL));
+        let square = |panel: usize, index: usize, to: &mut [T]| turn(panel, index * PANEL, to);
         spread(|| {
+            let whole = (blocks > 1 && n * k <= MOST_WHOLE).then(|| turn::squares(panels, count, square));
+            let turned = || vec![T::default(); TURNED.min(panels * PANEL) * PANEL];
             let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).max(1);
             let groups = count.div_ceil(together);
-            (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(turned, |turned, task| {
+            let task = |own: &mut Vec<T>, task: usize| {
                 let (at, group) = (task % blocks, task / blocks);
                 let rows = at * block..m.min((at + 1) * block);
                 for start in (0..n).step_by(TURNED) {
                     let some = start..n.min(start + TURNED);
                     for index in group * together..count.min((group + 1) * together) {
-                        let panels = some.start / PANEL..some.end.div_ceil(PANEL);
-                        for (panel, to) in panels.zip(turned.chunks_exact_mut(PANEL * PANEL)) {
-                            turn(panel, index * PANEL, to);
+                        let turned = match &whole {
+                            Some(whole) => &whole[(index * panels + start / PANEL) * PANEL * PANEL..],
+                            None => {
+                                let of = start / PANEL..some.end.div_ceil(PANEL);
+                                of.zip(own.chunks_exact_mut(PANEL * PANEL))
+                                    .for_each(|(panel, to)| square(panel, index, to));
+                                &own[..]
+                            }
+                        };
+                        let (columns, to) = (PANEL.min(k - index * PANEL), dx.at(rows.start * k + index * PANEL));
+                        multiply(turned, rows.clone(), some.clone(), columns, to);
+                        if let Some(low) = low
+                            && some.end == n
+                        {
+                            // SAFETY: rows and columns are inside dx and no other task has them.
+                            unsafe { low.add_to(level, rows.clone(), index, columns, to) };
                         }
-                        let columns = PANEL.min(k - index * PANEL);
-                        multiply(turned, rows.clone(), some.clone(), columns, dx.at(rows.start * k + index * PANEL));
                     }
                 }
-            });
+            };
+            let own = || if whole.is_some() { Vec::new() } else { turned() };
+            (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(own, task);
         });
     }
 }

@@ -66,7 +66,7 @@ fn every_width_and_level_is_the_plain_product_and_rows_stand_alone() {
                 let (x_read, dy_read): (Vec<f32>, Vec<f32>) = (read(&x), read(&dy));
                 let y = forward(&packed, &x, &[], mode);
                 // SAFETY: all numbers are written.
-                let dx = unsafe { filled(m * k, |dx| packed.backward_to(&dy, dx, mode)) };
+                let dx = unsafe { filled(m * k, |dx| packed.backward_in(mode, &dy, None, dx, false)) };
                 close(&y, &plain(&x_read, &rows, (m, n, k)));
                 close(&dx, &plain(&dy_read, &turned(&rows, k), (m, k, n)));
                 for row in [0, m / 2, m - 1] {
@@ -75,6 +75,31 @@ fn every_width_and_level_is_the_plain_product_and_rows_stand_alone() {
                     assert_eq!(alone, y[row * n..(row + 1) * n], "row {row} of {m} stands alone");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_low_rank_parts_go_on_top() {
+    // 150 rows of 1100 columns are more than one block.
+    for (n, k, rank, m) in [(70, 45, 3, 5), (1100, 96, 16, 150), (33, 48, 40, 13)] {
+        let weight: Vec<bf16> = numbers(n * k, 1).into_iter().map(bf16::from_f32).collect();
+        let wide = Width::F32(weight.iter().map(|value| value.to_f32()).collect());
+        let (dy, dlow, a) = (numbers(m * n, 2), numbers(m * rank, 3), numbers(rank * k, 4));
+        let low = plain(&dlow, &turned(&a, k), (m, k, rank));
+        for (width, mode) in [&wide, &Width::Bf16(weight)]
+            .into_iter()
+            .flat_map(|width| modes().into_iter().map(move |mode| (width, mode)))
+        {
+            let packed = Packed::new(width, n, k);
+            let back = |low, to: &mut [f32], add| packed.backward_in(mode, &dy, low, Out(to.as_mut_ptr()), add);
+            let (mut alone, mut fresh, mut onto) = (vec![0f32; m * k], vec![7f32; m * k], vec![2f32; m * k]);
+            back(None, &mut alone, false);
+            back(Some([&dlow, &a]), &mut fresh, false);
+            back(Some([&dlow, &a]), &mut onto, true);
+            let exact: Vec<f64> = alone.iter().zip(&low).map(|(alone, low)| f64::from(*alone) + low).collect();
+            close(&fresh, &exact);
+            close(&onto, &exact.iter().map(|value| value + 2.0).collect::<Vec<_>>());
         }
     }
 }
@@ -190,7 +215,7 @@ fn codes_have_the_bits_of_their_numbers() {
                 let products = |packed: &Packed| {
                     let y = forward(packed, &x, &[], mode);
                     // SAFETY: all numbers are written.
-                    (y, unsafe { filled(m * k, |dx| packed.backward_to(&dy, dx, mode)) })
+                    (y, unsafe { filled(m * k, |dx| packed.backward_in(mode, &dy, None, dx, false)) })
                 };
                 assert!(products(&coded) == products(read(mode)), "{layout:?} {mode:?} {m} rows");
             }

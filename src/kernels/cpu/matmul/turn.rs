@@ -1,6 +1,7 @@
 //! Turning panels over N into panels over K, a block of 32 × 32 at a time, for the gradient of the input.
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::stored::Stored;
 use super::tile::PANEL;
@@ -80,6 +81,27 @@ pub(super) fn widened<W: Stored>(level: Level, of_block: &[W], to: &mut [f32]) {
             to[n * PANEL + k] = of_block.get(from).map_or(0.0, |number| number.widen());
         }
     }
+}
+
+/// All squares of a weight, panel after panel of one column of squares after the other: `count` times `panels`; `turn` is given the
+/// panel, the column and where the square goes.
+pub(super) fn squares<T: Copy + Default + Send + Sync>(
+    panels: usize,
+    count: usize,
+    turn: impl Fn(usize, usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let mut squares = Vec::with_capacity(count * panels * PANEL * PANEL);
+    let (room, _) = squares.spare_capacity_mut().as_chunks_mut::<{ PANEL * PANEL }>();
+    room[..count * panels].par_chunks_mut(panels).enumerate().for_each(|(index, column)| {
+        for (panel, to) in column.iter_mut().enumerate() {
+            let mut square = [T::default(); PANEL * PANEL];
+            turn(panel, index, &mut square);
+            to.iter_mut().zip(square).for_each(|(to, number)| _ = to.write(number));
+        }
+    });
+    // SAFETY: the capacity is that, and every square was written.
+    unsafe { squares.set_len(count * panels * PANEL * PANEL) };
+    squares
 }
 
 /// As [`widened`], in pairs: from (16 pairs of k, 32 n) to (16 pairs of n, 32 k).
