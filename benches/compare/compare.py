@@ -366,6 +366,7 @@ def plot(rows):
         for i, row in enumerate(points):
             parts.append(f'<circle cx="{x(i)}" cy="{y(row["tokens_per_s"]):.1f}" r="4" fill="#2f6fdd"/>'
                          f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) - 10:.1f}" text-anchor="middle">{row["tokens_per_s"]:.0f}</text>'
+                         f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) + 18:.1f}" text-anchor="middle" fill="#777">{row["gflop_per_s"]:.0f} GFLOP/s</text>'
                          f'<text x="{x(i)}" y="290" text-anchor="middle">{row[key]}</text>'
                          f'<text x="{x(i)}" y="308" text-anchor="middle" fill="#777">{row["peak_mb"]} MB</text>')
     return "\n".join(parts + ["</svg>"]) + "\n"
@@ -374,7 +375,7 @@ def plot(rows):
 def own_run(arguments, **values):
     words = [f"{name}={value}" for name, value in values.items()]
     said = bench("train-run", f"model={MODEL}", f"dtype={arguments.own_dtype}", *words).splitlines()[-1]
-    return {key: json.loads(said)[key] for key in ("pairs", "tokens", "tokens_per_s", "peak_mb")}
+    return {key: json.loads(said)[key] for key in ("pairs", "tokens", "tokens_per_s", "gflop_per_s", "peak_mb")}
 
 
 def own_train(arguments):

@@ -1,37 +1,97 @@
 //! Gradients of attention: the weights are computed again, a gradient of a key or value is summed over the rows in order.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::scores::{Scratch, pitch, runs};
-use super::{Block, Heads, Rows, blocks};
+use super::scores::{Keys, Scratch, pitch, runs};
+use super::{Block, Heads, Rows, blocks, turned_once};
 use crate::cores::spread;
 use crate::kernels::cpu::level::{Level, Out, level};
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
-use crate::kernels::cpu::rowwise::{dot_row, score_gradient_row};
+use crate::kernels::cpu::rowwise::{add_row, dot_row, score_gradient_row};
+
+/// Numbers that are added at once.
+const CHUNK: usize = 4096;
+/// Rows of a part that make a slice of their own, and most slices of a part: it is cut into such so that threads share it evenly.
+const SLICE: usize = 256;
+const MOST_SLICES: usize = 4;
 
 /// Gradients of [`super::attention`] in q, k and v. out, dout, q: (N, H, D); k, v: (N, K, D), the slots being rows of the step.
 ///
-/// `parts` are runs of consecutive `rows` that share no key with each other; each part and key head is a task of its own.
+/// `parts` are runs of consecutive `rows` that share no key with each other; each slice of a part is a task of its own under each key
+/// head. Gradients of keys and values are summed over the rows of a slice in order, then over the slices.
 pub fn attention_backward(
     heads: Heads,
     parts: &[&[Rows<'_>]],
     (q, k, v): (&[f32], &[f32], &[f32]),
     (out, dout): (&[f32], &[f32]),
 ) -> [Vec<f32>; 3] {
-    let mut found = [vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]];
-    let places = found.each_mut().map(|found| Out(found.as_mut_ptr()));
     check(heads, parts, q, k);
     let level = level();
-    let cut: Vec<Vec<Block<'_>>> =
-        parts.iter().map(|rows| rows.iter().flat_map(|rows| blocks(heads, rows)).collect()).collect();
-    let tasks = (0..cut.len() * heads.key).into_par_iter().with_max_len(1);
+    // Each part's blocks, and its keys and values turned.
+    let mut cut = Vec::with_capacity(parts.len());
+    for &rows in parts {
+        let blocks: Vec<_> = rows.iter().enumerate().flat_map(|(index, rows)| blocks(heads, index, rows)).collect();
+        cut.push((blocks, [k, v].map(|keys| turned_once(level, heads, rows, keys))));
+    }
+    // (part, which of its slices, the slice's blocks)
+    let slices: Vec<(usize, usize, Range<usize>)> = cut
+        .iter()
+        .enumerate()
+        .flat_map(|(part, (blocks, _))| {
+            slices(blocks).into_iter().enumerate().map(move |(slice, blocks)| (part, slice, blocks))
+        })
+        .collect();
+    let most = slices.iter().map(|(_, slice, _)| slice + 1).max().unwrap_or(1);
+    let mut dq = vec![0f32; q.len()];
+    // dk and dv of every slice.
+    let mut sums: Vec<[Vec<f32>; 2]> = (0..most).map(|_| [vec![0f32; k.len()], vec![0f32; v.len()]]).collect();
+    let dq_place = Out(dq.as_mut_ptr());
+    let places: Vec<[Out; 2]> = sums.iter_mut().map(|of| of.each_mut().map(|sum| Out(sum.as_mut_ptr()))).collect();
+    let tasks = (0..slices.len() * heads.key).into_par_iter().with_max_len(1);
     let walk = |task: &mut Task, index: usize| {
-        for block in &cut[index / heads.key] {
-            task.block(block, index % heads.key, (q, k, v), (out, dout), places);
+        let (part, slice, range) = &slices[index / heads.key];
+        let (blocks, turned) = &cut[*part];
+        let [dk, dv] = places[*slice];
+        for block in &blocks[range.clone()] {
+            let [k_of, v_of] = turned.each_ref().map(|turned| &turned[block.rows]);
+            let keys = (k, Keys::new(k, k_of), Keys::new(v, v_of));
+            task.block(block, index % heads.key, (q, keys), (out, dout), [dq_place, dk, dv]);
         }
     };
     spread(|| tasks.for_each_init(|| Task::new(level, heads), walk));
-    found
+    let (first, others) = sums.split_first_mut().expect("there is one slice at least. This is a bug.");
+    for (of, sum) in first.iter_mut().enumerate() {
+        let chunks = sum.par_chunks_mut(CHUNK).enumerate();
+        let add = |(index, sum): (usize, &mut [f32])| {
+            for other in others.iter() {
+                add_row(&other[of][index * CHUNK..][..sum.len()], sum);
+            }
+        };
+        if !others.is_empty() {
+            spread(|| chunks.for_each(add));
+        }
+    }
+    let [dk, dv] = std::mem::take(first);
+    [dq, dk, dv]
+}
+
+/// Slices of a part's blocks, alike in work.
+fn slices(blocks: &[Block<'_>]) -> Vec<Range<usize>> {
+    let rows: usize = blocks.iter().map(|block| block.seen.len()).sum();
+    let count = (rows / SLICE).clamp(1, MOST_SLICES);
+    let work = |block: &Block<'_>| block.seen.iter().map(Range::len).sum::<usize>();
+    let whole: usize = blocks.iter().map(work).sum();
+    let (mut slices, mut start, mut done) = (Vec::new(), 0, 0);
+    for (at, block) in blocks.iter().enumerate() {
+        done += work(block);
+        if done * count >= whole * (slices.len() + 1) || at + 1 == blocks.len() {
+            slices.push(start..at + 1);
+            start = at + 1;
+        }
+    }
+    slices
 }
 
 /// Parts own their rows and keys: no row is in two, no key is seen from two.
@@ -69,7 +129,7 @@ impl Task {
         &mut self,
         block: &Block<'_>,
         kv: usize,
-        (q, k, v): (&[f32], &[f32], &[f32]),
+        (q, (plain_k, k, v)): (&[f32], (&[f32], Keys<'_>, Keys<'_>)),
         (out, dout): (&[f32], &[f32]),
         [dq, dk, dv]: [Out; 3],
     ) {
@@ -89,7 +149,7 @@ impl Task {
             dscores[seen.end..].fill(0.0);
             score_gradient_row(&mut weights[seen.clone()], &mut dscores[seen], *sum, pull, scale);
         }
-        products.over(block, kv, &self.dscores, k, &mut self.dq);
+        products.over(block, kv, &self.dscores, plain_k, &mut self.dq);
         products.scatter(block, kv, &self.dq, dq);
         let (level, heads) = (products.level, products.heads);
         onto_keys(level, heads, wide, block, kv, &self.dscores, q, dk);

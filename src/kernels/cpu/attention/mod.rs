@@ -1,7 +1,7 @@
 //! Attention of blocks of rows over any keys, forward and backward, as small products by the microkernel of [`super::matmul`].
 //!
-//! A score is one chain over D, an output one chain over the row's keys in order, a gradient of a key one chain over the rows in
-//! order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
+//! A score is one chain over D, an output one chain over the row's keys in order, a gradient of a key one chain over the rows of a slice
+//! in order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
 
 mod backward;
 mod scores;
@@ -13,9 +13,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::level::{Level, filled, level};
+use super::matmul::PANEL;
 use crate::cores::spread;
 pub use backward::attention_backward;
-use scores::Scratch;
+use scores::{Keys, Scratch, turned};
 
 /// Rows of a block at most.
 const ROWS: usize = 32;
@@ -53,21 +54,26 @@ pub struct Rows<'a> {
     pub seen: Vec<Range<usize>>,
 }
 
-/// A part of [`Rows`] small enough for its scores to stay in cache, cut to the keys that it sees.
+/// A part of [`Rows`] small enough for its scores to stay in cache, cut to the keys that it sees, in whole panels.
 struct Block<'a> {
     start: usize,
+    /// Which [`Rows`] it is of, its first panel of theirs, and how many they have.
+    rows: usize,
+    first: usize,
+    panels: usize,
     slots: &'a [usize],
     seen: Vec<Range<usize>>,
 }
 
-fn blocks<'a>(heads: Heads, rows: &Rows<'a>) -> Vec<Block<'a>> {
+/// The blocks of the `index`-th rows.
+fn blocks<'a>(heads: Heads, index: usize, rows: &Rows<'a>) -> Vec<Block<'a>> {
     let mut blocks = Vec::new();
     let mut at = 0;
     while at < rows.seen.len() {
-        let first = rows.seen[at].start;
+        let first = rows.seen[at].start / PANEL * PANEL;
         let mut len = 1;
         while len < ROWS && at + len < rows.seen.len() {
-            let keys = (rows.seen[at + len].end - first).next_multiple_of(32);
+            let keys = (rows.seen[at + len].end - first).next_multiple_of(PANEL);
             if (len + 1) * heads.group() * keys > SCORES {
                 break;
             }
@@ -76,6 +82,9 @@ fn blocks<'a>(heads: Heads, rows: &Rows<'a>) -> Vec<Block<'a>> {
         let some = &rows.seen[at..at + len];
         blocks.push(Block {
             start: rows.start + at,
+            rows: index,
+            first: first / PANEL,
+            panels: rows.slots.len().div_ceil(PANEL),
             slots: &rows.slots[first..some[len - 1].end],
             seen: some.iter().map(|seen| seen.start - first..seen.end - first).collect(),
         });
@@ -84,13 +93,19 @@ fn blocks<'a>(heads: Heads, rows: &Rows<'a>) -> Vec<Block<'a>> {
     blocks
 }
 
+/// The keys (or values) of rows that make more than one block are turned once, for all of them: for each rows (K, panels, D, 32), or
+/// nothing.
+fn turned_once(level: Level, heads: Heads, rows: &[Rows<'_>], keys: &[f32]) -> Vec<Option<Vec<f32>>> {
+    rows.iter().map(|rows| (rows.seen.len() > ROWS).then(|| turned(level, heads, rows.slots, keys))).collect()
+}
+
 /// Softmax attention. q: (N, H, D); k, v: slots of (K, D); `rows` cover all N in order → (N, H, D).
 pub fn attention(heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
     attention_at(level(), heads, rows, q, k, v)
 }
 
 fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-    let blocks: Vec<Block<'_>> = rows.iter().flat_map(|rows| blocks(heads, rows)).collect();
+    let blocks: Vec<Block<'_>> = rows.iter().enumerate().flat_map(|(index, rows)| blocks(heads, index, rows)).collect();
     let covered: usize = blocks.iter().map(|block| block.seen.len()).sum();
     let ends = blocks.iter().map(|block| block.start + block.seen.len());
     let in_order = std::iter::once(0).chain(ends).zip(&blocks).all(|(end, block)| end == block.start);
@@ -98,19 +113,17 @@ fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f
     assert_eq!(covered * heads.query * heads.dim, q.len(), "rows that no block has");
     let slots = k.len().min(v.len()) / (heads.key * heads.dim);
     assert!(rows.iter().flat_map(|rows| rows.slots).all(|slot| *slot < slots), "a slot past the keys");
+    let of_rows = turned_once(level, heads, rows, k);
     // SAFETY: every row of every head is in one task, which writes it whole.
     unsafe {
         filled(q.len(), |out| {
+            // Head after head: the blocks of one read the same keys.
             let tasks = (0..blocks.len() * heads.key).into_par_iter();
-            let attend = || {
-                tasks.for_each_init(
-                    || Scratch::new(level, heads),
-                    |scratch, task| {
-                        scratch.attend(&blocks[task / heads.key], task % heads.key, (q, k, v), out);
-                    },
-                )
+            let attend = |scratch: &mut Scratch, task: usize| {
+                let (block, kv) = (&blocks[task % blocks.len()], task / blocks.len());
+                scratch.attend(block, kv, (q, Keys::new(k, &of_rows[block.rows]), v), out);
             };
-            spread(attend);
+            spread(|| tasks.for_each_init(|| Scratch::new(level, heads), attend));
         })
     }
 }

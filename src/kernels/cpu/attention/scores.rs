@@ -3,7 +3,7 @@
 //! The rows of a block are taken as its M = rows · H/K rows, members of a row's group one after the other.
 
 use super::{Block, Heads};
-use crate::kernels::cpu::level::{Level, Out};
+use crate::kernels::cpu::level::{Level, Out, in_chunks};
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
 use crate::kernels::cpu::rowwise::{scale_row, weigh_row};
 
@@ -30,6 +30,64 @@ pub(super) struct Products {
     turned: Vec<f32>,
     /// Keys or values whose D is no multiple of 16, one after the other: (keys, wide).
     padded: Vec<f32>,
+}
+
+/// Keys (or values) as scores take them.
+#[derive(Clone, Copy)]
+pub(super) enum Keys<'a> {
+    /// Slots of (K, D), turned as they come.
+    Slots(&'a [f32]),
+    /// What [`turned`] made of all keys of the rows.
+    Turned(&'a [f32]),
+}
+
+impl<'a> Keys<'a> {
+    /// What was turned, if anything was.
+    pub(super) fn new(slots: &'a [f32], turned: &'a Option<Vec<f32>>) -> Self {
+        match turned {
+            Some(turned) => Keys::Turned(turned),
+            None => Keys::Slots(slots),
+        }
+    }
+}
+
+/// All keys of a list, turned: (K, ⌈S/32⌉, D, 32). keys: slots of (K, D).
+pub(super) fn turned(level: Level, heads: Heads, slots: &[usize], keys: &[f32]) -> Vec<f32> {
+    let (panels, size) = (slots.len().div_ceil(PANEL), heads.dim * PANEL);
+    let [turned] = in_chunks(heads.key * panels * size, size, |at, [to]| {
+        let (kv, panel) = (at / size / panels, at / size % panels);
+        turn(level, heads, &slots[panel * PANEL..slots.len().min((panel + 1) * PANEL)], kv, keys, to);
+    });
+    turned
+}
+
+/// At most 32 keys of one key head as a panel (D, 32); columns past them hold anything.
+fn turn(level: Level, heads: Heads, slots: &[usize], kv: usize, keys: &[f32], to: &mut [f32]) {
+    let dim = heads.dim;
+    assert!(to.len() >= dim * PANEL && slots.len() <= PANEL);
+    let key = |index: usize| &keys[(slots[index.min(slots.len() - 1)] * heads.key + kv) * dim..][..dim];
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Avx512 && dim.is_multiple_of(16) {
+        use crate::kernels::cpu::matmul::turn16;
+        use std::arch::x86_64::_mm512_loadu_ps;
+        for first in (0..slots.len()).step_by(16) {
+            let keys: [*const f32; 16] = std::array::from_fn(|index| key(first + index).as_ptr());
+            for at in (0..dim).step_by(16) {
+                // SAFETY: at + 16 ≤ D, so it is inside each key and inside the panel; AVX-512F is there.
+                unsafe {
+                    let to = to.as_mut_ptr().add(at * PANEL + first);
+                    turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL);
+                }
+            }
+        }
+        return;
+    }
+    let _ = level;
+    for index in 0..slots.len() {
+        for (at, value) in key(index).iter().enumerate() {
+            to[at * PANEL + index] = *value;
+        }
+    }
 }
 
 /// Values that are taken at once, so that they stay in cache while rows pass by.
@@ -63,7 +121,7 @@ impl Scratch {
     }
 
     /// Weights of the block and their scales.
-    pub(super) fn weigh(&mut self, block: &Block<'_>, kv: usize, q: &[f32], k: &[f32]) {
+    pub(super) fn weigh(&mut self, block: &Block<'_>, kv: usize, q: &[f32], k: Keys<'_>) {
         let Heads { scale, .. } = self.products.heads;
         let (group, pitch) = (self.products.heads.group(), pitch(block));
         self.products.gather(block, kv, q, &mut self.q);
@@ -78,7 +136,7 @@ impl Scratch {
     }
 
     /// Writes the block's rows of `out`: (N, H, D).
-    pub(super) fn attend(&mut self, block: &Block<'_>, kv: usize, (q, k, v): (&[f32], &[f32], &[f32]), out: Out) {
+    pub(super) fn attend(&mut self, block: &Block<'_>, kv: usize, (q, k, v): (&[f32], Keys<'_>, &[f32]), out: Out) {
         self.weigh(block, kv, q, k);
         self.products.over(block, kv, &self.weights, v, &mut self.out);
         let wide = self.products.wide;
@@ -114,51 +172,30 @@ impl Products {
         }
     }
 
-    /// Products of rows with the block's keys. rows: (M, wide), keys: slots of (K, D) → (M, pitch).
-    pub(super) fn against(&mut self, block: &Block<'_>, kv: usize, rows: &[f32], keys: &[f32], out: &mut Vec<f32>) {
+    /// Products of rows with the block's keys. rows: (M, wide) → (M, pitch).
+    pub(super) fn against(&mut self, block: &Block<'_>, kv: usize, rows: &[f32], keys: Keys<'_>, out: &mut Vec<f32>) {
         let (pitch, dim) = (pitch(block), self.heads.dim);
         let m = rows.len() / self.wide;
         out.resize(m * pitch, 0.0);
         for (at, slots) in block.slots.chunks(PANEL).enumerate() {
-            self.turn(slots, kv, keys);
+            let panel = match keys {
+                Keys::Turned(turned) => &turned[(kv * block.panels + block.first + at) * dim * PANEL..][..dim * PANEL],
+                Keys::Slots(keys) => {
+                    turn(self.level, self.heads, slots, kv, keys, &mut self.turned);
+                    &self.turned
+                }
+            };
             let tile = Tile {
                 x: rows.as_ptr(),
                 stride: self.wide,
                 turned: false,
-                weights: Plain(self.turned.as_ptr(), PANEL),
+                weights: Plain(panel.as_ptr(), PANEL),
                 k: dim,
                 columns: slots.len(),
                 add: false,
             };
             // SAFETY: rows are `wide` ≥ D apart, the panel is (D, 32), and 32 columns from at·32 are inside a row of the output.
             unsafe { tile.run(self.level, m, out.as_mut_ptr().add(at * PANEL), pitch) };
-        }
-    }
-
-    /// At most 32 keys of one key head as a panel (D, 32); columns past them hold anything.
-    fn turn(&mut self, slots: &[usize], kv: usize, keys: &[f32]) {
-        let dim = self.heads.dim;
-        let key = |index: usize| &keys[(slots[index.min(slots.len() - 1)] * self.heads.key + kv) * dim..][..dim];
-        #[cfg(target_arch = "x86_64")]
-        if self.level == Level::Avx512 && dim.is_multiple_of(16) {
-            use crate::kernels::cpu::matmul::turn16;
-            use std::arch::x86_64::_mm512_loadu_ps;
-            for first in (0..slots.len()).step_by(16) {
-                let keys: [*const f32; 16] = std::array::from_fn(|index| key(first + index).as_ptr());
-                for at in (0..dim).step_by(16) {
-                    // SAFETY: at + 16 ≤ D, so it is inside each key and inside the panel; AVX-512F is there.
-                    unsafe {
-                        let to = self.turned.as_mut_ptr().add(at * PANEL + first);
-                        turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL);
-                    }
-                }
-            }
-            return;
-        }
-        for index in 0..slots.len() {
-            for (at, value) in key(index).iter().enumerate() {
-                self.turned[at * PANEL + index] = *value;
-            }
         }
     }
 
