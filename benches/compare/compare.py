@@ -347,18 +347,18 @@ def scale(arguments):
 
 
 def plot(rows):
-    """Two panels, tokens a second over length and over pairs, from zero, with peak memory beside each point."""
+    """Two panels, tokens a second over length and over pairs, from zero; below each point its arithmetic and peak memory."""
     panels = [("tokens in a sequence", "length", [row for row in rows if row["length"] != 225]),
               ("pairs of 225 tokens a sequence", "pairs", [row for row in rows if row["length"] == 225])]
     most = max(row["tokens_per_s"] for row in rows) * 1.15
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 330" font-family="sans-serif" font-size="12">',
-             '<rect width="900" height="330" fill="white"/>']
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 340" font-family="sans-serif" font-size="12">',
+             '<rect width="900" height="340" fill="white"/>']
     for number, (name, key, points) in enumerate(panels):
         left = 60 + number * 450
         x = lambda index: left + 30 + index * 80
         y = lambda value: 270 - 230 * value / most
         parts.append(f'<text x="{left}" y="24" font-size="14">training, tokens/s by {name}</text>')
-        for value in range(0, int(most), 200):
+        for value in range(0, int(most), 50 if most < 400 else 200):
             parts.append(f'<line x1="{left}" x2="{left + 370}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
                          f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
         line = " ".join(f"{x(i)},{y(row['tokens_per_s']):.1f}" for i, row in enumerate(points))
@@ -366,9 +366,9 @@ def plot(rows):
         for i, row in enumerate(points):
             parts.append(f'<circle cx="{x(i)}" cy="{y(row["tokens_per_s"]):.1f}" r="4" fill="#2f6fdd"/>'
                          f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) - 10:.1f}" text-anchor="middle">{row["tokens_per_s"]:.0f}</text>'
-                         f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) + 18:.1f}" text-anchor="middle" fill="#777">{row["gflop_per_s"]:.0f} GFLOP/s</text>'
                          f'<text x="{x(i)}" y="290" text-anchor="middle">{row[key]}</text>'
-                         f'<text x="{x(i)}" y="308" text-anchor="middle" fill="#777">{row["peak_mb"]} MB</text>')
+                         f'<text x="{x(i)}" y="307" text-anchor="middle" fill="#777" font-size="11">{row["gflop_per_s"]:.0f} GFLOP/s</text>'
+                         f'<text x="{x(i)}" y="323" text-anchor="middle" fill="#777" font-size="11">{row["peak_mb"]} MB</text>')
     return "\n".join(parts + ["</svg>"]) + "\n"
 
 

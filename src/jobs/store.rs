@@ -317,13 +317,15 @@ impl Store {
         read().map_err(|error| self.explain(error))
     }
 
-    /// The oldest queued job, marked as started.
+    /// The oldest queued job, marked as started; one that was going live when the process ended comes first.
     pub(super) fn claim(&self) -> Result<Option<Job>> {
         self.write(|transaction| {
             let next = transaction
-                .query_row("select id from jobs where status = 'queued' order by seq limit 1", [], |row| {
-                    row.get::<_, String>(0)
-                })
+                .query_row(
+                    "select id from jobs where status in ('queued', 'publishing') order by status = 'queued', seq limit 1",
+                    [],
+                    |row| row.get::<_, String>(0),
+                )
                 .optional()?;
             let Some(id) = next else { return Ok(None) };
             transaction
@@ -332,16 +334,21 @@ impl Store {
         })
     }
 
-    /// Queues the jobs that were in progress when the process ended.
+    /// Queues the jobs that were in progress when the process ended. One whose adapter may be live already stays what it is: were it queued,
+    /// it could be cancelled.
     pub(super) fn requeue_interrupted(&self) -> Result<()> {
         let live = "status in ('synthesizing', 'scoring', 'training', 'evaluating', 'publishing')";
         self.write(|transaction| {
             let mut statement = transaction.prepare(&format!("select id, status from jobs where {live}"))?;
             let found = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
             for (id, status) in found.collect::<rusqlite::Result<Vec<_>>>()? {
-                transaction.execute("update jobs set status = 'queued' where id = ?", [&id])?;
-                let message = format!("queued again: the server stopped while {status}");
-                insert_event(transaction, &id, "warn", "status", &message, &json!({"status": "queued"}))?;
+                let (next, what) = match status.as_str() {
+                    "publishing" => ("publishing", "taken up"),
+                    _ => ("queued", "queued"),
+                };
+                transaction.execute("update jobs set status = ? where id = ?", [next, &id])?;
+                let message = format!("{what} again: the server stopped while {status}");
+                insert_event(transaction, &id, "warn", "status", &message, &json!({ "status": next }))?;
             }
             Ok(())
         })?;

@@ -36,11 +36,13 @@ impl Context {
         if self.control.interrupted.load(Ordering::Acquire) { Err(Error::cancelled()) } else { Ok(()) }
     }
 
-    /// Moves the job to its next stage; nothing if it is there already.
+    /// Moves the job to its next stage; nothing if it is there already, or runs again because the server stopped while its adapter went
+    /// live.
     pub fn stage(&self, status: Status) -> Result<()> {
         let _turn = self.control.lock();
         self.check()?;
-        if self.store.get(&self.job.id)?.status != status {
+        let now = self.store.get(&self.job.id)?.status;
+        if now != status && now != Status::Publishing {
             self.store.set_status(&self.job.id, status, None)?;
         }
         Ok(())

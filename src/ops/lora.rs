@@ -27,17 +27,23 @@ pub struct Trained<'a> {
 /// The linears of one input with their low-rank parts. x: (N, in) → (N, out) each. Differentiable in x and in every A and B.
 pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Tensor; L]> {
     let plain = x.contiguous()?;
-    let mut sites = Vec::with_capacity(L);
+    let (mut sites, mut packed_b) = (Vec::with_capacity(L), Vec::with_capacity(L));
     for Trained { base, a, b, scale } in of {
         if let Some(base) = base {
             base.check(x)?;
         }
-        let packed = if x.device().is_cpu() { Some(pack_site(base, a, b, scale)?) } else { None };
-        let (a, b) = (a.contiguous()?, b.contiguous()?);
-        sites.push(Site { base: base.cloned(), a, b, scale, packed });
+        let packed_a = match x.device().is_cpu() {
+            true => {
+                packed_b.push(pack(base, b, scale as f32)?);
+                Some(pack(base, a, 1.0)?)
+            }
+            false => None,
+        };
+        let ids = [a.id(), b.id()];
+        sites.push(Site { base: base.cloned(), ids, a: a.contiguous()?, b: b.contiguous()?, scale, packed_a });
     }
     let outputs = match x.device().is_cpu() {
-        true => forward_on_cpu(&plain, &sites)?,
+        true => forward_on_cpu(&plain, &sites, &packed_b)?,
         false => sites.iter().map(|site| site.forward(&plain)).collect::<Result<Vec<_>>>()?,
     };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(of.iter().flat_map(|of| [of.a, of.b])).collect();
@@ -46,8 +52,8 @@ pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Ten
         for (site, dy) in sites.iter().zip(all) {
             if let Some(dy) = dy {
                 let dy = dy.tensor.contiguous()?;
-                match &site.packed {
-                    Some((a, _)) => site.backward_on_cpu(&plain, a, &dy, id, gradients)?,
+                match &site.packed_a {
+                    Some(a) => site.backward_on_cpu(&plain, a, &dy, id, gradients)?,
                     None => site.backward(&plain, &dy, id, gradients)?,
                 }
             }
@@ -60,32 +66,33 @@ pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Ten
 /// One linear of [`low_rank`].
 struct Site {
     base: Option<FrozenLinear>,
+    /// Of A and B.
+    ids: [TensorId; 2],
     a: Tensor,
     b: Tensor,
     scale: f64,
-    /// A, and B scaled, as a published adapter holds them on a CPU.
-    packed: Option<(Packed, Packed)>,
+    /// A as a published adapter holds it on a CPU.
+    packed_a: Option<Packed>,
 }
 
-fn pack_site(base: Option<&FrozenLinear>, a: &Tensor, b: &Tensor, scale: f64) -> Result<(Packed, Packed)> {
+/// A or B, scaled, as a published adapter beside that linear holds it on a CPU.
+fn pack(base: Option<&FrozenLinear>, of: &Tensor, scale: f32) -> Result<Packed> {
     let is_bf16 = base.map(FrozenLinear::low_rank_dtype) == Some(DType::BF16);
-    let pack = |of: &Tensor, scale: f32| {
-        cpu::with_floats([&of.contiguous()?], |[values]| {
-            let scaled = values.iter().map(|value| value * scale);
-            let width = match is_bf16 {
-                true => Width::Bf16(scaled.map(bf16::from_f32).collect()),
-                false => Width::F32(scaled.collect()),
-            };
-            let (n, k) = of.dims2()?;
-            Ok(Packed::new(&width, n, k))
-        })
-    };
-    Ok((pack(a, 1.0)?, pack(b, scale as f32)?))
+    let packed = cpu::with_floats([&of.contiguous()?], |[values]| {
+        let scaled = values.iter().map(|value| value * scale);
+        let width = match is_bf16 {
+            true => Width::Bf16(scaled.map(bf16::from_f32).collect()),
+            false => Width::F32(scaled.collect()),
+        };
+        let (n, k) = of.dims2()?;
+        Ok(Packed::new(&width, n, k))
+    })?;
+    Ok(packed)
 }
 
-fn forward_on_cpu(x: &Tensor, sites: &[Site]) -> Result<Vec<Tensor>> {
+fn forward_on_cpu(x: &Tensor, sites: &[Site], packed_b: &[Packed]) -> Result<Vec<Tensor>> {
     let rows = x.dim(0)?;
-    let parts = sites.iter().filter_map(|site| site.packed.as_ref());
+    let parts = sites.iter().zip(packed_b).filter_map(|(site, b)| Some((site.packed_a.as_ref()?, b)));
     let parts: Vec<_> = parts.map(|(a, b)| [kernels::LowRank { rows: 0..rows, a, b }]).collect();
     let products = cpu::with_floats([x], |[x]| {
         let together = sites.iter().zip(&parts).filter_map(|(site, parts)| Some((site.base.as_ref()?, parts)));
@@ -116,9 +123,9 @@ impl Site {
         let (wide, a, b) = (x.to_dtype(DType::F32)?, self.a.detach(), (self.b.detach() * self.scale)?);
         let dhigh = dy.to_dtype(DType::F32)?;
         let dlow = dhigh.matmul(&b)?;
-        gradients.add(self.a.id(), dlow.t()?.matmul(&wide)?)?;
+        gradients.add(self.ids[0], dlow.t()?.matmul(&wide)?)?;
         let low = wide.matmul(&a.t()?)?;
-        gradients.add(self.b.id(), (dhigh.t()?.matmul(&low)? * self.scale)?)?;
+        gradients.add(self.ids[1], (dhigh.t()?.matmul(&low)? * self.scale)?)?;
         if gradients.wants(input) {
             let dx = dlow.matmul(&a)?.to_dtype(x.dtype())?;
             let dx = match &self.base {
@@ -158,8 +165,8 @@ impl Site {
             }
             Ok([da, db])
         })?;
-        gradients.add(self.a.id(), cpu::tensor(da, self.a.shape())?)?;
-        gradients.add(self.b.id(), cpu::tensor(db, self.b.shape())?)?;
+        gradients.add(self.ids[0], cpu::tensor(da, self.a.shape())?)?;
+        gradients.add(self.ids[1], cpu::tensor(db, self.b.shape())?)?;
         cpu::with_floats([&self.a], |[a]| match &self.base {
             Some(base) => Ok(base.pull_back(dy, Some([&dlow, a]), input, gradients)),
             None => {
@@ -282,7 +289,8 @@ mod tests {
                 record([&x, &a, &b], || low_rank(&x, [Trained { base, a: &a, b: &b, scale: 1.5 }])).unwrap();
             let found = tape.backward([(&y[0], dy.clone())]).unwrap();
             let (other, tape) = record([&x, &a, &b], || {
-                let site = Site { base: base.cloned(), a: a.clone(), b: b.clone(), scale: 1.5, packed: None };
+                let ids = [a.id(), b.id()];
+                let site = Site { base: base.cloned(), ids, a: a.clone(), b: b.clone(), scale: 1.5, packed_a: None };
                 let (y, id, input) = (site.forward(&x)?, x.id(), x.clone());
                 tape::push(&[&x], &y, &[], move |dy, gradients| site.backward(&input, &dy.tensor, id, gradients));
                 Ok(y)

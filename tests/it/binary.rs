@@ -194,7 +194,8 @@ fn killed_in_every_stage_a_job_ends_with_the_same_adapter_bytes() {
     let said: Vec<&str> =
         said["data"].as_array().unwrap().iter().map(|event| event["message"].as_str().unwrap()).collect();
     for stage in stages {
-        let restart = format!("queued again: the server stopped while {stage}");
+        let what = if stage == "publishing" { "taken up" } else { "queued" };
+        let restart = format!("{what} again: the server stopped while {stage}");
         assert!(said.contains(&restart.as_str()), "the kill fell into {stage}: {said:#?}");
     }
     assert!(adapter(folder.path()) == expected, "the same bytes as without the kills");

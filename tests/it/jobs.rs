@@ -116,6 +116,30 @@ fn a_job_whose_adapter_goes_live_is_neither_cancelled_nor_paused() {
 }
 
 #[test]
+fn a_job_that_was_going_live_when_the_server_died_still_cannot_be_cancelled() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("jobs.sqlite");
+    let (waiting, going_live) = {
+        let store = Store::open(&path).unwrap();
+        let ids = [(); 2].map(|()| store.create(&json!({})).unwrap().id);
+        store.set_status(&ids[1], Status::Publishing, None).unwrap();
+        ids.into()
+    };
+    let work = Work::new(PUBLISHING);
+    let jobs = Jobs::start(Store::open(&path).unwrap(), work.body()).unwrap();
+    until("the rows are there", || work.done.lock().unwrap().len() == 5);
+    for error in [jobs.cancel(&going_live).unwrap_err(), jobs.pause(&going_live).unwrap_err()] {
+        assert!(error.status() == 409 && error.message.contains("roll the adapter back"), "{error}");
+    }
+    assert_eq!(jobs.store().get(&waiting).unwrap().status, Status::Queued);
+    work.hold_at.store(NO_HOLD, Ordering::Release);
+    until_status(&jobs, &going_live, Status::Succeeded);
+    assert!(said(&jobs, &going_live).contains(&"taken up again: the server stopped while publishing".to_owned()));
+    until_status(&jobs, &waiting, Status::Succeeded);
+    jobs.shutdown();
+}
+
+#[test]
 fn panics_and_errors_fail_the_job_and_not_the_worker() {
     let (_folder, jobs) = start(&Work::new(NO_HOLD));
     let panics = jobs.submit(&json!({"do": "panic"})).unwrap();

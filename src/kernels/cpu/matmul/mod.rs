@@ -45,7 +45,7 @@ const BLOCK: usize = 1 << 17;
 const TURNED: usize = 1024;
 /// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32.
 const UNPACKED: usize = 256;
-/// Most rows for which a quantized panel is unpacked on the way into the product, and not first into memory.
+/// Most rows for which a quantized panel is unpacked on the way into a product of bf16, and not first into memory.
 const FEW_ROWS: usize = 8;
 /// Largest weight that is unpacked whole (if quantized) or turned whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
@@ -253,7 +253,7 @@ impl Packed {
                 Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::Codes(panels) => {
                     let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, add };
-                    if len <= FEW_ROWS {
+                    if len <= few_rows(level) {
                         return tile.of(CodedPanel(panels, panel)).run(level, len, to, self.n);
                     }
                     let mut numbers = [0f32; UNPACKED * PANEL];
@@ -465,6 +465,17 @@ impl Packed {
             let own = || if whole.is_some() { Vec::new() } else { turned() };
             (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(own, task);
         });
+    }
+}
+
+/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, so that no panel is unpacked twice.
+fn few_rows(level: Level) -> usize {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => FEW_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => 6,
+        Level::Portable => 1,
     }
 }
 
