@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rdpo::error::Result;
 use rdpo::model::{Adapter, Attend, Decoder, KvPool, LoadOptions, LoraParams, LoraRows, RowGroup, SITES, WeightFormat};
 use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, record, token_logprobs};
