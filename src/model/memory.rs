@@ -60,12 +60,7 @@ impl Decoder {
         let (config, on_cpu) = (self.config(), self.device().is_cpu());
         // A prompt of next to nothing with both answers behind it.
         let pair = 2 * size.max_length.min(config.max_position_embeddings);
-        let rows = pair.max((pair * size.batch_size).min(flat_step_rows(
-            config,
-            size.keep_bytes,
-            self.compute_dtype(),
-            on_cpu,
-        )));
+        let rows = pair.max((pair * size.batch_size).min(flat_step_rows(self, size.keep_bytes)));
         let layers = config.num_hidden_layers;
         let input = rows * config.hidden_size * self.compute_dtype().size_in_bytes();
         let [attention, mlp] = kept_values(config).map(|values| self.compute_dtype().size_in_bytes() * values * rows);
@@ -109,7 +104,11 @@ fn kept_values(config: &ModelConfig) -> [usize; 2] {
 
 /// Rows of a flat step whose layers' tapes fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
 /// options and the model alone: the packing decides the order of additions, which a resumed run must repeat.
-pub(crate) fn flat_step_rows(config: &ModelConfig, bytes: usize, dtype: DType, on_cpu: bool) -> usize {
+pub(crate) fn flat_step_rows(model: &Decoder, bytes: usize) -> usize {
+    rows_within(bytes, model.config(), model.compute_dtype(), model.device().is_cpu())
+}
+
+fn rows_within(bytes: usize, config: &ModelConfig, dtype: DType, on_cpu: bool) -> usize {
     let per_row = dtype.size_in_bytes() * kept_values(config).iter().sum::<usize>() * config.num_hidden_layers;
     (bytes / per_row.max(1)).clamp(LEAST_ROWS, if on_cpu { LEAST_ROWS } else { MOST_ROWS })
 }
@@ -148,7 +147,7 @@ mod tests {
     #[test]
     fn flat_steps_grow_with_the_memory_on_a_gpu_only() {
         let per_row = 2 * (32 + 2 * 32 + 2 * 16 + 32 + 3 * 80) * 3;
-        let rows = |bytes, on_cpu| flat_step_rows(&config(3), bytes, DType::BF16, on_cpu);
+        let rows = |bytes, on_cpu| rows_within(bytes, &config(3), DType::BF16, on_cpu);
         assert_eq!(rows(700 * per_row, false), 700);
         assert_eq!(rows(700 * per_row, true), LEAST_ROWS);
         assert_eq!(rows(usize::MAX / 2, false), MOST_ROWS);

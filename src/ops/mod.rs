@@ -25,9 +25,9 @@ pub use logprobs::{RowLogprobs, token_logprobs};
 pub use lora::{ServedRows, Trained, linears, low_rank};
 pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
-pub use pointwise::{Activation, dropout, gated, rope};
+pub use pointwise::{Activation, add, dropout, gated, reshape, rope};
 pub use sample::{Edit, Pick, SampleRow, Sampled, sample};
-pub use tape::{Gradients, Tape, add, record, reshape};
+pub use tape::{Gradients, Tape, record};
 
 pub use crate::kernels::cpu::{PIECE, softmax_row, sum_row};
 pub use crate::kernels::memory::{DeviceMemory, device_memory};

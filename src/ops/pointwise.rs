@@ -1,11 +1,12 @@
-//! Rotary embedding (arXiv 2104.09864), gated activation (arXiv 2002.05202) and seeded dropout.
+//! Rotary embedding (arXiv 2104.09864), gated activation (arXiv 2002.05202), seeded dropout, sums and shapes.
 
+use candle_core::shape::ShapeWithOneHole;
 use candle_core::{D, Tensor};
 
 use super::{cpu, cuda, tape};
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Activation;
-use crate::kernels::cpu::{self as kernels, rope_row};
+use crate::kernels::cpu::{self as kernels, add_row, rope_row};
 use crate::kernels::cuda::{self as gpu, View};
 
 /// Numbers a task works on at once.
@@ -124,6 +125,42 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     let mask = Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?;
     let (y, id) = ((x.detach() * &mask)?, x.id());
     tape::push(&[x], &y, &[&mask.clone()], move |dy, gradients| gradients.add(id, (dy.tensor * mask)?));
+    Ok(y)
+}
+
+/// `x + y`, of one shape. Differentiable in both.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let sum = match x.device().is_cpu() && x.dims() == y.dims() && x.is_contiguous() && y.is_contiguous() {
+        true => {
+            let sum = cpu::with_floats([x, y], |[x, y]| {
+                let [sum] = cpu::in_chunks(x.len(), CHUNK, |at, [sum]| {
+                    sum.copy_from_slice(&x[at..at + sum.len()]);
+                    add_row(&y[at..at + sum.len()], sum);
+                });
+                Ok(sum)
+            })?;
+            cpu::tensor(sum, x.shape())?
+        }
+        false => (x.detach() + y.detach())?,
+    };
+    let ids = [x.id(), y.id()];
+    tape::push(&[x, y], &sum, &[], move |dy, gradients| {
+        for id in ids {
+            gradients.add_shared(id, &dy.tensor)?;
+        }
+        Ok(())
+    });
+    Ok(sum)
+}
+
+/// The numbers in another shape. Differentiable in x.
+pub fn reshape(x: &Tensor, shape: impl ShapeWithOneHole) -> Result<Tensor> {
+    let y = x.detach().reshape(shape)?;
+    let (id, shape) = (x.id(), x.shape().clone());
+    tape::push(&[x], &y, &[], move |dy, gradients| {
+        let tensor = dy.tensor.reshape(shape)?;
+        gradients.put(id, tape::Gradient { tensor, shared: dy.shared })
+    });
     Ok(y)
 }
 

@@ -6,7 +6,6 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-use candle_core::shape::ShapeWithOneHole;
 use candle_core::{Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
@@ -44,7 +43,7 @@ type Back = Box<dyn FnOnce(Vec<Option<Gradient>>, &mut Gradients) -> Result<()>>
 pub(super) struct Gradient {
     pub(super) tensor: Tensor,
     /// Whether somebody else holds it too, so that nothing may be added to it in place.
-    shared: bool,
+    pub(super) shared: bool,
 }
 
 /// Gradients of a backward pass, by the tensors they belong to.
@@ -128,61 +127,21 @@ pub(super) fn composed<const N: usize>(
     if !tracked(&inputs) {
         return op(inputs);
     }
-    let variables =
-        inputs.iter().map(|input| Var::from_tensor(&input.detach())).collect::<candle_core::Result<Vec<_>>>()?;
+    let variables = inputs.map(|input| Var::from_tensor(&input.detach()));
+    let variables = variables.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
     let graph = op(std::array::from_fn(|index| variables[index].as_tensor()))?;
-    let output = graph.detach();
-    let ids = inputs.map(Tensor::id);
-    let kept: Vec<&Tensor> = variables.iter().map(Var::as_tensor).chain([&output]).collect();
-    push(&inputs, &output, &kept.clone(), {
-        let variables = variables.clone();
-        move |dy, gradients| {
-            let found = (&graph * &dy.tensor)?.sum_all()?.backward()?;
-            for (id, variable) in ids.into_iter().zip(&variables) {
-                if let Some(gradient) = found.get(variable) {
-                    gradients.add(id, gradient.detach())?;
-                }
+    let (output, ids) = (graph.detach(), inputs.map(Tensor::id));
+    let kept: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
+    push(&inputs, &output, &kept.iter().chain([&output]).collect::<Vec<_>>(), move |dy, gradients| {
+        let found = (&graph * &dy.tensor)?.sum_all()?.backward()?;
+        for (id, variable) in ids.into_iter().zip(&variables) {
+            if let Some(gradient) = found.get(variable) {
+                gradients.add(id, gradient.detach())?;
             }
-            Ok(())
-        }
-    });
-    Ok(output)
-}
-
-/// `x + y`, of one shape. Differentiable in both.
-pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let sum = match x.device().is_cpu() && x.dims() == y.dims() && x.is_contiguous() && y.is_contiguous() {
-        true => {
-            let sum = cpu::with_floats([x, y], |[x, y]| {
-                let [sum] = cpu::in_chunks(x.len(), CHUNK, |at, [sum]| {
-                    sum.copy_from_slice(&x[at..at + sum.len()]);
-                    add_row(&y[at..at + sum.len()], sum);
-                });
-                Ok(sum)
-            })?;
-            cpu::tensor(sum, x.shape())?
-        }
-        false => (x.detach() + y.detach())?,
-    };
-    let ids = [x.id(), y.id()];
-    push(&[x, y], &sum, &[], move |dy, gradients| {
-        for id in ids {
-            gradients.add_shared(id, &dy.tensor)?;
         }
         Ok(())
     });
-    Ok(sum)
-}
-
-/// The numbers in another shape. Differentiable in x.
-pub fn reshape(x: &Tensor, shape: impl ShapeWithOneHole) -> Result<Tensor> {
-    let y = x.detach().reshape(shape)?;
-    let (id, shape) = (x.id(), x.shape().clone());
-    push(&[x], &y, &[], move |dy, gradients| {
-        let tensor = dy.tensor.reshape(shape)?;
-        gradients.put(id, Gradient { tensor, shared: dy.shared })
-    });
-    Ok(y)
+    Ok(output)
 }
 
 impl Tape {
@@ -266,7 +225,8 @@ impl Gradients {
         self.add(id, tensor)
     }
 
-    fn put(&mut self, id: TensorId, new: Gradient) -> Result<()> {
+    /// Adds a gradient.
+    pub(super) fn put(&mut self, id: TensorId, new: Gradient) -> Result<()> {
         if !self.wants(id) {
             return Ok(());
         }

@@ -55,13 +55,9 @@ impl Pass<'_> {
         let rotary = model.rotary(&pack.mask.positions)?;
         let attend = Attend::Causal(&pack.mask);
         let lora = LoraRows::Train { params: self.params, dropout_seed: self.dropout_seed };
-        let counts = self.params.counts(blocks);
-        let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate().collect::<Vec<_>>();
-        let mut of_blocks = Vec::with_capacity(blocks);
-        for count in counts.into_iter().rev() {
-            of_blocks.push(variables.split_off(variables.len() - count));
-        }
-        of_blocks.reverse();
+        let mut variables = self.params.sites.values().flat_map(|(a, b)| [a, b]).enumerate();
+        let of_block = |count: usize| variables.by_ref().take(count).collect::<Vec<_>>();
+        let of_blocks: Vec<_> = self.params.counts(blocks).into_iter().map(of_block).collect();
         // Nothing below the first block is trained: its input wants no gradient.
         let run = |block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
             let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());

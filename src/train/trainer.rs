@@ -160,12 +160,7 @@ impl<'a> Trainer<'a> {
             seed: job.seed,
             folder: job.folder.clone(),
             keep_bytes,
-            pack_rows: flat_step_rows(
-                job.model.config(),
-                keep_bytes,
-                job.model.compute_dtype(),
-                job.model.device().is_cpu(),
-            ),
+            pack_rows: flat_step_rows(job.model, keep_bytes),
             optimizer,
             sums: Sums::default(),
             flat_steps: 0,

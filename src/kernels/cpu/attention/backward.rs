@@ -7,8 +7,9 @@ use rayon::prelude::*;
 use super::scores::{Keys, Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks, turned_once};
 use crate::cores::spread;
-use crate::kernels::cpu::level::{Level, Out, level};
+use crate::kernels::cpu::level::{Level, level};
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
+use crate::kernels::cpu::places::Out;
 use crate::kernels::cpu::rowwise::{add_row, dot_row, score_gradient_row};
 
 /// Numbers that are added at once.

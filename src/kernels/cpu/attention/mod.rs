@@ -12,8 +12,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::level::{Level, filled, level};
+use super::level::{Level, level};
 use super::matmul::PANEL;
+use super::places::filled;
 use crate::cores::spread;
 pub use backward::attention_backward;
 use scores::{Keys, Scratch, turned};

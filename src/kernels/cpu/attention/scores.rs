@@ -3,8 +3,9 @@
 //! The rows of a block are taken as its M = rows · H/K rows, members of a row's group one after the other.
 
 use super::{Block, Heads};
-use crate::kernels::cpu::level::{Level, Out, in_chunks};
+use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
+use crate::kernels::cpu::places::{Out, in_chunks};
 use crate::kernels::cpu::rowwise::{scale_row, weigh_row};
 
 /// Buffers of a task.

@@ -1,15 +1,12 @@
 //! Low-rank parts of a product, worked out beside it: whoever comes to a block of rows first multiplies it with A, while the others
 //! begin with the weight itself.
 
-use std::borrow::Cow;
 use std::hint::spin_loop;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::tile::{PANEL, Plain, Tile};
 use super::{Input, Mode, Packed};
-use crate::kernels::cpu::level::Level;
 
 /// How often one who needs another thread's result looks for it before he sleeps: some microseconds.
 const LOOKS: usize = 2000;
@@ -95,47 +92,5 @@ impl<'a> Lows<'a> {
                 low.b.panel(low.found.wait(), panel, 0..low.rows.len(), columns, true, to);
             }
         }
-    }
-}
-
-/// The low-rank part of a gradient of the input, `dlow·A`.
-pub(super) struct LowBack<'a> {
-    dlow: &'a [f32],
-    rank: usize,
-    k: usize,
-    /// (R, pitch): vectors are read whole.
-    a: Cow<'a, [f32]>,
-    pitch: usize,
-}
-
-impl<'a> LowBack<'a> {
-    /// dlow: (M, R), a: (R, K).
-    pub(super) fn new(dlow: &'a [f32], a: &'a [f32], (m, k): (usize, usize)) -> Self {
-        let (rank, pitch) = (a.len() / k, k.next_multiple_of(PANEL / 2));
-        assert!(a.len() == rank * k && dlow.len() == m * rank, "a low-rank part that does not fit");
-        let mut padded = Cow::Borrowed(a);
-        if pitch != k {
-            let mut wide = vec![0f32; rank * pitch];
-            wide.chunks_exact_mut(pitch).zip(a.chunks_exact(k)).for_each(|(to, a)| to[..k].copy_from_slice(a));
-            padded = Cow::Owned(wide);
-        }
-        LowBack { dlow, rank, k, a: padded, pitch }
-    }
-
-    /// Adds some rows' columns of a panel over K.
-    /// # Safety
-    /// `to` has room for them, rows K apart, and nobody else uses it.
-    pub(super) unsafe fn add_to(&self, level: Level, rows: Range<usize>, panel: usize, columns: usize, to: *mut f32) {
-        let tile = Tile {
-            x: self.dlow[rows.start * self.rank..].as_ptr(),
-            stride: self.rank,
-            turned: false,
-            weights: Plain(self.a[panel * PANEL..].as_ptr(), self.pitch),
-            k: self.rank,
-            columns,
-            add: true,
-        };
-        // SAFETY: the caller's promise; a row of A ends on a whole vector.
-        unsafe { tile.run(level, rows.len(), to, self.k) };
     }
 }

@@ -5,6 +5,7 @@
 //! the activations (and what codes stand for) to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's
 //! rounding.
 
+mod backward;
 mod coded;
 mod low;
 #[cfg(target_arch = "x86_64")]
@@ -23,11 +24,11 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::level::{Level, Out, filled, has_bf16_products, level};
+use super::level::{Level, has_bf16_products, level};
+use super::places::{Out, filled};
 use crate::cores::spread;
 pub use coded::Codes;
 use coded::{CodePanels, CodedPanel};
-use low::LowBack;
 pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
@@ -41,8 +42,6 @@ pub(super) use turn::turn16;
 
 /// Numbers of a block of activations, so that it stays in cache while panels pass by.
 const BLOCK: usize = 1 << 17;
-/// Rows of W that are turned at once for the gradient.
-const TURNED: usize = 1024;
 /// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32.
 const UNPACKED: usize = 256;
 /// Most rows for which a quantized panel is unpacked on the way into a product of bf16, and not first into memory.
@@ -161,19 +160,6 @@ impl Packed {
     /// is in two parts.
     pub fn forward_adapted(&self, x: &[f32], parts: &[LowRank<'_>]) -> Vec<f32> {
         forward_together(x, &[Adapted { weight: self, parts }]).remove(0)
-    }
-
-    /// `dy·W`, the gradient of the input, and on top of it `dlow·A` where `low` has both. dy: (M, N), dlow: (M, R), A: (R, K) → (M, K).
-    pub fn backward(&self, dy: &[f32], low: Option<[&[f32]; 2]>) -> Vec<f32> {
-        let fill = |dx| self.backward_in(Mode::best(), dy, low, dx, false);
-        // SAFETY: the product writes every number of the (M, K).
-        unsafe { filled(dy.len() / self.n * self.k, fill) }
-    }
-
-    /// [`Self::backward`] on top of what dx: (M, K) holds.
-    pub fn backward_onto(&self, dy: &[f32], low: Option<[&[f32]; 2]>, dx: &mut [f32]) {
-        assert_eq!(dx.len(), dy.len() / self.n * self.k, "a gradient that does not fit");
-        self.backward_in(Mode::best(), dy, low, Out(dx.as_mut_ptr()), true);
     }
 
     /// Row `n` of W into `out`: (K).
@@ -354,117 +340,6 @@ impl Packed {
     ) -> Tile<Plain<W>> {
         let weights = Plain(self.panel_of(panels, panel).as_ptr(), self.width() * W::STEP);
         Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
-    }
-
-    /// dx: (M, K), all of it written, or what it holds added to where `add`.
-    fn backward_in(&self, mode: Mode, dy: &[f32], low: Option<[&[f32]; 2]>, dx: Out, add: bool) {
-        let m = dy.len() / self.n;
-        let low = low.map(|[dlow, a]| LowBack::new(dlow, a, (m, self.k)));
-        #[cfg(target_arch = "x86_64")]
-        if mode.pairs && self.is_bf16() {
-            // SAFETY: `pairs` says that the processor has the instructions.
-            let rounded = unsafe { Pairs::new(dy, self.n) };
-            let turn = |panel, k, to: &mut [bf16]| match &self.panels {
-                Panels::Codes(panels) => {
-                    let mut square = [bf16::ZERO; PANEL * PANEL];
-                    // SAFETY: as above.
-                    unsafe { panels.unpack(panel, blocks(&(k..k + PANEL)), &mut square) };
-                    turn::paired(&square, to);
-                }
-                Panels::Bf16(panels) => turn::paired(&self.square(panels, panel, k), to),
-                _ => {}
-            };
-            let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
-                let x = rounded.from(rows.start, n.start / 2);
-                let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), add || n.start > 0);
-                let tile = PairTile { x, stride, weights: Panel::<2>(turned.as_ptr()), pairs, columns, add };
-                // SAFETY: rows and columns are inside dx and no other task has them.
-                unsafe { tile.run(rows.len(), to, self.k) };
-            };
-            return self.backward_panels((m, mode.level), turn, multiply, low.as_ref(), dx);
-        }
-        let turn = |panel, k, to: &mut [f32]| match &self.panels {
-            Panels::F32(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
-            Panels::Bf16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
-            Panels::F16(panels) => turn::widened(mode.level, &self.square(panels, panel, k), to),
-            Panels::Codes(panels) => {
-                let mut square = [0f32; PANEL * PANEL];
-                panels.widen(mode.level, panel, blocks(&(k..k + PANEL)), &mut square);
-                turn::widened(mode.level, &square, to);
-            }
-        };
-        let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
-            let (x, weights) = (dy[rows.start * self.n + n.start..].as_ptr(), Plain(turned.as_ptr(), PANEL));
-            let tile = Tile { x, stride: self.n, turned: false, weights, k: n.len(), columns, add: add || n.start > 0 };
-            // SAFETY: as above.
-            unsafe { tile.run(mode.level, rows.len(), to, self.k) };
-        };
-        self.backward_panels((m, mode.level), turn, multiply, low.as_ref(), dx);
-    }
-
-    /// A panel from column `k` on, 32 wide.
-    fn square<'a, W: Stored>(&self, panels: &'a [W], panel: usize, k: usize) -> Cow<'a, [W]> {
-        let (panel, width) = (self.panel_of(panels, panel), self.width());
-        if width == PANEL {
-            return Cow::Borrowed(&panel[k * PANEL..]);
-        }
-        let mut square = vec![W::default(); (panel.len() / width).saturating_sub(k).min(PANEL) * PANEL];
-        for (to, from) in square.chunks_exact_mut(PANEL * W::STEP).zip(panel[k * width..].chunks_exact(width * W::STEP))
-        {
-            to[..from.len()].copy_from_slice(from);
-        }
-        Cow::Owned(square)
-    }
-
-    /// Panels over K are turned out of those over N and handed to `multiply` as `(turned, rows, range of N, columns, where they go)`,
-    /// ranges of N in order; then come the low-rank part's columns. `turn` does 32 columns of one panel, from the given one on. A weight
-    /// that is not too large for it is turned once for all rows.
-    fn backward_panels<T: Copy + Default + Send + Sync>(
-        &self,
-        (m, level): (usize, Level),
-        turn: impl Fn(usize, usize, &mut [T]) + Sync,
-        multiply: impl Fn(&[T], Range<usize>, Range<usize>, usize, *mut f32) + Sync,
-        low: Option<&LowBack<'_>>,
-        dx: Out,
-    ) {
-        let (n, k) = (self.n, self.k);
-        let (blocks, block) = row_blocks(m, TURNED.min(n));
-        let (count, panels) = (k.div_ceil(PANEL), n.div_ceil(PANEL));
-        let square = |panel: usize, index: usize, to: &mut [T]| turn(panel, index * PANEL, to);
-        spread(|| {
-            let whole = (blocks > 1 && n * k <= MOST_WHOLE).then(|| turn::squares(panels, count, square));
-            let turned = || vec![T::default(); TURNED.min(panels * PANEL) * PANEL];
-            let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).max(1);
-            let groups = count.div_ceil(together);
-            let task = |own: &mut Vec<T>, task: usize| {
-                let (at, group) = (task % blocks, task / blocks);
-                let rows = at * block..m.min((at + 1) * block);
-                for start in (0..n).step_by(TURNED) {
-                    let some = start..n.min(start + TURNED);
-                    for index in group * together..count.min((group + 1) * together) {
-                        let turned = match &whole {
-                            Some(whole) => &whole[(index * panels + start / PANEL) * PANEL * PANEL..],
-                            None => {
-                                let of = start / PANEL..some.end.div_ceil(PANEL);
-                                of.zip(own.chunks_exact_mut(PANEL * PANEL))
-                                    .for_each(|(panel, to)| square(panel, index, to));
-                                &own[..]
-                            }
-                        };
-                        let (columns, to) = (PANEL.min(k - index * PANEL), dx.at(rows.start * k + index * PANEL));
-                        multiply(turned, rows.clone(), some.clone(), columns, to);
-                        if let Some(low) = low
-                            && some.end == n
-                        {
-                            // SAFETY: rows and columns are inside dx and no other task has them.
-                            unsafe { low.add_to(level, rows.clone(), index, columns, to) };
-                        }
-                    }
-                }
-            };
-            let own = || if whole.is_some() { Vec::new() } else { turned() };
-            (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(own, task);
-        });
     }
 }
 

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use super::row_blocks;
 use super::tile::{PANEL, Plain, Tile};
 use crate::cores::spread;
-use crate::kernels::cpu::level::{Out, level};
+use crate::kernels::cpu::level::level;
+use crate::kernels::cpu::places::Out;
 
 /// A plain matrix as the left side of [`multiply`].
 #[derive(Clone, Copy, Debug)]

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::low::Lows;
 use super::{Input, LowRank, Mode, PANEL, Packed, TASKS, row_blocks};
 use crate::cores::spread;
-use crate::kernels::cpu::level::Out;
+use crate::kernels::cpu::places::Out;
 use crate::kernels::cpu::rowwise::add_row;
 
 /// A weight, and the low-rank parts that some rows of its product get; no row is in two.
