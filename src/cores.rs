@@ -4,54 +4,131 @@
 //! they get further than in turns on all.
 
 use std::cell::RefCell;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::{Scope, ThreadPool, ThreadPoolBuilder};
 
 /// Threads for all cores, and for the share of each side.
 pub struct Cores {
-    all: Arc<ThreadPool>,
+    all: ThreadPool,
     serving: ThreadPool,
+    /// As many threads as there are cores; those past training's share sleep but for the time in which all are lent.
     training: ThreadPool,
+    share: Arc<Share>,
+}
+
+/// Training's share of the cores.
+struct Share {
+    cores: usize,
+    /// Whether it has all of them at the moment.
+    all_are_lent: AtomicBool,
 }
 
 thread_local! {
-    /// Where this thread's operations run, if not on the pool it belongs to.
-    static ELSEWHERE: RefCell<Option<Arc<ThreadPool>>> = const { RefCell::new(None) };
+    /// Set on a thread that trains.
+    static SHARE: RefCell<Option<Arc<Share>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work`, the parallel part of an operation, on the cores that this thread has.
-pub fn spread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    match ELSEWHERE.with_borrow(Clone::clone) {
-        Some(pool) => pool.install(work),
-        None => work(),
+/// Hands the items of an operation, one at a time, to the cores that this thread has; those may become more or fewer meanwhile.
+pub fn each<T: Send>(items: impl ExactSizeIterator<Item = T> + Send, work: impl Fn(T) + Sync) {
+    each_with(items, || (), |(), item| work(item));
+}
+
+/// As [`each`], with something that each thread makes for itself.
+pub fn each_with<T: Send, S>(
+    items: impl ExactSizeIterator<Item = T> + Send,
+    own: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, T) + Sync,
+) {
+    let operation = Operation {
+        items: Mutex::new(items),
+        own,
+        work,
+        helpers: AtomicUsize::new(0),
+        threads: rayon::current_num_threads(),
+        share: SHARE.with_borrow(Clone::clone),
+    };
+    rayon::scope(|scope| operation.begin(scope));
+}
+
+/// An operation in progress.
+struct Operation<I, O, W> {
+    items: Mutex<I>,
+    own: O,
+    work: W,
+    /// Threads that take part beside the one that began.
+    helpers: AtomicUsize,
+    threads: usize,
+    share: Option<Arc<Share>>,
+}
+
+impl<T: Send, S, I, O, W> Operation<I, O, W>
+where
+    I: ExactSizeIterator<Item = T> + Send,
+    O: Fn() -> S + Sync,
+    W: Fn(&mut S, T) + Sync,
+{
+    fn begin<'a>(&'a self, scope: &Scope<'a>) {
+        let mut own = None;
+        while let Some((item, left)) = self.next() {
+            let wanted = self.wanted().min(left);
+            while self.helpers.load(Ordering::Relaxed) < wanted {
+                self.helpers.fetch_add(1, Ordering::Relaxed);
+                scope.spawn(|_| self.help());
+            }
+            (self.work)(own.get_or_insert_with(&self.own), item);
+        }
+    }
+
+    /// Takes part until nothing is left, or until there are more helpers than wanted.
+    fn help(&self) {
+        let mut own = None;
+        let one_less = |helpers: usize| (helpers > self.wanted()).then(|| helpers - 1);
+        while self.helpers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_err()
+            && let Some((item, _)) = self.next()
+        {
+            (self.work)(own.get_or_insert_with(&self.own), item);
+        }
+    }
+
+    /// An item, and how many are left.
+    fn next(&self) -> Option<(T, usize)> {
+        let mut items = self.items.lock().unwrap_or_else(PoisonError::into_inner);
+        items.next().map(|item| (item, items.len()))
+    }
+
+    fn wanted(&self) -> usize {
+        let few = self.share.as_ref().filter(|share| !share.all_are_lent.load(Ordering::Relaxed));
+        few.map_or(self.threads, |share| share.cores) - 1
     }
 }
 
 impl Cores {
-    /// Divides the threads of the global pool, about `training_share` of them to training and at least one to each side; `None`
+    /// Divides the threads of the global pool, no more than `training_share` of them to training but at least one to each side; `None`
     /// where there is only one, or where no threads can be had.
     pub fn divided(training_share: f64) -> Option<Cores> {
         let all = rayon::current_num_threads();
         if all < 2 {
             return None;
         }
-        let training = ((all as f64 * training_share).round() as usize).clamp(1, all - 1);
+        let training = ((all as f64 * training_share) as usize).clamp(1, all - 1);
         let pool = |name: &'static str, threads: usize| {
             let builder = ThreadPoolBuilder::new().num_threads(threads);
             let built = builder.thread_name(move |index| format!("{name}-{index}")).build();
             built.inspect_err(|error| tracing::warn!(%error, "serving and training take turns")).ok()
         };
         Some(Cores {
-            all: Arc::new(pool("cores", all)?),
+            all: pool("cores", all)?,
             serving: pool("serve", all - training)?,
-            training: pool("train", training)?,
+            training: pool("train", all)?,
+            share: Arc::new(Share { cores: training, all_are_lent: AtomicBool::new(false) }),
         })
     }
 
     /// Part of the machine that training's share is.
     pub fn training_share(&self) -> f64 {
-        self.training.current_num_threads() as f64 / self.all.current_num_threads() as f64
+        self.share.cores as f64 / self.all.current_num_threads() as f64
     }
 
     /// Runs a step of serving on all cores, or on serving's share.
@@ -60,18 +137,63 @@ impl Cores {
         pool.install(work)
     }
 
-    /// Runs training, whose operations are on its share, but for the time between [`Cores::widen`] and [`narrow`].
+    /// Runs training, whose operations are on its share, or on all cores while they are lent to it.
     pub fn train<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.training.install(work)
+        self.training.install(|| {
+            SHARE.set(Some(self.share.clone()));
+            let found = work();
+            SHARE.set(None);
+            found
+        })
     }
 
-    /// From now on this thread's operations run on all cores.
-    pub fn widen(&self) {
-        ELSEWHERE.set(Some(self.all.clone()));
+    /// Whether training has all cores from now on, operations in progress too.
+    pub fn lend(&self, all: bool) {
+        self.share.all_are_lent.store(all, Ordering::Relaxed);
     }
 }
 
-/// From now on this thread's operations run on the pool it belongs to.
-pub fn narrow() {
-    ELSEWHERE.set(None);
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::thread::{self, sleep};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn every_item_is_worked_on_once_by_threads_with_something_of_their_own() {
+        let mut numbers = vec![0; 1000];
+        let made = AtomicUsize::new(0);
+        each_with(
+            numbers.iter_mut().enumerate(),
+            || made.fetch_add(1, Ordering::Relaxed),
+            |_, (index, number)| *number += index,
+        );
+        assert!(numbers.into_iter().eq(0..1000));
+        assert!((1..=rayon::current_num_threads()).contains(&made.into_inner()));
+    }
+
+    #[test]
+    fn an_operation_in_progress_gets_cores_that_are_lent_and_gives_them_back() {
+        let Some(cores) = Cores::divided(0.5) else { return };
+        let seen = Mutex::new(Vec::new());
+        cores.train(|| {
+            each(0..90, |item| {
+                match item {
+                    30 => cores.lend(true),
+                    60 => cores.lend(false),
+                    _ => {}
+                }
+                seen.lock().expect("no panic").push(thread::current().id());
+                sleep(Duration::from_millis(1));
+            });
+        });
+        let seen = seen.into_inner().expect("no panic");
+        let threads = |items: &[thread::ThreadId]| items.iter().collect::<HashSet<_>>().len();
+        assert_eq!(seen.len(), 90);
+        let (narrow, wide) = (cores.share.cores, rayon::current_num_threads());
+        // Who was at work when the last ones changed ends what he does.
+        assert_eq!((threads(&seen[..30]), threads(&seen[30..60]), threads(&seen[60 + wide..])), (narrow, wide, narrow));
+    }
 }

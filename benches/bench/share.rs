@@ -5,68 +5,46 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdpo::engine::{Gate, GateGuard, SamplingParams};
-use rdpo::error::{Error, Result};
+use rdpo::error::{Code, Error, Result};
 use rdpo::train::{LoraOptions, LossKind, LossOptions, TokenPair, TrainJob, Trainer, TrainingOptions};
 
 use super::{engine, train};
 
 const MODEL: &str = "models/smollm2-135m-instruct";
-const SECONDS: u64 = 15;
+/// Of each of the three in turn, so that a slower minute of the machine falls on all of them.
+const SECONDS: Duration = Duration::from_secs(8);
+const ROUNDS: usize = 4;
 
-/// Trains until told to stop; counts tokens as TRL does.
-fn training(
-    trainer: &mut Trainer<'_>,
-    pairs: &[TokenPair],
-    gate: &Gate,
-    stop: &AtomicBool,
-    done: &AtomicUsize,
-) -> Result<()> {
-    let mut guard = None;
-    let mut slices = Vec::new();
+/// Trains until told to stop; tokens a second, counted as TRL does, until the last batch that was done.
+fn training(trainer: &mut Trainer<'_>, pairs: &[TokenPair], gate: &Gate, stop: &AtomicBool) -> Result<f64> {
+    let mut guard: Option<GateGuard<'_>> = None;
     let mut pace = || {
-        if let Some((guard, since)) = guard.take() {
-            drop::<GateGuard<'_>>(guard);
-            slices.push(Instant::elapsed(&since).as_secs_f64());
-        }
+        guard = None;
         if stop.load(Ordering::Relaxed) {
             return Err(Error::cancelled());
         }
-        guard = Some((gate.train(), Instant::now()));
+        guard = Some(gate.train());
         Ok(())
     };
-    let outcome = steps(trainer, pairs, stop, done, &mut pace);
-    drop(guard);
-    slices.sort_by(f64::total_cmp);
-    let at = |share: f64| slices[((slices.len() - 1) as f64 * share) as usize] * 1e3;
-    println!(
-        "slices of training           p50 {:6.1} ms  p95 {:6.1} ms  longest {:4.1} ms",
-        at(0.5),
-        at(0.95),
-        at(1.0)
-    );
-    outcome
-}
-
-fn steps(
-    trainer: &mut Trainer<'_>,
-    pairs: &[TokenPair],
-    stop: &AtomicBool,
-    done: &AtomicUsize,
-    pace: &mut dyn FnMut() -> Result<()>,
-) -> Result<()> {
-    while !stop.load(Ordering::Relaxed) {
+    let (begin, mut tokens, mut rate) = (Instant::now(), 0, 0.0);
+    let mut steps = || loop {
         for batch in trainer.next_batches() {
-            trainer.forward_backward(&batch, pace)?;
+            trainer.forward_backward(&batch, &mut pace)?;
             let of = |pair: &TokenPair| 2 * pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
-            done.fetch_add(batch.iter().map(|index| of(&pairs[*index])).sum(), Ordering::Relaxed);
+            tokens += batch.iter().map(|index| of(&pairs[*index])).sum::<usize>();
+            rate = tokens as f64 / begin.elapsed().as_secs_f64();
         }
-        trainer.optim_step(pace)?;
+        trainer.optim_step(&mut pace)?;
+    };
+    let outcome: Result<()> = steps();
+    match outcome {
+        Err(error) if error.code != Code::Cancelled => Err(error),
+        _ => Ok(rate),
     }
-    Ok(())
 }
 
 /// Runs the measurement with the arguments after `share-run`.
@@ -102,7 +80,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     trainer.forward_backward(&(0..pairs.len()).collect::<Vec<_>>(), &mut || Ok(()))?;
     trainer.optim_step(&mut || Ok(()))?;
 
-    let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let stop = AtomicBool::new(false);
     let params = SamplingParams { temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
     let serve = |until: Duration| -> Result<Vec<f64>> {
         let (begin, mut gaps) = (Instant::now(), Vec::new());
@@ -110,50 +88,46 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
             let params = SamplingParams { max_tokens: Some(64), ..params.clone() };
             gaps.extend(engine::gaps(&engine, streams, 32, &params)?);
         }
-        gaps.sort_by(f64::total_cmp);
         Ok(gaps)
     };
-    let at = |gaps: &[f64], share: f64| gaps[((gaps.len() - 1) as f64 * share) as usize] * 1e3;
-    let show = |name: &str, gaps: &[f64]| {
-        println!(
-            "{name:<28} p50 {:6.1} ms  p95 {:6.1} ms  p99 {:6.1} ms",
-            at(gaps, 0.5),
-            at(gaps, 0.95),
-            at(gaps, 0.99)
-        );
-    };
     serve(Duration::from_secs(1))?;
-    let alone = serve(Duration::from_secs(SECONDS))?;
-    show("serving alone", &alone);
 
-    // Training alone, then the same beside the streams.
-    let mut rates = Vec::new();
-    let mut beside = Vec::new();
-    for serving in [false, true] {
-        stop.store(false, Ordering::Relaxed);
-        let (before, begin) = (done.load(Ordering::Relaxed), Instant::now());
-        std::thread::scope(|threads| -> Result<()> {
-            let worker = threads.spawn(|| gate.training(|| training(&mut trainer, &pairs, &gate, &stop, &done)));
-            if serving {
-                beside = serve(Duration::from_secs(SECONDS))?;
-            } else {
-                std::thread::sleep(Duration::from_secs(SECONDS));
-            }
-            rates.push((done.load(Ordering::Relaxed) - before) as f64 / begin.elapsed().as_secs_f64());
-            stop.store(true, Ordering::Relaxed);
-            match worker.join().map_err(|_| Error::internal("the training thread panicked"))? {
-                Err(error) if error.code == rdpo::error::Code::Cancelled => Ok(()),
-                other => other,
-            }
-        })?;
+    // Serving alone, training alone, both.
+    let (mut alone, mut beside, mut rates) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
+    for _ in 0..ROUNDS {
+        alone.extend(serve(SECONDS)?);
+        for serving in [false, true] {
+            stop.store(false, Ordering::Relaxed);
+            rates[usize::from(serving)].push(std::thread::scope(|threads| {
+                let worker = threads.spawn(|| gate.training(|| training(&mut trainer, &pairs, &gate, &stop)));
+                let served = if serving { serve(SECONDS) } else { Ok(Vec::new()) };
+                if !serving {
+                    std::thread::sleep(SECONDS);
+                }
+                stop.store(true, Ordering::Relaxed);
+                beside.extend(served?);
+                worker.join().map_err(|_| Error::internal("the training thread panicked"))?
+            })?);
+        }
     }
-    show("serving beside training", &beside);
+    let at = |gaps: &[f64], share: f64| gaps[((gaps.len() - 1) as f64 * share) as usize];
+    for (name, gaps) in [("serving alone", &mut alone), ("serving beside training", &mut beside)] {
+        gaps.sort_by(f64::total_cmp);
+        let [p50, p95, p99] = [0.5, 0.95, 0.99].map(|share| at(gaps, share) * 1e3);
+        println!("{name:<28} p50 {p50:6.1} ms  p95 {p95:6.1} ms  p99 {p99:6.1} ms");
+    }
     println!("p95 with training / without: {:.2}", at(&beside, 0.95) / at(&alone, 0.95));
+    let mut kept: Vec<f64> = rates[0].iter().zip(&rates[1]).map(|(alone, beside)| beside / alone).collect();
+    for values in rates.iter_mut().chain([&mut kept]) {
+        values.sort_by(f64::total_cmp);
+    }
     println!(
-        "training alone {:.0} tok/s, beside {streams} streams {:.0} tok/s: {:.2}",
-        rates[0],
-        rates[1],
-        rates[1] / rates[0]
+        "training alone {:.0} tok/s, beside {streams} streams {:.0} tok/s: {:.2} ({:.2} to {:.2})",
+        at(&rates[0], 0.5),
+        at(&rates[1], 0.5),
+        at(&kept, 0.5),
+        at(&kept, 0.0),
+        at(&kept, 1.0)
     );
     Ok(())
 }

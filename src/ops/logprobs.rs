@@ -1,10 +1,9 @@
 //! Log-probabilities of given tokens without the `(N, V)` logits.
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
 use super::{FrozenLinear, cpu, cuda, tape};
-use crate::cores::spread;
+use crate::cores::each;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{scale_row, softmax_row};
 use crate::kernels::cuda as gpu;
@@ -108,8 +107,8 @@ impl RowLogprobs {
 /// T log-probs; the logits, (T, V), become d log p(target) / d logits = `onehot − softmax` where that is wanted.
 fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
     let width = logits.len() / targets.len();
-    let rows = logits.par_chunks_mut(width).zip(targets);
-    let one = |(row, target): (&mut [f32], &u32)| {
+    let mut found = vec![0f32; targets.len()];
+    each(logits.chunks_mut(width).zip(targets).zip(&mut found), |((row, target), found)| {
         let aim = row[*target as usize];
         let (max, sum) = softmax_row(row, 1.0);
         if wanted {
@@ -117,9 +116,9 @@ fn in_place(logits: &mut [f32], targets: &[u32], wanted: bool) -> Vec<f32> {
             scale_row(row, scale);
             row[*target as usize] += 1.0;
         }
-        RowLogprobs { max, log_sum: sum.ln() }.of(aim)
-    };
-    spread(|| rows.map(one).collect())
+        *found = RowLogprobs { max, log_sum: sum.ln() }.of(aim);
+    });
+    found
 }
 
 /// [`in_place`] on a GPU; the logits are this call's own.

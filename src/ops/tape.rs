@@ -7,10 +7,9 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use candle_core::{Shape, Tensor, TensorId, Var};
-use rayon::prelude::*;
 
 use super::cpu;
-use crate::cores::spread;
+use crate::cores::each;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::add_row;
 
@@ -247,8 +246,7 @@ fn summed(a: Gradient, b: Gradient) -> Result<Gradient> {
     let other = other.tensor.contiguous()?;
     cpu::with_floats([&other], |[other]| {
         cpu::with_floats_mut(&to.tensor, |to| {
-            let chunks = to.par_chunks_mut(CHUNK).zip(other.par_chunks(CHUNK));
-            spread(|| chunks.for_each(|(to, other)| add_row(other, to)));
+            each(to.chunks_mut(CHUNK).zip(other.chunks(CHUNK)), |(to, other)| add_row(other, to));
             Ok(())
         })
     })?;

@@ -1,8 +1,6 @@
 //! Memory that the tasks of an operation write, each its own part.
 
-use rayon::prelude::*;
-
-use crate::cores::spread;
+use crate::cores::each;
 
 /// A raw output that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
@@ -51,7 +49,7 @@ pub fn in_chunks<const N: usize>(
         });
         work(at, parts);
     };
-    spread(|| (0..len.div_ceil(chunk)).into_par_iter().for_each(one));
+    each(0..len.div_ceil(chunk), one);
     for values in &mut found {
         // SAFETY: the tasks zeroed them all, at least.
         unsafe { values.set_len(len) };

@@ -2,11 +2,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::scores::{Keys, Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks, turned_once};
-use crate::cores::spread;
+use crate::cores::{each, each_with};
 use crate::kernels::cpu::level::{Level, level};
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
 use crate::kernels::cpu::places::Out;
@@ -50,28 +48,28 @@ pub fn attention_backward(
     let mut sums: Vec<[Vec<f32>; 2]> = (0..most).map(|_| [vec![0f32; k.len()], vec![0f32; v.len()]]).collect();
     let dq_place = Out(dq.as_mut_ptr());
     let places: Vec<[Out; 2]> = sums.iter_mut().map(|of| of.each_mut().map(|sum| Out(sum.as_mut_ptr()))).collect();
-    let tasks = (0..slices.len() * heads.key).into_par_iter().with_max_len(1);
-    let walk = |task: &mut Task, index: usize| {
-        let (part, slice, range) = &slices[index / heads.key];
-        let (blocks, turned) = &cut[*part];
-        let [dk, dv] = places[*slice];
-        for block in &blocks[range.clone()] {
-            let [k_of, v_of] = turned.each_ref().map(|turned| &turned[block.rows]);
-            let keys = (k, Keys::new(k, k_of), Keys::new(v, v_of));
-            task.block(block, index % heads.key, (q, keys), (out, dout), [dq_place, dk, dv]);
-        }
-    };
-    spread(|| tasks.for_each_init(|| Task::new(level, heads), walk));
+    each_with(
+        0..slices.len() * heads.key,
+        || Task::new(level, heads),
+        |task, index| {
+            let (part, slice, range) = &slices[index / heads.key];
+            let (blocks, turned) = &cut[*part];
+            let [dk, dv] = places[*slice];
+            for block in &blocks[range.clone()] {
+                let [k_of, v_of] = turned.each_ref().map(|turned| &turned[block.rows]);
+                let keys = (k, Keys::new(k, k_of), Keys::new(v, v_of));
+                task.block(block, index % heads.key, (q, keys), (out, dout), [dq_place, dk, dv]);
+            }
+        },
+    );
     let (first, others) = sums.split_first_mut().expect("there is one slice at least. This is a bug.");
     for (of, sum) in first.iter_mut().enumerate() {
-        let chunks = sum.par_chunks_mut(CHUNK).enumerate();
-        let add = |(index, sum): (usize, &mut [f32])| {
-            for other in others.iter() {
-                add_row(&other[of][index * CHUNK..][..sum.len()], sum);
-            }
-        };
         if !others.is_empty() {
-            spread(|| chunks.for_each(add));
+            each(sum.chunks_mut(CHUNK).enumerate(), |(index, sum)| {
+                for other in others.iter() {
+                    add_row(&other[of][index * CHUNK..][..sum.len()], sum);
+                }
+            });
         }
     }
     let [dk, dv] = std::mem::take(first);

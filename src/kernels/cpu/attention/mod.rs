@@ -10,12 +10,10 @@ mod tests;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::level::{Level, level};
 use super::matmul::PANEL;
 use super::places::filled;
-use crate::cores::spread;
+use crate::cores::each_with;
 pub use backward::attention_backward;
 use scores::{Keys, Scratch, turned};
 
@@ -119,12 +117,15 @@ fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f
     unsafe {
         filled(q.len(), |out| {
             // Head after head: the blocks of one read the same keys.
-            let tasks = (0..blocks.len() * heads.key).into_par_iter();
-            let attend = |scratch: &mut Scratch, task: usize| {
-                let (block, kv) = (&blocks[task % blocks.len()], task / blocks.len());
-                scratch.attend(block, kv, (q, Keys::new(k, &of_rows[block.rows]), v), out);
-            };
-            spread(|| tasks.for_each_init(|| Scratch::new(level, heads), attend));
+            let tasks = 0..blocks.len() * heads.key;
+            each_with(
+                tasks,
+                || Scratch::new(level, heads),
+                |scratch, task| {
+                    let (block, kv) = (&blocks[task % blocks.len()], task / blocks.len());
+                    scratch.attend(block, kv, (q, Keys::new(k, &of_rows[block.rows]), v), out);
+                },
+            );
         })
     }
 }

@@ -4,14 +4,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::stored::Stored;
 use super::tile::{PANEL, Plain, Tile};
-use super::{MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, turn};
+use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, turn};
 #[cfg(target_arch = "x86_64")]
 use super::{PairTile, Pairs, Panel};
-use crate::cores::spread;
+use crate::cores::each_with;
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::places::{Out, filled};
 
@@ -107,40 +106,39 @@ impl Packed {
         let (blocks, block) = row_blocks(m, TURNED.min(n));
         let (count, panels) = (k.div_ceil(PANEL), n.div_ceil(PANEL));
         let square = |panel: usize, index: usize, to: &mut [T]| turn(panel, index * PANEL, to);
-        spread(|| {
-            let whole = (blocks > 1 && n * k <= MOST_WHOLE).then(|| turn::squares(panels, count, square));
-            let turned = || vec![T::default(); TURNED.min(panels * PANEL) * PANEL];
-            let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).max(1);
-            let groups = count.div_ceil(together);
-            let task = |own: &mut Vec<T>, task: usize| {
-                let (at, group) = (task % blocks, task / blocks);
-                let rows = at * block..m.min((at + 1) * block);
-                for start in (0..n).step_by(TURNED) {
-                    let some = start..n.min(start + TURNED);
-                    for index in group * together..count.min((group + 1) * together) {
-                        let turned = match &whole {
-                            Some(whole) => &whole[(index * panels + start / PANEL) * PANEL * PANEL..],
-                            None => {
-                                let of = start / PANEL..some.end.div_ceil(PANEL);
-                                of.zip(own.chunks_exact_mut(PANEL * PANEL))
-                                    .for_each(|(panel, to)| square(panel, index, to));
-                                &own[..]
-                            }
-                        };
-                        let (columns, to) = (PANEL.min(k - index * PANEL), dx.at(rows.start * k + index * PANEL));
-                        multiply(turned, rows.clone(), some.clone(), columns, to);
-                        if let Some(low) = low
-                            && some.end == n
-                        {
-                            // SAFETY: rows and columns are inside dx and no other task has them.
-                            unsafe { low.add_to(level, rows.clone(), index, columns, to) };
+        let whole = (blocks > 1 && n * k <= MOST_WHOLE).then(|| turn::squares(panels, count, square));
+        let turned = || vec![T::default(); TURNED.min(panels * PANEL) * PANEL];
+        let most = MOST_PRODUCTS / (block * n * PANEL).max(1);
+        let together = count.div_ceil((rayon::current_num_threads() * TASKS).div_ceil(blocks)).min(most).max(1);
+        let groups = count.div_ceil(together);
+        let task = |own: &mut Vec<T>, task: usize| {
+            let (at, group) = (task % blocks, task / blocks);
+            let rows = at * block..m.min((at + 1) * block);
+            for start in (0..n).step_by(TURNED) {
+                let some = start..n.min(start + TURNED);
+                for index in group * together..count.min((group + 1) * together) {
+                    let turned = match &whole {
+                        Some(whole) => &whole[(index * panels + start / PANEL) * PANEL * PANEL..],
+                        None => {
+                            let of = start / PANEL..some.end.div_ceil(PANEL);
+                            of.zip(own.chunks_exact_mut(PANEL * PANEL))
+                                .for_each(|(panel, to)| square(panel, index, to));
+                            &own[..]
                         }
+                    };
+                    let (columns, to) = (PANEL.min(k - index * PANEL), dx.at(rows.start * k + index * PANEL));
+                    multiply(turned, rows.clone(), some.clone(), columns, to);
+                    if let Some(low) = low
+                        && some.end == n
+                    {
+                        // SAFETY: rows and columns are inside dx and no other task has them.
+                        unsafe { low.add_to(level, rows.clone(), index, columns, to) };
                     }
                 }
-            };
-            let own = || if whole.is_some() { Vec::new() } else { turned() };
-            (0..blocks * groups).into_par_iter().with_max_len(1).for_each_init(own, task);
-        });
+            }
+        };
+        let own = || if whole.is_some() { Vec::new() } else { turned() };
+        each_with(0..blocks * groups, own, task);
     }
 }
 

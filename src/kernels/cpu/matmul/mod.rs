@@ -26,7 +26,7 @@ use rayon::prelude::*;
 
 use super::level::{Level, has_bf16_products, level};
 use super::places::{Out, filled};
-use crate::cores::spread;
+use crate::cores::each;
 pub use coded::Codes;
 use coded::{CodePanels, CodedPanel};
 pub use low::LowRank;
@@ -52,6 +52,8 @@ const MOST_WHOLE: usize = 1 << 25;
 const MOST_AHEAD: usize = 4096;
 /// Tasks a thread gets: enough to even out, few enough to cost nothing when one row is read.
 const TASKS: usize = 4;
+/// Most multiplications of a task: a core that is called off ends its task first.
+const MOST_PRODUCTS: usize = 1 << 26;
 
 /// How the weight's numbers are stored.
 #[derive(Clone, Debug)]
@@ -279,9 +281,9 @@ impl Packed {
             let (n, k) = (self.n, self.k);
             let len = panel_len::<bf16>(PANEL, k);
             let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
-            let of_panels = numbers.par_chunks_mut(len).enumerate();
             // SAFETY: `pairs` says that the processor has the instructions.
-            spread(|| of_panels.for_each(|(panel, to)| unsafe { panels.unpack(panel, blocks(&(0..k)), to) }));
+            let unpack = |(panel, to): (usize, &mut [bf16])| unsafe { panels.unpack(panel, blocks(&(0..k)), to) };
+            each(numbers.chunks_mut(len).enumerate(), unpack);
             return Some(Packed { n, k, panels: Panels::Bf16(numbers), bias: None });
         }
         let _ = (mode, of_rows);

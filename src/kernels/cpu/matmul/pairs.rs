@@ -6,10 +6,12 @@
 use std::arch::x86_64::*;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::tile::ROWS;
-use crate::cores::spread;
+use crate::cores::each;
+
+/// Rows rounded by one task.
+const TOGETHER: usize = 16;
 
 /// Activations as pairs along K: (M, ⌈K/2⌉), an odd K padded with zero.
 pub(super) struct Pairs {
@@ -26,9 +28,13 @@ impl Pairs {
     pub(super) unsafe fn new(x: &[f32], k: usize) -> Self {
         let width = k.div_ceil(2);
         let mut numbers = Vec::with_capacity(x.len() / k * width);
-        let rows = x.par_chunks(k).zip(numbers.spare_capacity_mut().par_chunks_mut(width)).with_min_len(16);
-        // SAFETY: the caller's promise; the spare room of a row is ⌈K/2⌉ pairs.
-        spread(|| rows.for_each(|(x, to)| unsafe { round_row(x, to.as_mut_ptr().cast()) }));
+        let room = numbers.spare_capacity_mut().chunks_mut(TOGETHER * width);
+        each(x.chunks(TOGETHER * k).zip(room), |(x, to)| {
+            for (x, to) in x.chunks(k).zip(to.chunks_mut(width)) {
+                // SAFETY: the caller's promise; the spare room of a row is ⌈K/2⌉ pairs.
+                unsafe { round_row(x, to.as_mut_ptr().cast()) };
+            }
+        });
         // SAFETY: every row was written.
         unsafe { numbers.set_len(x.len() / k * width) };
         Pairs { numbers, width }

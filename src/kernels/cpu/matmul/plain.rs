@@ -1,10 +1,8 @@
 //! Products of two plain matrices, neither packed before.
 
-use rayon::prelude::*;
-
 use super::row_blocks;
 use super::tile::{PANEL, Plain, Tile};
-use crate::cores::spread;
+use crate::cores::each;
 use crate::kernels::cpu::level::level;
 use crate::kernels::cpu::places::Out;
 
@@ -58,5 +56,5 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
         unsafe { tile.run(level, rows.len(), out.at(rows.start * n + panel * PANEL), n) };
         drop(whole);
     };
-    spread(|| (0..blocks * count).into_par_iter().for_each(one));
+    each(0..blocks * count, one);
 }

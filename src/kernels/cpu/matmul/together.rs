@@ -3,11 +3,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::low::Lows;
-use super::{Input, LowRank, Mode, PANEL, Packed, TASKS, row_blocks};
-use crate::cores::spread;
+use super::{Input, LowRank, MOST_PRODUCTS, Mode, PANEL, Packed, TASKS, row_blocks};
+use crate::cores::each;
 use crate::kernels::cpu::places::Out;
 use crate::kernels::cpu::rowwise::add_row;
 
@@ -60,16 +58,15 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
         let input = if product.weight.is_bf16() { &rounded } else { &plain };
         input.as_ref().expect("the input was made for every weight. This is a bug.")
     };
-    spread(|| {
-        let panels: usize = products.iter().map(|product| product.weight.n.div_ceil(PANEL)).sum();
-        let together = panels.div_ceil(rayon::current_num_threads() * TASKS).max(1);
-        let groups: Vec<(&Product<'_>, Range<usize>)> =
-            products.iter().flat_map(|product| product.groups(together).map(move |panels| (product, panels))).collect();
-        (0..blocks * groups.len()).into_par_iter().with_max_len(1).for_each(|task| {
-            let (at, (product, panels)) = (task % blocks, &groups[task / blocks]);
-            // SAFETY: rows and columns are inside y and no other task has them.
-            unsafe { product.some(input(product), at * block..m.min((at + 1) * block), panels.clone(), mode) };
-        });
+    let panels: usize = products.iter().map(|product| product.weight.n.div_ceil(PANEL)).sum();
+    let most = MOST_PRODUCTS / (block * k * PANEL).max(1);
+    let together = panels.div_ceil(rayon::current_num_threads() * TASKS).min(most).max(1);
+    let groups: Vec<(&Product<'_>, Range<usize>)> =
+        products.iter().flat_map(|product| product.groups(together).map(move |panels| (product, panels))).collect();
+    each(0..blocks * groups.len(), |task| {
+        let (at, (product, panels)) = (task % blocks, &groups[task / blocks]);
+        // SAFETY: rows and columns are inside y and no other task has them.
+        unsafe { product.some(input(product), at * block..m.min((at + 1) * block), panels.clone(), mode) };
     });
     for (y, product) in found.iter_mut().zip(&products) {
         // SAFETY: that many have room, and the tasks wrote all rows of all panels.

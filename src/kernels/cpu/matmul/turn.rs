@@ -1,10 +1,10 @@
 //! Turning panels over N into panels over K, a block of 32 × 32 at a time, for the gradient of the input.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::stored::Stored;
 use super::tile::PANEL;
+use crate::cores::each;
 use crate::kernels::cpu::level::Level;
 
 /// Sixteen rows of sixteen numbers, turned: `out[c·out_pitch + r] = row r's c-th number`, where `load(r)` gives row r.
@@ -92,7 +92,7 @@ pub(super) fn squares<T: Copy + Default + Send + Sync>(
 ) -> Vec<T> {
     let mut squares = Vec::with_capacity(count * panels * PANEL * PANEL);
     let (room, _) = squares.spare_capacity_mut().as_chunks_mut::<{ PANEL * PANEL }>();
-    room[..count * panels].par_chunks_mut(panels).enumerate().for_each(|(index, column)| {
+    each(room[..count * panels].chunks_mut(panels).enumerate(), |(index, column)| {
         for (panel, to) in column.iter_mut().enumerate() {
             let mut square = [T::default(); PANEL * PANEL];
             turn(panel, index, &mut square);
