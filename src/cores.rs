@@ -177,13 +177,13 @@ mod tests {
     #[test]
     fn an_operation_in_progress_gets_cores_that_are_lent_and_gives_them_back() {
         let Some(cores) = Cores::divided(0.5) else { return };
+        let (narrow, wide) = (cores.share.cores, rayon::current_num_threads());
+        let (lent_at, back_at) = (30 * wide, 60 * wide);
         let seen = Mutex::new(Vec::new());
         cores.train(|| {
-            each(0..90, |item| {
-                match item {
-                    30 => cores.lend(true),
-                    60 => cores.lend(false),
-                    _ => {}
+            each(0..90 * wide, |item| {
+                if item == lent_at || item == back_at {
+                    cores.lend(item == lent_at);
                 }
                 seen.lock().expect("no panic").push(thread::current().id());
                 sleep(Duration::from_millis(1));
@@ -191,9 +191,9 @@ mod tests {
         });
         let seen = seen.into_inner().expect("no panic");
         let threads = |items: &[thread::ThreadId]| items.iter().collect::<HashSet<_>>().len();
-        assert_eq!(seen.len(), 90);
-        let (narrow, wide) = (cores.share.cores, rayon::current_num_threads());
+        assert_eq!(seen.len(), 90 * wide);
         // Who was at work when the last ones changed ends what he does.
-        assert_eq!((threads(&seen[..30]), threads(&seen[30..60]), threads(&seen[60 + wide..])), (narrow, wide, narrow));
+        let of = [&seen[..lent_at], &seen[lent_at..back_at], &seen[back_at + wide..]].map(threads);
+        assert_eq!(of, [narrow, wide, narrow]);
     }
 }

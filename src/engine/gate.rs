@@ -34,17 +34,18 @@ pub struct Gate {
     changed: Condvar,
 }
 
-/// How much of the device serving holds.
+/// How serving holds the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Hold {
-    Whole,
-    Share,
+    /// Nobody trained when the step began.
+    Alone,
+    Beside,
 }
 
 struct State {
     serving: Option<Hold>,
     training: bool,
-    /// Since when training has all cores.
+    /// Since when training has the whole device.
     lent: Option<Instant>,
     serving_waits: usize,
     training_waits: usize,
@@ -102,14 +103,10 @@ impl Gate {
             used_seconds: 0.0,
             asked: Instant::now(),
         };
+        let mut gate = Gate { rate: 0.0, cores, state: Mutex::new(state), changed: Condvar::new() };
         // What is missing is made good in time in which serving, that has 1 - share of it by right, has nothing.
-        let always = cores.as_ref().map_or(0.0, Cores::training_share);
-        Gate {
-            rate: (share - always).max(0.0) / (1.0 - share),
-            cores,
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-        }
+        gate.rate = (share - gate.always()).max(0.0) / (1.0 - share);
+        gate
     }
 
     /// For an engine step: next in line, at most one slice of training away, and on several cores at most what training is owed.
@@ -130,7 +127,7 @@ impl Gate {
             state = self.changed.wait_timeout(state, BETWEEN_SLICES).unwrap_or_else(PoisonError::into_inner).0;
         };
         state.serving_waits -= 1;
-        let hold = if self.cores.is_some() && is_here { Hold::Share } else { Hold::Whole };
+        let hold = if is_here { Hold::Beside } else { Hold::Alone };
         state.serving = Some(hold);
         state.turn_seconds = 0.0;
         GateGuard { gate: self, since: Instant::now(), side: Side::Serving(hold) }
@@ -144,7 +141,7 @@ impl Gate {
         let is_all_its_own = loop {
             let is_all_its_own = !state.serving_is_here() || self.training_is_due(&state);
             let must_wait = match (&self.cores, state.serving) {
-                (Some(_), held) => held == Some(Hold::Whole),
+                (Some(_), held) => held == Some(Hold::Alone),
                 (None, held) => held.is_some() || !is_all_its_own,
             };
             if !state.training && !must_wait {
@@ -179,19 +176,27 @@ impl Gate {
         state.credit_seconds > enough && state.turn_seconds < MOST_TURN_SECONDS
     }
 
-    /// From now on training has all cores, or its own; the time for which it had them all is held against it if somebody waited.
+    /// From now on training has the whole device, or the cores that are always its own; the time for which it had it all is held against
+    /// it, unless nobody served.
     fn lend(&self, state: &mut State, is_lent: bool) {
-        let Some(cores) = &self.cores else { return };
         if let Some(since) = state.lent.take() {
             let lent = since.elapsed().as_secs_f64();
-            state.used_seconds += lent * (1.0 - cores.training_share());
-            if state.serving_waits > 0 {
-                state.credit_seconds -= lent;
-                state.turn_seconds += lent;
+            state.used_seconds += lent * (1.0 - self.always());
+            state.turn_seconds += lent;
+            let lately = |at: Instant| at.elapsed().as_secs_f64() < lent + GRACE.as_secs_f64();
+            if state.serving_waits > 0 || state.last_served.is_some_and(lately) {
+                state.credit_seconds = (state.credit_seconds - lent).max(-MOST_CREDIT_SECONDS);
             }
         }
         state.lent = is_lent.then(Instant::now);
-        cores.lend(is_lent);
+        if let Some(cores) = &self.cores {
+            cores.lend(is_lent);
+        }
+    }
+
+    /// Part of the device that is training's all the time while both run.
+    fn always(&self) -> f64 {
+        self.cores.as_ref().map_or(0.0, Cores::training_share)
     }
 
     /// Share of the time since this was asked last in which the device was held; what is held now counts when it is given back.
@@ -224,17 +229,17 @@ impl GateGuard<'_> {
     /// going to sleep meanwhile.
     pub fn run<T: Send>(self, work: impl FnOnce(Self) -> T + Send) -> T {
         match &self.gate.cores {
-            Some(cores) => cores.serve(self.side == Side::Serving(Hold::Whole), || work(self)),
+            Some(cores) => cores.serve(self.side == Side::Serving(Hold::Alone), || work(self)),
             None => rayon::scope(|_| work(self)),
         }
     }
 
     /// Part of the device that is held, what is lent not counted.
     fn part(&self) -> f64 {
-        match (&self.gate.cores, self.side) {
-            (Some(cores), Side::Serving(Hold::Share)) => 1.0 - cores.training_share(),
-            (Some(cores), Side::Training) => cores.training_share(),
-            _ => 1.0,
+        match self.side {
+            Side::Serving(Hold::Alone) => 1.0,
+            Side::Serving(Hold::Beside) => 1.0 - self.gate.always(),
+            Side::Training => self.gate.always(),
         }
     }
 }
@@ -248,9 +253,7 @@ impl Drop for GateGuard<'_> {
             Side::Serving(hold) => {
                 state.serving = None;
                 state.last_served = Some(Instant::now());
-                let training_has_less =
-                    if self.gate.cores.is_some() { hold == Hold::Share } else { state.training_waits > 0 };
-                if training_has_less {
+                if hold == Hold::Beside {
                     state.credit_seconds = (state.credit_seconds + used * self.gate.rate).min(MOST_CREDIT_SECONDS);
                 }
             }
@@ -258,14 +261,6 @@ impl Drop for GateGuard<'_> {
                 self.gate.lend(&mut state, false);
                 state.training = false;
                 (state.last_slice_seconds, state.last_trained) = (used, Some(Instant::now()));
-                if self.gate.cores.is_none() {
-                    state.turn_seconds += used;
-                    // What training takes while nobody serves is not held against it later.
-                    let lately = |at: Instant| at.elapsed().as_secs_f64() < used + GRACE.as_secs_f64();
-                    if state.serving_waits > 0 || state.last_served.is_some_and(lately) {
-                        state.credit_seconds = (state.credit_seconds - used).max(-MOST_CREDIT_SECONDS);
-                    }
-                }
             }
         }
         self.gate.changed.notify_all();
@@ -331,7 +326,7 @@ mod tests {
             scope(|threads| {
                 let step = threads.spawn(|| {
                     let step = gate.serve();
-                    (step.side == Side::Serving(Hold::Share), step.run(|_| width()))
+                    (step.side == Side::Serving(Hold::Beside), step.run(|_| width()))
                 });
                 let (is_shared, served_on) = step.join().expect("no panic");
                 assert!(is_shared, "served in the middle of a slice");

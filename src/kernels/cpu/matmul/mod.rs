@@ -17,6 +17,8 @@ mod tests;
 mod tile;
 mod together;
 mod turn;
+#[cfg(target_arch = "x86_64")]
+mod unpack;
 
 use std::borrow::Cow;
 use std::ops::Range;
