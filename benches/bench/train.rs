@@ -150,7 +150,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     }
     let mut printer = Printer::default();
     let (start, before) = (Instant::now(), cpu_seconds());
-    let outcome = train(&job, &mut printer)?;
+    // As a job does, on a thread of the pool: from outside, each operation would be handed over.
+    let outcome = rayon::scope(|_| train(&job, &mut printer))?;
     let seconds = start.elapsed().as_secs_f64();
     let last = outcome.last.ok_or_else(|| Error::internal("the run made no step."))?;
     if let Some(out) = out {

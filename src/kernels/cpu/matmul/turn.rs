@@ -93,8 +93,8 @@ pub(super) fn squares<T: Copy + Default + Send + Sync>(
     let mut squares = Vec::with_capacity(count * panels * PANEL * PANEL);
     let (room, _) = squares.spare_capacity_mut().as_chunks_mut::<{ PANEL * PANEL }>();
     each(room[..count * panels].chunks_mut(panels).enumerate(), |(index, column)| {
+        let mut square = [T::default(); PANEL * PANEL];
         for (panel, to) in column.iter_mut().enumerate() {
-            let mut square = [T::default(); PANEL * PANEL];
             turn(panel, index, &mut square);
             to.iter_mut().zip(square).for_each(|(to, number)| _ = to.write(number));
         }
