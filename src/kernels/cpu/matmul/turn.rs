@@ -84,7 +84,7 @@ pub(super) fn widened<W: Stored>(level: Level, of_block: &[W], to: &mut [f32]) {
 }
 
 /// All squares of a weight, panel after panel of one column of squares after the other: `count` times `panels`; `turn` is given the
-/// panel, the column and where the square goes.
+/// panel, the column and where the square goes, and writes all of it.
 pub(super) fn squares<T: Copy + Default + Send + Sync>(
     panels: usize,
     count: usize,
@@ -96,7 +96,7 @@ pub(super) fn squares<T: Copy + Default + Send + Sync>(
         let mut square = [T::default(); PANEL * PANEL];
         for (panel, to) in column.iter_mut().enumerate() {
             turn(panel, index, &mut square);
-            to.iter_mut().zip(square).for_each(|(to, number)| _ = to.write(number));
+            to.write_copy_of_slice(&square);
         }
     });
     // SAFETY: the capacity is that, and every square was written.
