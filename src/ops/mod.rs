@@ -4,6 +4,7 @@
 //!
 //! The ops run on [`crate::kernels`]; on a GPU those of f16, and of heads that no kernel takes, are composed of candle's own.
 
+mod adamw;
 mod attention;
 mod composed;
 mod cpu;
@@ -17,6 +18,7 @@ mod pointwise;
 mod sample;
 mod tape;
 
+pub use adamw::{AdamWUpdate, adamw};
 pub use attention::{CausalMask, Segment, causal_attention};
 pub use cuda::gpu;
 pub use linear::{Codes, FrozenLinear};

@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor, Var};
 
 use super::Scheduler;
 use crate::error::{Error, Result};
+use crate::ops::{self, AdamWUpdate};
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
@@ -55,7 +56,7 @@ impl Gradients {
         let gradient = gradient.detach().to_dtype(DType::F32)?;
         let slot = &mut self.sums[index];
         *slot = Some(match slot.take() {
-            Some(sum) => (sum + gradient)?,
+            Some(sum) => ops::add(&sum, &gradient)?,
             None => gradient,
         });
         Ok(())
@@ -86,7 +87,7 @@ impl Gradients {
 
 /// First and second moments of every variable, and how many updates they have seen.
 pub(crate) struct AdamW {
-    moments: Vec<(Tensor, Tensor)>,
+    moments: Vec<[Tensor; 2]>,
     updates: usize,
     weight_decay: f64,
 }
@@ -97,8 +98,8 @@ impl AdamW {
         let moments = variables
             .iter()
             .map(|(_, variable)| {
-                let zeros = Tensor::zeros(variable.shape(), DType::F32, variable.device())?;
-                Ok((zeros.clone(), zeros))
+                let zeros = || Tensor::zeros(variable.shape(), DType::F32, variable.device());
+                Ok([zeros()?, zeros()?])
             })
             .collect::<Result<_>>()?;
         Ok(AdamW { moments, updates: 0, weight_decay })
@@ -111,7 +112,7 @@ impl AdamW {
 
     /// Bytes of the moments.
     pub(crate) fn bytes(&self) -> usize {
-        self.moments.iter().map(|(first, second)| 4 * (first.elem_count() + second.elem_count())).sum()
+        self.moments.iter().map(|[first, second]| 4 * (first.elem_count() + second.elem_count())).sum()
     }
 
     /// One update with gradients `scale · sums`; weight decay is decoupled, the order of operations is PyTorch's. `rate` gives
@@ -134,22 +135,24 @@ impl AdamW {
             }
             let Some(sum) = sum else { continue };
             let rate = rate(name);
-            let gradient = (sum * scale)?;
-            let first = ((&moments.0 * BETA1)? + (&gradient * (1.0 - BETA1))?)?;
-            let second = ((&moments.1 * BETA2)? + (gradient.sqr()? * (1.0 - BETA2))?)?;
-            let denominator = ((second.sqrt()? / correction2.sqrt())? + EPSILON)?;
-            let update = ((&first / &denominator)? * (rate / correction1))?;
-            let decayed = (variable.as_tensor().detach() * (1.0 - rate * self.weight_decay))?;
-            variable.set(&(decayed - update)?)?;
-            *moments = (first, second);
+            let update = AdamWUpdate {
+                scale: scale as f32,
+                first: [BETA1, 1.0 - BETA1].map(|share| share as f32),
+                second: [BETA2, 1.0 - BETA2].map(|share| share as f32),
+                inverse_root: (1.0 / correction2.sqrt()) as f32,
+                eps: EPSILON as f32,
+                step_size: (rate / correction1) as f32,
+                left: (1.0 - rate * self.weight_decay) as f32,
+            };
+            ops::adamw(update, sum, variable, moments)?;
         }
         Ok(())
     }
 
-    /// Moments by variable name, as `NAME.exp_avg` and `NAME.exp_avg_sq` (PyTorch's names for them).
+    /// Moments by variable name, as `NAME.exp_avg` and `NAME.exp_avg_sq` (PyTorch's names for them). The next update changes them.
     pub(crate) fn export(&self, variables: &[(String, Var)]) -> HashMap<String, Tensor> {
         let mut tensors = HashMap::new();
-        for ((name, _), (first, second)) in variables.iter().zip(&self.moments) {
+        for ((name, _), [first, second]) in variables.iter().zip(&self.moments) {
             tensors.insert(format!("{name}.exp_avg"), first.clone());
             tensors.insert(format!("{name}.exp_avg_sq"), second.clone());
         }
@@ -168,7 +171,7 @@ impl AdamW {
                 let key = format!("{name}.{suffix}");
                 match tensors.get(&key) {
                     Some(tensor) if tensor.shape() == variable.shape() && tensor.dtype() == DType::F32 => {
-                        Ok(tensor.to_device(variable.device())?)
+                        Ok(tensor.copy()?.to_device(variable.device())?)
                     }
                     Some(tensor) => Err(Error::unprocessable(
                         &key,
@@ -182,7 +185,7 @@ impl AdamW {
                     None => Err(Error::unprocessable(&key, format!("the checkpoint has no moment `{key}`."))),
                 }
             };
-            *moments = (get("exp_avg")?, get("exp_avg_sq")?);
+            *moments = [get("exp_avg")?, get("exp_avg_sq")?];
         }
         self.updates = updates;
         Ok(())

@@ -11,6 +11,6 @@ pub use level::{has_bf16_products, keep_candle_on_one_thread};
 pub use matmul::{Adapted, Codes, Left, LowRank, Packed, Width, forward_together, multiply};
 pub use places::in_chunks;
 pub use rowwise::{
-    Activation, PIECE, add_row, gated, gated_backward, rms_norm_backward_row, rms_norm_row, rope_row, scale_row,
-    softmax_row, sum_row,
+    Activation, AdamWUpdate, PIECE, adamw_row, add_row, gated, gated_backward, rms_norm_backward_row, rms_norm_row,
+    rope_row, scale_row, softmax_row, sum_row,
 };

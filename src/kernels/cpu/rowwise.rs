@@ -1,4 +1,4 @@
-//! Loops over one row: norm, rotation, activations, softmax, compiled for what the processor at hand has.
+//! Loops over one row: norm, rotation, activations, softmax, the optimizer's update, compiled for what the processor at hand has.
 
 /// Functions of plain loops, compiled for AVX-512, for AVX2 and for any processor, and chosen when they are called. Multiply and add
 /// stay apart, so the numbers are the same either way.
@@ -46,6 +46,25 @@ pub enum Activation {
     Silu,
     /// Gaussian error linear unit, tanh approximation.
     GeluTanh,
+}
+
+/// What one update of AdamW (arXiv 1711.05101) is made of, beside the numbers it changes.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWUpdate {
+    /// The gradient is that many times what is given.
+    pub scale: f32,
+    /// β1 and `1 − β1`: what stays of the first moment, and what comes of the gradient.
+    pub first: [f32; 2],
+    /// β2 and `1 − β2`, of the second moment and the gradient's square.
+    pub second: [f32; 2],
+    /// `1 / sqrt(1 − β2ᵗ)`.
+    pub inverse_root: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// The learning rate over `1 − β1ᵗ`.
+    pub step_size: f32,
+    /// What the decay of weights leaves: one minus learning rate times decay.
+    pub left: f32,
 }
 
 /// Numbers that are summed in f32.
@@ -146,6 +165,20 @@ at_every_level! {
     /// `y ← y + x`.
     pub fn add_row(x: &[f32], y: &mut [f32]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    }
+
+    /// One update of some parameters and their moments, in PyTorch's order of operations.
+    pub fn adamw_row(
+        update: AdamWUpdate, gradient: &[f32], parameter: &mut [f32], first: &mut [f32], second: &mut [f32],
+    ) {
+        let AdamWUpdate { scale, first: [keep1, take1], second: [keep2, take2], inverse_root, eps, step_size, left } = update;
+        let moments = first.iter_mut().zip(second);
+        for ((parameter, gradient), (first, second)) in parameter.iter_mut().zip(gradient).zip(moments) {
+            let gradient = gradient * scale;
+            *first = *first * keep1 + gradient * take1;
+            *second = *second * keep2 + gradient * gradient * take2;
+            *parameter = *parameter * left - *first / (second.sqrt() * inverse_root + eps) * step_size;
+        }
     }
 
     /// Σ a·b, see [`dot`].

@@ -31,6 +31,6 @@ pub use stream::device;
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{
-    LowRows, View, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope, sample_rows,
-    scale_rows, token_logprobs,
+    LowRows, View, adamw, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope,
+    sample_rows, scale_rows, token_logprobs,
 };

@@ -87,6 +87,20 @@ __device__ void kv_write(const T *k, const T *v, const uint32_t *slots, int64_t 
     v_cache[to] = v[at];
 }
 
+// One update of AdamW: gradient, parameter and both moments of `count` numbers. One thread a number.
+extern "C" __global__ void adamw_float(
+    const float *gradient, float scale, float keep1, float take1, float keep2, float take2, float inverse_root, float eps, float step_size, float left, int64_t count,
+    float *parameter, float *first, float *second) {
+    int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= count) return;
+    float pull = gradient[at] * scale;
+    float m = first[at] * keep1 + pull * take1;
+    float v = second[at] * keep2 + pull * pull * take2;
+    first[at] = m;
+    second[at] = v;
+    parameter[at] = parameter[at] * left - m / (sqrtf(v) * inverse_root + eps) * step_size;
+}
+
 #define ROWS(T) \
     extern "C" __global__ void rms_norm_##T(const T *x, const float *weight, float eps, int c, T *y) { \
         rms_norm<T>(x, weight, eps, c, y); \

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::launch::{Arg, Kind, Launch, Queue};
-use crate::kernels::cpu::Activation;
+use crate::kernels::cpu::{Activation, AdamWUpdate};
 
 /// Threads of a block where each has one number.
 const THREADS: usize = 256;
@@ -111,4 +111,21 @@ pub(super) unsafe fn kv_write(
     args.extend([Arg::At(k_cache), Arg::At(v_cache)]);
     // SAFETY: the caller's.
     unsafe { queue.launch(each(kind.name("kv_write"), n * width, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: `count` numbers of f32 each.
+pub(super) unsafe fn adamw(
+    queue: &impl Queue,
+    update: AdamWUpdate,
+    count: usize,
+    [gradient, parameter, first, second]: [u64; 4],
+) -> Result<()> {
+    let AdamWUpdate { scale, first: [keep1, take1], second: [keep2, take2], inverse_root, eps, step_size, left } =
+        update;
+    let mut args = vec![Arg::At(gradient)];
+    args.extend([scale, keep1, take1, keep2, take2, inverse_root, eps, step_size, left].map(Arg::Float));
+    args.extend([Arg::Long(count as i64), Arg::At(parameter), Arg::At(first), Arg::At(second)]);
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(Kind::F32.name("adamw"), count, args)) }
 }

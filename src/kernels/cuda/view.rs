@@ -9,7 +9,7 @@ use super::launch::Kind;
 use super::lora::{self, MOST_RANK, Part};
 use super::sample::SamplePlan;
 use super::{head, rows, sample, stream};
-use crate::kernels::cpu::Activation;
+use crate::kernels::cpu::{Activation, AdamWUpdate};
 
 /// Contiguous numbers on a GPU.
 #[derive(Clone, Copy)]
@@ -149,6 +149,15 @@ pub fn kv_write([k, v]: [View<'_>; 2], slots: View<'_>, [k_cache, v_cache]: [Vie
     let places = [new[0], new[1], new[2], k_cache.at("cache", cached, dtype)?, v_cache.at("cache", cached, dtype)?];
     // SAFETY: the lengths were checked, the slots by the caller; a cache is written by the thread that owns it, on the one stream.
     unsafe { rows::kv_write(k.device(), kind, (n, width), places) }
+}
+
+/// One update of AdamW: the parameter and both its moments are changed in place. All of one length, f32.
+pub fn adamw(update: AdamWUpdate, gradient: View<'_>, [parameter, first, second]: [View<'_>; 3]) -> Result<()> {
+    let count = gradient.len();
+    let at = |what, view: View<'_>| view.at(what, count, DType::F32);
+    let places = [at("gradient", gradient)?, at("parameter", parameter)?, at("moment", first)?, at("moment", second)?];
+    // SAFETY: the lengths were checked; what is changed is the optimizer's, on the one stream.
+    unsafe { rows::adamw(gradient.device(), update, count, places) }
 }
 
 /// Log-probs of targets, (T), f32, in nats; with `wanted` the logits become `onehot − softmax` in place, and nobody else may hold them.

@@ -1,8 +1,8 @@
-//! Norm, rotation, gate and cache writes.
+//! Norm, rotation, gate, cache writes and the optimizer's update.
 
 use super::super::rows;
 use super::{Array, KINDS, assert_near, emulator, given, random};
-use crate::kernels::cpu::{self, Activation};
+use crate::kernels::cpu::{self, Activation, AdamWUpdate};
 
 #[test]
 fn rms_norm_and_its_gradient() {
@@ -100,4 +100,30 @@ fn cache_writes_go_to_their_slots_alone() {
         }
         assert!(k_cache.numbers() == keys && v_cache.numbers() == values);
     }
+}
+
+#[test]
+fn an_update_of_the_optimizer() {
+    let Some(queue) = emulator() else { return };
+    let count = 1000;
+    let update = AdamWUpdate {
+        scale: 0.25,
+        first: [0.9, 0.1],
+        second: [0.999, 0.001],
+        inverse_root: 1.7,
+        eps: 1e-8,
+        step_size: 0.3,
+        left: 0.997,
+    };
+    let kind = super::Kind::F32;
+    let ((gradient, gradients), (parameter, mut parameters)) = (given(kind, count, 1), given(kind, count, 2));
+    let (first, mut firsts) = given(kind, count, 3);
+    let mut seconds: Vec<f32> = random(count, 4).iter().map(|value| value * value).collect();
+    let second = Array::of(kind, &seconds);
+    // SAFETY: the arrays have these sizes.
+    unsafe { rows::adamw(queue, update, count, [gradient.at(), parameter.at(), first.at(), second.at()]) }.unwrap();
+    cpu::adamw_row(update, &gradients, &mut parameters, &mut firsts, &mut seconds);
+    assert_near("parameter", &parameter, &parameters, 1e-6);
+    assert_near("first moment", &first, &firsts, 1e-6);
+    assert_near("second moment", &second, &seconds, 1e-6);
 }
