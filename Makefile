@@ -46,10 +46,7 @@ sdk: build ## the OpenAI SDK, schemathesis and promtool against a live server
 parity: model ## derive the fixtures again with PyTorch + PEFT and compare (large downloads)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r tests/fixtures/requirements.txt
-	$(VENV)/bin/python tests/fixtures/make_fixtures.py
-	$(VENV)/bin/python tests/fixtures/make_curves.py
-	$(VENV)/bin/python tests/fixtures/make_gguf_types.py
-	git diff --stat --exit-code tests/fixtures
+	$(VENV)/bin/python tests/fixtures/check_fixtures.py
 	$(CARGO) bench --no-run --bench bench
 	$(VENV)/bin/pip install --quiet -r benches/compare/requirements.txt
 	$(VENV)/bin/python benches/compare/compare.py export
