@@ -19,6 +19,8 @@ pub enum Code {
     UnknownField,
     /// Prompt plus answer do not fit the model's context.
     ContextLengthExceeded,
+    /// A remote role's endpoint takes no such texts; another conversation may be welcome.
+    Refused,
     /// Missing or wrong key.
     InvalidApiKey,
     /// A path outside its root, or a route that is switched off.
@@ -59,6 +61,7 @@ impl Code {
             Code::UnsupportedParameter => (400, "invalid_request_error", "unsupported_parameter"),
             Code::UnknownField => (400, "invalid_request_error", "unknown_field"),
             Code::ContextLengthExceeded => (400, "invalid_request_error", "context_length_exceeded"),
+            Code::Refused => (400, "invalid_request_error", "refused"),
             Code::InvalidApiKey => (401, "invalid_request_error", "invalid_api_key"),
             Code::Forbidden => (403, "permission_error", "forbidden"),
             Code::ModelNotFound => (404, "invalid_request_error", "model_not_found"),
@@ -135,6 +138,11 @@ impl Error {
     pub fn at(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
+    }
+
+    /// Whether it is about this one conversation, so that a job can drop it and go on with the others.
+    pub fn is_of_one_conversation(&self) -> bool {
+        matches!(self.code, Code::ContextLengthExceeded | Code::Refused)
     }
 
     /// Puts what was being done in front of the message.

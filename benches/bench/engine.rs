@@ -160,7 +160,7 @@ pub(crate) fn run_adapters(arguments: &[String]) -> Result<()> {
     let (engine, model) = start_with(path, argument(0, "auto").parse()?, Arc::new(Gate::new(0.5)))?;
     let config = LoraOptions { r: rank, ..LoraOptions::default() }.config(None);
     let adapter = |seed| -> Result<Arc<Adapter>> {
-        let file = LoraParams::new(&config, &model, seed)?.to_file(model.config())?;
+        let file = LoraParams::new(&config, &model, seed)?.to_file()?;
         Ok(Arc::new(Adapter::from_file(&file, &model)?))
     };
     let adapters = (0..4).map(adapter).collect::<Result<Vec<_>>>()?;

@@ -65,17 +65,20 @@ fn parse(adapter: &str) -> Result<(&str, Option<u64>)> {
     Ok((alias, version))
 }
 
-/// Without a server there is no telling which version is live, so the newest is taken.
+/// The version asked for, else the one that was live when the server stopped, else the newest.
 fn on_disk(root: &Path, alias: &str, version: Option<u64>) -> Result<PathBuf> {
     let folder = root.join(alias);
     let entries = std::fs::read_dir(&folder).map_err(|error| {
         Error::not_found(format!("no server runs and {} cannot be read: {error}", folder.display())).at("--root")
     })?;
     let versions = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u64>().ok());
-    let found = versions.filter(|found| version.is_none_or(|wanted| wanted == *found)).max();
+    let live = crate::roles::live_on_disk(root, alias)?;
+    let wanted = version.or(live);
+    let found = versions.filter(|found| wanted.is_none_or(|wanted| wanted == *found)).max();
     let found = found.ok_or_else(|| Error::not_found(format!("{} has no such version", folder.display())))?;
     if version.is_none() {
-        eprintln!("no server runs: taking the newest version, {found}");
+        let which = if live.is_some() { "that was live" } else { "that is newest" };
+        eprintln!("no server runs: taking the version {which}, {found}");
     }
     Ok(folder.join(found.to_string()))
 }
@@ -106,7 +109,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn copies_the_newest_version_without_a_server() {
+    async fn copies_the_live_or_the_newest_version_without_a_server() {
         let folder = tempfile::tempdir().unwrap();
         for version in ["2", "10"] {
             let path = folder.path().join("root/student").join(version);
@@ -122,6 +125,10 @@ mod tests {
         };
         export(&args("student", "a")).await.unwrap();
         assert_eq!(std::fs::read_to_string(folder.path().join("a/adapter_config.json")).unwrap(), "10");
+        let live = r#"{"student": {"live": 2, "next": 11, "versions": {}}}"#;
+        std::fs::write(folder.path().join("root/live.json"), live).unwrap();
+        export(&args("student", "d")).await.unwrap();
+        assert_eq!(std::fs::read_to_string(folder.path().join("d/adapter_config.json")).unwrap(), "2");
         export(&args("student@2", "b")).await.unwrap();
         assert_eq!(std::fs::read_to_string(folder.path().join("b/adapter_config.json")).unwrap(), "2");
         assert_eq!(export(&args("student@2", "b")).await.unwrap_err().status(), 409);

@@ -76,6 +76,10 @@ impl EngineOptions {
                 return Err(Error::invalid(name, format!("`{name}` must be at least 1")));
             }
         }
+        if self.block_size > MOST_BLOCK_SIZE {
+            let message = format!("`kv_cache.block_size` must be at most {MOST_BLOCK_SIZE} tokens");
+            return Err(Error::invalid("kv_cache.block_size", message));
+        }
         let block_bytes = KvPool::block_bytes(model.config(), self.block_size, kv_dtype(model));
         let most = self.max_sequences.saturating_mul(self.longest(model).div_ceil(self.block_size));
         Ok(((self.kv_memory_bytes / block_bytes).min(most), block_bytes))
@@ -91,6 +95,9 @@ impl EngineOptions {
 fn kv_dtype(model: &Decoder) -> DType {
     if model.device().is_cpu() { DType::F32 } else { model.compute_dtype() }
 }
+
+/// Tokens a block may have: far beyond what is of use.
+const MOST_BLOCK_SIZE: usize = 4096;
 
 /// Numbers an operator asks for.
 #[derive(Clone, Debug, Default, PartialEq)]

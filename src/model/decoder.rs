@@ -29,6 +29,7 @@ const PREFIXES: [&str; 4] = ["model.", "language_model.model.", "model.language_
 /// A loaded model. Immutable; shared by every role and by training.
 pub struct Decoder {
     config: ModelConfig,
+    layers_root: &'static str,
     options: LoadOptions,
     frequencies: Frequencies,
     /// (V, C).
@@ -92,6 +93,7 @@ impl Decoder {
             embedding_scale: config.gemma_norms.then(|| (hidden as f64).sqrt()),
             options: options.clone(),
             config,
+            layers_root: if prefix.contains("language_model") { "model.language_model." } else { "model." },
             embedding,
             layers,
             norm,
@@ -104,6 +106,11 @@ impl Decoder {
     /// Its shape and flags.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Where Hugging Face's model of this checkpoint has its layers, as PEFT names them: one that also sees has them a name deeper.
+    pub(crate) fn layers_root(&self) -> &'static str {
+        self.layers_root
     }
 
     /// Device of the weights.

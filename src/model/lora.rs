@@ -55,8 +55,9 @@ pub(super) fn module_path(layer: usize, site: usize) -> String {
     format!("model.layers.{layer}.{}", site_path(site))
 }
 
-fn tensor_name(layer: usize, site: usize, part: char) -> String {
-    format!("base_model.model.{}.lora_{part}.weight", module_path(layer, site))
+/// PEFT's name; `root` is where the layers are in Hugging Face's model ([`Decoder::layers_root`]).
+fn tensor_name(root: &str, layer: usize, site: usize, part: char) -> String {
+    format!("base_model.model.{root}layers.{layer}.{}.lora_{part}.weight", site_path(site))
 }
 
 /// Layer, site and part (`A`, `B`) of a tensor name. A Gemma 3 that also sees has its text layers one name deeper.
@@ -117,7 +118,8 @@ fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, 
         [Some(a), Some(b)] => Ok(((layer, site), (a, b))),
         [a, _] => {
             let (there, missing) = if a.is_some() { ('A', 'B') } else { ('B', 'A') };
-            let (there, missing) = (tensor_name(layer, site, there), tensor_name(layer, site, missing));
+            let (there, missing) =
+                (tensor_name("model.", layer, site, there), tensor_name("model.", layer, site, missing));
             Err(Error::unprocessable(
                 &there,
                 format!("The adapter has the tensor `{there}` without its partner `{missing}`."),
@@ -135,6 +137,7 @@ pub struct LoraParams {
     pub sites: BTreeMap<(usize, usize), (Var, Var)>,
     /// Factor of each site's product.
     scales: BTreeMap<(usize, usize), f64>,
+    root: &'static str,
 }
 
 impl LoraParams {
@@ -170,7 +173,7 @@ impl LoraParams {
                 scales.insert((layer, site), scale);
             }
         }
-        Ok(LoraParams { config: config.clone(), sites, scales })
+        Ok(LoraParams { config: config.clone(), sites, scales, root: model.layers_root() })
     }
 
     /// Continues from a stored adapter.
@@ -183,7 +186,7 @@ impl LoraParams {
             sites.insert(place, (variable(a)?, variable(b)?));
             scales.insert(place, file.config.rank_and_scale(&module_path(place.0, place.1)).1);
         }
-        Ok(LoraParams { config: file.config.clone(), sites, scales })
+        Ok(LoraParams { config: file.config.clone(), sites, scales, root: model.layers_root() })
     }
 
     /// How many variables each residual block has, in the order of [`LoraParams::named`].
@@ -202,7 +205,7 @@ impl LoraParams {
     }
 
     /// Deep copies under PEFT's tensor names.
-    pub fn to_file(&self, _model: &ModelConfig) -> Result<AdapterFile> {
+    pub fn to_file(&self) -> Result<AdapterFile> {
         let copied = self.named().into_iter().map(|(name, variable)| {
             let tensor = variable.as_tensor().detach().copy()?.to_device(&Device::Cpu)?;
             Ok((name, tensor))
@@ -213,7 +216,7 @@ impl LoraParams {
     /// Variables in a fixed order (layer, site, A before B) with PEFT's names.
     pub fn named(&self) -> Vec<(String, Var)> {
         let named = |(&(layer, site), (a, b)): (&(usize, usize), &(Var, Var))| {
-            [(tensor_name(layer, site, 'A'), a.clone()), (tensor_name(layer, site, 'B'), b.clone())]
+            [('A', a), ('B', b)].map(|(part, one)| (tensor_name(self.root, layer, site, part), one.clone()))
         };
         self.sites.iter().flat_map(named).collect()
     }

@@ -32,6 +32,9 @@ use run::Run;
 /// Every stage leaves rows, so a job that stops anywhere goes on where it stopped and ends with the same adapter.
 pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Handle) -> Result<()> {
     let job = Run::open(context, roles, runtime)?;
+    if job.is_done() {
+        return job.clear();
+    }
     // 1–3. The teacher answers, criticizes its answer and revises it.
     job.timed("synthesizing", || job.synthesize())?;
     // 4. The reward role, which is not the teacher's judgement of itself, scores both answers.
@@ -43,7 +46,8 @@ pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Hand
     // Base against new adapter on prompts that were held out.
     let report = job.timed("evaluating", || job.evaluate(&outcome))?;
     // The new adapter goes live; requests in flight end on the one they began with.
-    job.timed("publishing", || job.publish(&outcome, &report, &pairs.training))
+    job.timed("publishing", || job.publish(&outcome, &report, &pairs.training))?;
+    job.clear()
 }
 
 /// The behaviours a server knows: the built-in ones and the files of `behaviors/` under its data root.
@@ -76,24 +80,30 @@ impl JobRequest {
         let responder =
             roles.resolve(&self.synthesis.respond_with).map_err(|error| error.at("synthesis.respond_with"))?;
         responder.must_talk().map_err(|error| error.at("synthesis.respond_with"))?;
-        let (_, max_rank) = roles.adapters().limits();
-        let ranks = std::iter::once(("lora.r", self.lora.r));
-        let ranks = ranks.chain(self.lora.rank_pattern.values().map(|rank| ("lora.rank_pattern", *rank)));
-        for (field, rank) in ranks {
-            if rank > max_rank {
-                return Err(Error::invalid(
-                    field,
-                    format!("{rank} is above this server's adapters.max_rank ({max_rank})"),
-                ));
+        let lora = match &self.lora.init_from {
+            Some(init) => {
+                let at = |error: Error| error.at("lora.init_from");
+                let file = roles.adapters().file(init).map_err(at)?;
+                roles.adapters().check(&file).map_err(at)?;
+                file.config
             }
-        }
-        let init = match &self.lora.init_from {
-            Some(init) => Some(roles.adapters().file(init).map_err(|error| error.at("lora.init_from"))?),
-            None => None,
+            None => {
+                self.check_ranks(roles.adapters().limits().1)?;
+                self.lora.config(None)
+            }
         };
-        let lora = init.map_or_else(|| self.lora.config(None), |file| file.config);
         roles.fits(&lora, &self.training)?;
         self.all_prompts(roles).map(drop)
+    }
+
+    fn check_ranks(&self, most: usize) -> Result<()> {
+        let patterns = self.lora.rank_pattern.values().map(|rank| ("lora.rank_pattern", *rank));
+        match std::iter::once(("lora.r", self.lora.r)).chain(patterns).find(|(_, rank)| *rank > most) {
+            Some((field, rank)) => {
+                Err(Error::invalid(field, format!("{rank} is above this server's adapters.max_rank ({most})")))
+            }
+            None => Ok(()),
+        }
     }
 
     fn recipe(&self, roles: &Roles) -> Result<Behavior> {

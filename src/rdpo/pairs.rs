@@ -37,7 +37,8 @@ pub(super) struct Candidate {
     /// What its sampler left of the rejected answer.
     pub(super) sampled: Option<Sampled>,
     pub(super) scores: Option<(f64, f64)>,
-    pub(super) too_long: bool,
+    /// Why there are no answers.
+    pub(super) unanswered: Option<&'static str>,
 }
 
 /// An answer that the student's base wrote, as the student would be trained on it.
@@ -107,8 +108,8 @@ pub(super) fn count(kept: &Kept) {
 }
 
 fn reason_to_drop(candidate: &Candidate, options: &ScoringOptions) -> Option<&'static str> {
-    if candidate.too_long {
-        return Some("too_long");
+    if candidate.unanswered.is_some() {
+        return candidate.unanswered;
     }
     if candidate.chosen.trim().is_empty() || candidate.rejected.trim().is_empty() {
         return Some("empty");
@@ -176,7 +177,7 @@ mod tests {
             rejected: rejected.into(),
             sampled: None,
             scores,
-            too_long: false,
+            unanswered: None,
         }
     }
 
@@ -191,7 +192,7 @@ mod tests {
         assert_eq!(reason(candidate("a", "b", Some((1.2, 1.0)))), Some("min_gap"));
         assert_eq!(reason(candidate("a", "b", Some((1.0, 3.0)))), Some("min_gap"));
         assert_eq!(reason(candidate("a", "b", Some((2.0, 1.0)))), None);
-        assert_eq!(reason(Candidate { too_long: true, ..candidate("a", "b", None) }), Some("too_long"));
+        assert_eq!(reason(Candidate { unanswered: Some("refused"), ..candidate("", "", None) }), Some("refused"));
         // By default a pair whose revision scored lower is kept: the loss gives it the margin it deserves.
         assert_eq!(reason_to_drop(&candidate("a", "b", Some((1.0, 3.0))), &ScoringOptions::default()), None);
     }

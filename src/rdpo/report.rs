@@ -139,7 +139,7 @@ pub(super) async fn compare(contest: &Contest<'_>, prompt: &PromptInput, index: 
         messages.push(Message::new("assistant", answer.trim()));
         match reward.score(&messages, Some(&behavior.judge)).await {
             Ok(score) => Ok(Some(score.value)),
-            Err(error) if error.code == Code::Unprocessable || error.code == Code::ContextLengthExceeded => Ok(None),
+            Err(error) if error.code == Code::Unprocessable || error.is_of_one_conversation() => Ok(None),
             Err(error) => Err(error),
         }
     };

@@ -52,6 +52,10 @@ impl<'a> Run<'a> {
     /// Reads the request; the prompts are stored at the first run, so that a file that changes later changes nothing.
     pub(super) fn open(context: &'a Context, roles: &'a Arc<Roles>, runtime: &'a Handle) -> Result<Self> {
         let mut request = JobRequest::parse(&context.job.request)?;
+        if !context.job.progress["waiting"].is_null() {
+            // It was killed while it waited.
+            context.store.set_progress(&context.job.id, &json!({ "waiting": null }))?;
+        }
         // Files, recipes and live adapters may change while a job is paused: what it began with is kept.
         let behavior = kept(context, "behavior", || request.recipe(roles))?;
         let prompts: Vec<PromptInput> = kept(context, "prompts", || {
@@ -62,6 +66,8 @@ impl<'a> Run<'a> {
         let init = request.lora.init_from.take();
         request.lora.init_from =
             kept(context, "init_from", || Ok(init.as_deref().map(|name| roles.adapters().pinned(name))))?;
+        let asked = roles.adapters().pinned(&request.synthesis.respond_with);
+        request.synthesis.respond_with = kept(context, "respond_with", || Ok(asked))?;
         let held_out = match request.eval_prompts.is_empty() {
             true => held_out(&prompts, request.training.eval_fraction, request.seed),
             false => (prompts.len() - request.eval_prompts.len()..prompts.len()).collect(),
@@ -92,7 +98,7 @@ impl<'a> Run<'a> {
         let (mut finished, total) = (all.len() - work.len(), all.len());
         self.context.progress(Status::Synthesizing, finished, total)?;
         let mut on_sample = |sample: Sample| {
-            if let Some(reason) = &sample.too_long {
+            if let Some(reason) = sample.too_long.as_ref().or(sample.refused.as_ref()) {
                 let message = format!("prompt {} is dropped: {reason}", sample.prompt_index);
                 self.context.event("warn", "message", &message, &json!({"prompt_index": sample.prompt_index}))?;
             }
@@ -123,7 +129,7 @@ impl<'a> Run<'a> {
         let unscored: Vec<(usize, Vec<Message>, String, String)> = self
             .candidates_without_scores()?
             .into_iter()
-            .filter(|(_, one)| !one.too_long && one.scores.is_none())
+            .filter(|(_, one)| one.unanswered.is_none() && one.scores.is_none())
             .map(|(index, one)| {
                 let plain = self.plain_prompt(one.prompt_index);
                 (index, plain, one.chosen, one.rejected)
@@ -155,7 +161,7 @@ impl<'a> Run<'a> {
                     turns.push(Message::new("assistant", answer));
                     match reward.score(&turns, Some(rubric)).await {
                         Ok(score) => Ok(Some(score.value)),
-                        Err(error) if matches!(error.code, Code::Unprocessable | Code::ContextLengthExceeded) => {
+                        Err(error) if error.code == Code::Unprocessable || error.is_of_one_conversation() => {
                             tracing::warn!(row = index, %error, "no score");
                             Ok(None)
                         }
@@ -305,13 +311,13 @@ impl<'a> Run<'a> {
                 done.insert(index, one);
                 self.context.progress(Status::Evaluating, done.len(), total)
             }
-            Err(error) if error.code == Code::ContextLengthExceeded => {
+            Err(error) if error.is_of_one_conversation() => {
                 let message = format!("held-out prompt {index} is left out of the report: {}", error.message);
                 self.context.event("warn", "message", &message, &json!({ "index": index }))
             }
             Err(error) => Err(error),
         };
-        let width = self.roles.max_in_flight(reward.target());
+        let width = self.roles.max_in_flight(std::iter::once(&base).chain(reward.target()));
         self.runtime.block_on(drive(comparisons, width, || self.context.check(), on_compared))?;
         Ok(Report::of(done.into_values().collect()))
     }
@@ -344,16 +350,27 @@ impl<'a> Run<'a> {
             "published": held_back.is_none(), "reason": held_back, "train_serve_logprob_gap": gap,
         }});
         self.set_result(&result)?;
-        // What the run needed to be resumed; the adapter itself is under its alias, or was not wanted.
-        if held_back.is_none() {
-            let folder = self.roles.adapters().job_folder(&self.context.job.id);
-            if let Err(error) = std::fs::remove_dir_all(&folder) {
-                tracing::warn!(%error, "{} stays behind", folder.display());
-            }
-        }
         if let Some(version) = version {
             let message = format!("adapter `{}` version {version} is live", publish.alias);
             self.context.event("info", "message", &message, &result)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all was done, but for the last word of it, when an earlier run of the job ended.
+    pub(super) fn is_done(&self) -> bool {
+        self.context.job.result["adapter"].is_object()
+    }
+
+    /// Removes what the run needed to be resumed, once nothing of it is left to do; a published adapter is under its alias.
+    pub(super) fn clear(&self) -> Result<()> {
+        let folder = self.roles.adapters().job_folder(&self.context.job.id);
+        let result = self.context.store.get(&self.context.job.id)?.result;
+        if result["adapter"]["published"] == true
+            && folder.exists()
+            && let Err(error) = std::fs::remove_dir_all(&folder)
+        {
+            tracing::warn!(%error, "{} stays behind", folder.display());
         }
         Ok(())
     }
@@ -391,7 +408,7 @@ impl<'a> Run<'a> {
                         rejected: pair.rejected.clone(),
                         sampled: None,
                         scores: pair.score_chosen.zip(pair.score_rejected),
-                        too_long: false,
+                        unanswered: None,
                     };
                     (index, one)
                 })
@@ -406,14 +423,15 @@ impl<'a> Run<'a> {
                     .prompts
                     .get(sample.prompt_index)
                     .ok_or_else(|| Error::internal("a stored conversation has no prompt. This is a bug."))?;
+                let unanswered = [("too_long", &sample.too_long), ("refused", &sample.refused)];
                 let one = Candidate {
                     prompt_index: sample.prompt_index,
                     prompt: prompt.under(context),
+                    unanswered: unanswered.into_iter().find_map(|(reason, why)| why.as_ref().map(|_| reason)),
                     chosen: sample.revised,
                     rejected: sample.response,
                     sampled: sampled.remove(&index).map(serde_json::from_value).transpose()?,
                     scores: None,
-                    too_long: sample.too_long.is_some(),
                 };
                 Ok((index, one))
             })

@@ -41,6 +41,9 @@ pub struct Sample {
     /// Set when the conversation did not fit the model's context: there are no answers then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub too_long: Option<String>,
+    /// Set when a remote role's endpoint refused the conversation: there are no answers then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
     /// Log-probs of the response, where it is the student's own.
     #[serde(skip)]
     #[schema(ignore)]
@@ -189,6 +192,7 @@ async fn converse(asked: &Asked<'_>, work: Work) -> Result<Sample> {
         prompt_tokens: 0,
         cached_tokens: 0,
         too_long: None,
+        refused: None,
         sampled: None,
     };
     match turns(asked, &work, &mut sample).await {
@@ -197,6 +201,7 @@ async fn converse(asked: &Asked<'_>, work: Work) -> Result<Sample> {
             metrics().critique_duration_seconds.observe(since.elapsed().as_secs_f64());
         }
         Err(error) if error.code == Code::ContextLengthExceeded => sample.too_long = Some(error.message),
+        Err(error) if error.code == Code::Refused => sample.refused = Some(error.message),
         Err(error) => return Err(error),
     }
     Ok(sample)

@@ -200,10 +200,11 @@ impl Adapters {
         }
     }
 
-    /// The name of what `name` stands for now: an alias as `alias@<version>`, anything else as it is.
+    /// The name of what `name` stands for now: an alias as `alias@<version>`, `student` without one as its base, anything else as it is.
     pub fn pinned(&self, name: &str) -> String {
         match self.lock().aliases.get(name).and_then(|alias| alias.live) {
             Some(version) => format!("{name}@{version}"),
+            None if name == "student" => "student:base".to_owned(),
             None => name.to_owned(),
         }
     }
@@ -321,6 +322,11 @@ impl Adapters {
     /// Bytes of the generations in memory.
     pub(super) fn resident_bytes(&self) -> usize {
         self.lock().resident.values().map(|one| one.adapter.bytes).sum()
+    }
+
+    /// Whether an adapter could be published here; a 422 naming what speaks against it.
+    pub(crate) fn check(&self, file: &AdapterFile) -> Result<()> {
+        self.copy(file).map(drop)
     }
 
     fn copy(&self, file: &AdapterFile) -> Result<Arc<Adapter>> {
@@ -449,6 +455,11 @@ fn read_map(root: &Path) -> Result<BTreeMap<String, Alias>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
         Err(error) => Err(Error::internal(format!("{}: {error}", path.display())).at("adapters.path")),
     }
+}
+
+/// The live version of an alias as a server has left it under this root.
+pub(crate) fn live_on_disk(root: &Path, alias: &str) -> Result<Option<u64>> {
+    Ok(read_map(root)?.get(alias).and_then(|alias| alias.live))
 }
 
 fn write_map(root: &Path, aliases: &BTreeMap<String, Alias>) -> Result<()> {

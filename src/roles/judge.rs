@@ -160,7 +160,7 @@ async fn expected_afar(remote: &Remote, rubric: &Rubric, question: &[Message]) -
         [("max_tokens", json!(1)), ("temperature", json!(0)), ("logprobs", json!(true)), ("top_logprobs", json!(20))];
     body.extend(fields.map(|(key, value)| (key.to_owned(), value)));
     let reply = remote.complete(Start::Chat, body).await.map_err(|error| match error.code {
-        Code::InvalidValue if error.message.contains("logprobs") => {
+        Code::InvalidValue | Code::Refused if error.message.contains("logprobs") => {
             Error::invalid("judge.mode", format!("{}: {INSTEAD}", error.message))
         }
         _ => error,
@@ -223,7 +223,7 @@ async fn generate(target: &Target, rubric: &Rubric, question: &[Message]) -> Res
 /// The last `Label: <number>` of a text, with its sign; an error when there is none or it is out of range.
 fn read_score(text: &str, rubric: &Rubric) -> Result<f64> {
     let label = rubric.label.as_deref().unwrap_or("Score");
-    let pattern = format!(r"(?i){}[*_`]*\s*[:=][*_`]*\s*([+-]?\d+(?:\.\d+)?)", regex::escape(label));
+    let pattern = format!(r"(?i){}[*_`]*\s*[:=][\s*_`]*([+-]?\d+(?:\.\d+)?)", regex::escape(label));
     let pattern = Regex::new(&pattern).map_err(|error| Error::invalid("judge.label", error.to_string()))?;
     let last = pattern.captures_iter(text).last();
     let number = last.and_then(|found| found[1].parse::<f64>().ok());
@@ -268,6 +268,7 @@ mod tests {
         let read = |text: &str| read_score(text, &rubric());
         assert_eq!(read("Score: 3 at first. On reflection, score: -2.5").unwrap(), -2.5);
         assert_eq!(read("**Score:** 7").unwrap(), 7.0);
+        assert_eq!(read("A score: 5 would be perfect. Score: **2**").unwrap(), 2.0);
         for bad in ["", "7", "Score: high", "Score: 11", "Score: -6"] {
             let error = read(bad).unwrap_err();
             assert_eq!((error.status(), error.param.as_deref()), (422, Some("reward")), "{bad}");

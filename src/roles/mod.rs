@@ -20,6 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use crate::engine::{Gate, GateGuard};
 pub use crate::weights::AdapterFile;
+pub(crate) use adapters::live_on_disk;
 pub use adapters::{AdapterCard, Adapters, Lease, PublishMode};
 pub use confine::confined;
 pub use flight::usage;
@@ -235,11 +236,13 @@ impl Roles {
         ))
     }
 
-    /// Requests worth having in flight to these: what an engine runs at once, or the endpoints of the widest remote one.
-    pub fn max_in_flight<'a>(&self, asked: impl IntoIterator<Item = &'a Target>) -> usize {
-        let remote = asked.into_iter().filter_map(Target::remote).map(|remote| remote.capacity()).max();
-        // Beyond this, what waits here only waits elsewhere.
-        remote.unwrap_or(self.max_sequences).clamp(1, 4096)
+    /// Pieces of work worth having in flight that ask all of these: what an engine runs at once, or where none of them is here, what the
+    /// widest remote one takes. More would fill the queues that users wait in.
+    pub fn max_in_flight<'a>(&self, asked: impl IntoIterator<Item = &'a Target> + Clone) -> usize {
+        let remote = asked.clone().into_iter().filter_map(Target::remote).map(|remote| remote.capacity()).max();
+        let here = asked.into_iter().any(|target| matches!(target.seat, Seat::Native(_) | Seat::Mistral(_)));
+        let most = if here { self.max_sequences } else { 4096 };
+        remote.unwrap_or(self.max_sequences).clamp(1, most)
     }
 
     /// Folder that job files are confined to: the one that holds the adapter root.

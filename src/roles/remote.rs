@@ -291,15 +291,18 @@ impl Remote {
             _ => {}
         }
         let text = format!("`{role}`'s endpoint refused with {why}");
-        let too_long = error["code"] == "context_length_exceeded"
-            || ["context length", "context window", "context size"].iter().any(|words| lower.contains(words));
+        // TGI says it the last way.
+        let phrases = ["context length", "context window", "context size", "`max_new_tokens` must be <="];
+        let too_long = error["code"] == "context_length_exceeded" || phrases.iter().any(|words| lower.contains(words));
+        // A parameter at fault is so for every conversation.
+        let param = error["param"].as_str().filter(|param| !param.starts_with(start.field()));
         Trouble::Refused(match number {
             // Whoever asks cannot mend the key or the name of the model.
             401 | 403 | 404 => Error::internal(text),
             _ if too_long => Error::new(Code::ContextLengthExceeded, text).at(start.field()),
-            _ => match error["param"].as_str() {
+            _ => match param {
                 Some(param) => Error::invalid(param, text),
-                None => Error::new(Code::InvalidValue, text),
+                None => Error::new(Code::Refused, text).at(start.field()),
             },
         })
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use candle_core::{Device, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use super::metrics::StepMetrics;
@@ -42,13 +42,20 @@ pub(crate) struct SavedState {
     /// Of those, not computed thanks to shared prompts.
     pub(crate) tokens_saved: usize,
     /// Reference log-probs of each pair's answers, once known.
+    #[serde(serialize_with = "known")]
     pub(crate) reference: Vec<Option<[f64; 2]>>,
     /// The same of the held-out pairs.
+    #[serde(serialize_with = "known")]
     pub(crate) eval_reference: Vec<Option<[f64; 2]>>,
     /// Every evaluation so far.
     pub(crate) evaluations: Vec<EvalMetrics>,
     /// Metrics of every step so far.
     pub(crate) history: Vec<StepMetrics>,
+}
+
+/// A reference that is not finite is not known when the state is read back: JSON has no number for it.
+fn known<S: Serializer>(reference: &[Option<[f64; 2]>], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(reference.iter().map(|pair| pair.filter(|pair| pair.iter().all(|one| one.is_finite()))))
 }
 
 impl SavedState {
@@ -206,6 +213,7 @@ mod tests {
     fn the_state_survives_json_bit_for_bit() {
         let mut state = SavedState::new("f".into(), 3, 0);
         state.reference[1] = Some([-12.345_678_901_234_567, f64::MIN_POSITIVE]);
+        state.reference[2] = Some([-1.0, f64::NAN]);
         state.history.push(StepMetrics {
             step: 1,
             loss: f64::NAN,
@@ -213,7 +221,7 @@ mod tests {
             ..StepMetrics::default()
         });
         let back: SavedState = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
-        assert_eq!(back.reference, state.reference);
+        assert_eq!(back.reference, [None, state.reference[1], None]);
         assert_eq!(back.history[0].rewards_margins, 0.1 + 0.2);
         assert!(back.history[0].loss.is_nan());
     }

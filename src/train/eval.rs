@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::metrics::Sums;
+use super::metrics::{Sums, finite};
 use super::options::BestMetric;
 use super::pack::{Pack, plan};
 use super::pass::logprobs;
@@ -16,7 +16,7 @@ use crate::weights::AdapterFile;
 
 const FOLDER: &str = "best-";
 
-/// One evaluation, under TRL's names when logged.
+/// One evaluation, under TRL's names when logged. A value that is not finite is `null` in JSON.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalMetrics {
     /// Optimizer step it was made after.
@@ -26,18 +26,19 @@ pub struct EvalMetrics {
     /// Held-out pairs.
     pub eval_pairs: usize,
     /// Mean loss.
+    #[serde(with = "finite")]
     pub eval_loss: f64,
     /// β·(log π − log ref) of chosen answers, mean.
-    #[serde(rename = "eval_rewards/chosen")]
+    #[serde(rename = "eval_rewards/chosen", with = "finite")]
     pub rewards_chosen: f64,
     /// The same of rejected answers.
-    #[serde(rename = "eval_rewards/rejected")]
+    #[serde(rename = "eval_rewards/rejected", with = "finite")]
     pub rewards_rejected: f64,
     /// Share of pairs with chosen over rejected (strictly).
     #[serde(rename = "eval_rewards/accuracies")]
     pub rewards_accuracies: f64,
     /// Chosen minus rejected, mean.
-    #[serde(rename = "eval_rewards/margins")]
+    #[serde(rename = "eval_rewards/margins", with = "finite")]
     pub rewards_margins: f64,
     /// Whether it was better than all before it.
     pub best: bool,
@@ -45,6 +46,9 @@ pub struct EvalMetrics {
 
 impl EvalMetrics {
     fn better_than(&self, other: &EvalMetrics, metric: BestMetric) -> bool {
+        if self.eval_loss.is_finite() != other.eval_loss.is_finite() {
+            return self.eval_loss.is_finite();
+        }
         match metric {
             BestMetric::Accuracy => self.rewards_accuracies > other.rewards_accuracies,
             BestMetric::Loss => self.eval_loss < other.eval_loss,
@@ -136,9 +140,15 @@ impl Trainer<'_> {
             std::fs::remove_dir_all(&folder)?;
         }
         std::fs::create_dir_all(&self.folder)?;
-        self.adapter()?.write(&folder)?;
-        if let Some(before) = best(&self.state.evaluations) {
-            let folder = self.best_folder(before.step);
+        self.adapter()?.write(&folder)
+    }
+
+    /// Removes the adapters of evaluations that are not the best any more. Once the state that says so is on disk: a run that is killed before
+    /// goes on from the one that was.
+    pub(super) fn forget_former_bests(&self) -> Result<()> {
+        let best = best(&self.state.evaluations).map(|one| one.step);
+        for former in self.state.evaluations.iter().filter(|one| one.best && Some(one.step) != best) {
+            let folder = self.best_folder(former.step);
             if folder.exists() {
                 std::fs::remove_dir_all(folder)?;
             }
@@ -148,6 +158,7 @@ impl Trainer<'_> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -169,5 +180,16 @@ mod tests {
         assert!(!patience_is_over(&run[..3], &options) && patience_is_over(&run, &options));
         assert!(!patience_is_over(&run, &TrainingOptions::default()));
         assert!(best(&[]).is_none() && !patience_is_over(&[], &options));
+    }
+
+    #[test]
+    fn an_evaluation_that_is_not_finite_survives_json_and_loses_to_any_other() {
+        let broken = EvalMetrics { eval_loss: f64::NAN, rewards_accuracies: 0.9, ..EvalMetrics::default() };
+        let back: EvalMetrics = serde_json::from_str(&serde_json::to_string(&broken).unwrap()).unwrap();
+        assert!(back.eval_loss.is_nan());
+        let sound = EvalMetrics { eval_loss: 3.0, rewards_accuracies: 0.1, ..EvalMetrics::default() };
+        for metric in [BestMetric::Accuracy, BestMetric::Loss] {
+            assert!(sound.better_than(&back, metric) && !back.better_than(&sound, metric));
+        }
     }
 }

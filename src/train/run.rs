@@ -12,7 +12,7 @@ pub trait Hooks {
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()>;
     /// After every evaluation.
     fn on_eval(&mut self, metrics: &EvalMetrics) -> Result<()>;
-    /// After every durable checkpoint.
+    /// After every durable checkpoint; again where a run goes on from one.
     fn on_checkpoint(&mut self, step: usize, adapter: &AdapterFile) -> Result<()>;
 }
 
@@ -61,6 +61,11 @@ pub fn train(job: &TrainJob<'_>, hooks: &mut dyn Hooks) -> Result<Outcome> {
 
 fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hooks) -> Result<()> {
     let total = trainer.total_steps();
+    // The last run may have ended between a checkpoint and the word of it.
+    let unheard = trainer.saved_step().filter(|&step| step < total && step.is_multiple_of(checkpoint_steps));
+    if let Some(step) = unheard {
+        hooks.on_checkpoint(step, &trainer.adapter()?)?;
+    }
     loop {
         if trainer.eval_is_due() {
             let metrics = trainer.evaluate(&mut || hooks.pace())?;

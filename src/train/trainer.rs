@@ -289,12 +289,13 @@ impl<'a> Trainer<'a> {
         let adapter = self.adapter()?;
         checkpoint::save(&self.folder, &adapter, &self.optimizer.export(&self.variables), &self.state)?;
         self.saved_step = Some(self.state.step);
+        self.forget_former_bests()?;
         Ok(adapter)
     }
 
     /// A deep copy of the adapter as it is now.
     pub fn adapter(&self) -> Result<AdapterFile> {
-        self.params.to_file(self.model.config())
+        self.params.to_file()
     }
 
     /// Gradients accumulated since the last optimizer step, mean over the pairs seen, by PEFT's tensor names.

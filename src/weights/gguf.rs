@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Cursor, Read, Seek};
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
@@ -53,8 +53,10 @@ impl Gguf {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(&error))?;
         let content = read_header(&map).map_err(|error| fail(&error))?;
         for (tensor, info) in &content.tensor_infos {
-            let (elements, block) = (info.shape.elem_count(), info.ggml_dtype.block_size());
-            let size = (elements / block * info.ggml_dtype.type_size()) as u64;
+            // Some element has a byte of its own in every type, so more of them than 2⁶⁴ are in no file.
+            let elements = info.shape.dims().iter().try_fold(1u64, |product, dim| product.checked_mul(*dim as u64));
+            let (elements, block) = (elements.unwrap_or(u64::MAX), info.ggml_dtype.block_size() as u64);
+            let size = (elements / block).saturating_mul(info.ggml_dtype.type_size() as u64);
             let end = content.tensor_data_offset.saturating_add(info.offset).saturating_add(size);
             if elements % block != 0 || end > map.len() as u64 {
                 return Err(Error::unprocessable(
@@ -91,7 +93,7 @@ impl Gguf {
         let quantized =
             self.content.tensor(&mut reader, gguf_name, &Device::Cpu).map_err(|error| fail(error.to_string()))?;
         let tensor = quantized.dequantize(&Device::Cpu)?;
-        if let Some(heads) = self.permuted(name) {
+        if let Some(heads) = self.permuted(name, tensor.dim(0)?)? {
             return unpermute(&tensor, heads);
         }
         if self.architecture == "gemma3" && name.ends_with("norm.weight") {
@@ -111,7 +113,7 @@ impl Gguf {
         let start = (self.content.tensor_data_offset + info.offset) as usize;
         let bytes = &self.map[start..start + rows * columns / kind.block_size() * kind.type_size()];
         let blocks = Blocks::new(kind, bytes, rows, columns);
-        Ok(match self.permuted(name) {
+        Ok(match self.permuted(name, rows)? {
             Some(heads) => blocks.map(|blocks| {
                 // Row (h, i, p) of (h, 2, d/2) is row (h, p, i) of (h, d/2, 2).
                 let (head, half) = (rows / heads, rows / heads / 2);
@@ -122,16 +124,22 @@ impl Gguf {
     }
 
     /// Heads of a matrix whose rows GGUF has in another order.
-    fn permuted(&self, name: &str) -> Option<usize> {
+    fn permuted(&self, name: &str, rows: usize) -> Result<Option<usize>> {
         if self.architecture != "llama" {
-            return None;
+            return Ok(None);
         }
-        let heads = match name {
-            _ if name.contains("self_attn.q_proj") => self.number("attention.head_count"),
-            _ if name.contains("self_attn.k_proj") => self.number("attention.head_count_kv"),
-            _ => None,
+        let key = match name {
+            _ if name.contains("self_attn.q_proj") => "attention.head_count",
+            _ if name.contains("self_attn.k_proj") => "attention.head_count_kv",
+            _ => return Ok(None),
         };
-        heads.map(|heads| heads as usize)
+        let Some(heads) = self.number(key).map(|heads| heads as usize) else { return Ok(None) };
+        if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(2)) {
+            let message =
+                format!("tensor `{name}` of {} has {rows} rows, which are no {heads} heads", self.path.display());
+            return Err(Error::unprocessable(name, message));
+        }
+        Ok(Some(heads))
     }
 
     pub(super) fn stored_dtype(&self) -> String {
@@ -206,8 +214,16 @@ impl Gguf {
             "tie_word_embeddings": !self.content.tensor_infos.contains_key("output.weight"),
         });
         let fields = config.as_object_mut().expect("built as an object above. This is a bug.");
-        if let Some(factor) = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0) {
-            fields.insert("rope_scaling".into(), json!({"rope_type": "linear", "factor": factor}));
+        let scaling = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0);
+        match self.content.metadata.get(&format!("{}.rope.scaling.type", self.architecture)) {
+            Some(Meta::String(kind)) if kind == "none" => {}
+            // Files older than the key scale linearly. The configuration refuses what it cannot compute.
+            kind => {
+                let kind = kind.and_then(|kind| kind.to_string().ok()).map_or("linear", String::as_str);
+                if let Some(factor) = scaling {
+                    fields.insert("rope_scaling".into(), json!({"rope_type": kind, "factor": factor}));
+                }
+            }
         }
         if self.content.tensor_infos.contains_key("rope_freqs.weight") {
             fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim)?);
@@ -242,11 +258,10 @@ impl Gguf {
     }
 }
 
+/// candle divides by the alignment that a file gives.
 fn read_header(map: &[u8]) -> candle_core::Result<Content> {
-    fn read<R: Read + Seek>(mut reader: R) -> candle_core::Result<Content> {
-        Content::read(&mut reader)
-    }
-    read(Cursor::new(map))
+    let read = || Content::read(&mut Cursor::new(map));
+    std::panic::catch_unwind(read).unwrap_or_else(|_| candle_core::bail!("its header makes no sense"))
 }
 
 fn hf_name(gguf: &str, gemma: bool) -> Option<String> {

@@ -410,7 +410,7 @@ fn dropout_is_a_function_of_its_seed() {
 fn published_adapters_do_not_move_with_training() {
     let fixture = fixture("qwen3");
     let params = fixture.params();
-    let file = params.to_file(fixture.model.config()).unwrap();
+    let file = params.to_file().unwrap();
     let published = [RowGroup { start: 0, len: 5, adapter: Some(fixture.published()) }];
     let run = || bits(&logits(&fixture.model, &fixture.sequences[0], LoraRows::Served(&published)));
     let before = run();

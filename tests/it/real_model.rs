@@ -195,7 +195,7 @@ fn sampler_and_trainer_give_sampled_tokens_the_same_log_probs() {
         let engine = Engine::start(model.clone(), tokenizer.clone(), Arc::new(Gate::new(0.5)), options).unwrap();
         let lora = LoraOptions { r: 4, alpha: 8.0, ..LoraOptions::default() };
         let params = LoraParams::new(&lora.config(None), &model, 1).unwrap();
-        let mut file = params.to_file(model.config()).unwrap();
+        let mut file = params.to_file().unwrap();
         for (name, tensor) in &mut file.tensors {
             if name.ends_with("lora_B.weight") {
                 *tensor = (tensor.ones_like().unwrap() * 0.01).unwrap();
