@@ -32,6 +32,8 @@ pub struct ServerOptions {
     pub request_timeout: u64,
     /// Seconds that answers in progress get when the server is told to stop.
     pub drain_seconds: u64,
+    /// Whether a request may bring a `chat_template`: a program, which can take the process's memory and stack.
+    pub trust_request_chat_template: bool,
 }
 
 /// `[roles]`.
@@ -106,6 +108,7 @@ impl Default for ServerOptions {
             max_body_bytes: 32 << 20,
             request_timeout: 600,
             drain_seconds: 30,
+            trust_request_chat_template: false,
         }
     }
 }

@@ -48,6 +48,7 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<()> {
         request_timeout: (settings.server.request_timeout > 0)
             .then(|| Duration::from_secs(settings.server.request_timeout)),
         drain: Duration::from_secs(settings.server.drain_seconds),
+        trust_request_chat_template: settings.server.trust_request_chat_template,
     };
     let state = AppState::load(settings.roles(), &settings.store.path, limits)?;
     actix_web::rt::System::new().block_on(async {

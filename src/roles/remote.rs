@@ -302,7 +302,7 @@ impl Remote {
             _ if too_long => Error::new(Code::ContextLengthExceeded, text).at(start.field()),
             _ => match param {
                 Some(param) => Error::invalid(param, text),
-                None => Error::new(Code::Refused, text).at(start.field()),
+                None => Error::new(Code::Refused, text),
             },
         })
     }

@@ -35,6 +35,8 @@ pub struct ServerLimits {
     pub request_timeout: Option<Duration>,
     /// How long answers in progress are waited for when the server is told to stop.
     pub drain: Duration,
+    /// Whether a request may bring a template.
+    pub trust_request_chat_template: bool,
 }
 
 /// What was answered may still be on its way out when the server stops.

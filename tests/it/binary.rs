@@ -190,15 +190,28 @@ fn killed_in_every_stage_a_job_ends_with_the_same_adapter_bytes() {
     }
     let job = server.wait(&id);
     assert_eq!(job["adapter_version"], 1);
-    let said = server.get(&format!("/v1/rdpo/train/{id}/events?limit=1000"));
-    let said: Vec<&str> =
-        said["data"].as_array().unwrap().iter().map(|event| event["message"].as_str().unwrap()).collect();
+    let events = server.get(&format!("/v1/rdpo/train/{id}/events?limit=1000"));
+    let events = events["data"].as_array().unwrap();
+    let after = events.last().unwrap()["id"].as_i64().unwrap();
+    let said: Vec<&str> = events.iter().map(|event| event["message"].as_str().unwrap()).collect();
     for stage in stages {
         let what = if stage == "publishing" { "taken up" } else { "queued" };
         let restart = format!("{what} again: the server stopped while {stage}");
         assert!(said.contains(&restart.as_str()), "the kill fell into {stage}: {said:#?}");
     }
     assert!(adapter(folder.path()) == expected, "the same bytes as without the kills");
+
+    // As if killed behind its last word, before the word that it has ended: nothing is done again.
+    server.kill();
+    let store = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
+    assert_eq!(store.execute("update jobs set status = 'publishing'", []).unwrap(), 1);
+    drop(store);
+    let server = Server::start(folder.path());
+    server.wait(&id);
+    let again = server.get(&format!("/v1/rdpo/train/{id}/events?after={after}&limit=1000"));
+    let again: Vec<&Value> = again["data"].as_array().unwrap().iter().map(|event| &event["type"]).collect();
+    assert_eq!(again, ["status", "status"], "taken up, and succeeded");
+    assert!(adapter(folder.path()) == expected && !folder.path().join("adapters/.jobs").join(&id).exists());
 }
 
 /// Starts a server that must not start; its words on standard error.

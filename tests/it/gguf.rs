@@ -1,6 +1,11 @@
 //! Every GGUF tensor type against the `gguf` package (tests/fixtures/make_gguf_types.py), and files that are broken.
 
-use candle_core::{DType, Device};
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use rdpo::model::{ModelConfig, RopeScaling};
 use rdpo::weights::Checkpoint;
 
 use super::hot_swap::fixture;
@@ -58,5 +63,66 @@ fn a_cut_or_foreign_file_is_named() {
         let error = Checkpoint::open(&path).err().unwrap();
         assert_eq!(error.status(), 422);
         assert!(error.to_string().contains("broken.gguf"), "{error}");
+    }
+}
+
+/// A tiny model's file with this metadata changed, whose `attn_k` has this many rows.
+fn write(path: &Path, changed: &[(&str, Value)], key_rows: usize) {
+    let number = |name: &'static str, value| (name, Value::U32(value));
+    let mut metadata = vec![
+        ("general.architecture", Value::String("llama".into())),
+        number("llama.attention.head_count", 2),
+        number("llama.attention.head_count_kv", 2),
+        number("llama.embedding_length", 32),
+        number("llama.block_count", 1),
+        number("llama.feed_forward_length", 32),
+        number("llama.context_length", 64),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+    ];
+    metadata.retain(|(name, _)| changed.iter().all(|(other, _)| other != name));
+    let metadata: Vec<_> = metadata.iter().chain(changed).map(|(name, value)| (*name, value)).collect();
+    let zeros = |rows| {
+        let zeros = Tensor::zeros((rows, 32), DType::F32, &Device::Cpu).unwrap();
+        QTensor::quantize(&zeros, GgmlDType::Q8_0).unwrap()
+    };
+    let (embedding, key) = (zeros(4), zeros(key_rows));
+    let tensors = [("token_embd.weight", &embedding), ("blk.0.attn_k.weight", &key)];
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn rotary_scaling_of_another_type_than_linear_is_not_taken_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("scaled.gguf");
+    let factor = ("llama.rope.scaling.factor", Value::F32(4.0));
+    let config = |kind: &str| {
+        let kind = ("llama.rope.scaling.type", Value::String(kind.into()));
+        write(&path, &[factor.clone(), kind], 32);
+        ModelConfig::from_json(Checkpoint::open(&path).unwrap().config())
+    };
+    let linear = Some(RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(config("linear").unwrap().rope_scaling, linear);
+    assert_eq!(config("none").unwrap().rope_scaling, None);
+    let error = config("yarn").unwrap_err();
+    assert_eq!((error.status(), error.param.as_deref()), (422, Some("rope_scaling.rope_type")));
+    write(&path, &[factor], 32);
+    let older = ModelConfig::from_json(Checkpoint::open(&path).unwrap().config()).unwrap();
+    assert_eq!(older.rope_scaling, linear, "files older than the key");
+}
+
+#[test]
+fn sizes_that_make_no_sense_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.gguf");
+    write(&path, &[("general.alignment", Value::U32(0))], 32);
+    assert_eq!(Checkpoint::open(&path).err().unwrap().status(), 422);
+    // Rows that are no two heads of pairs, and no heads at all.
+    for (heads, rows) in [(2, 2), (0, 32)] {
+        write(&path, &[("llama.attention.head_count_kv", Value::U32(heads))], rows);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let name = "model.layers.0.self_attn.k_proj.weight";
+        let error = checkpoint.blocks(name, [rows, 32]).map(drop).unwrap_err();
+        assert_eq!((error.status(), error.param.as_deref()), (422, Some(name)));
+        assert_eq!(checkpoint.get(name, &[rows, 32], DType::F32, &Device::Cpu).unwrap_err().status(), 422);
     }
 }

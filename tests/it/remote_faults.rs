@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt, future::join_all};
 use rdpo::engine::SamplingParams;
 use rdpo::error::{Code, Error};
+use rdpo::rdpo::{PromptInput, Sample, SynthesisOptions, behaviors, synthesize};
 use rdpo::roles::{Backend, JudgeOptions, RewardOptions, RoleOptions, Roles, Rubric, Score, Start};
 use rdpo::text::Message;
 use serde_json::{Value, json};
@@ -180,7 +181,19 @@ async fn retry_after_is_honoured() {
 async fn refusals_are_passed_on_and_not_repeated() {
     for (status, body, code, param) in [
         (400, json!({"error": {"message": "no such thing", "param": "top_p"}}), Code::InvalidValue, Some("top_p")),
-        (422, json!({"detail": "no such thing"}), Code::InvalidValue, None),
+        (422, json!({"detail": "no such thing"}), Code::Refused, None),
+        (
+            400,
+            json!({"error": {"message": "no such thing", "param": "messages", "code": "content_filter"}}),
+            Code::Refused,
+            None,
+        ),
+        (
+            422,
+            json!({"error": "no such thing: `inputs` tokens + `max_new_tokens` must be <= 9"}),
+            Code::ContextLengthExceeded,
+            Some("messages"),
+        ),
         (
             400,
             json!({"message": "no such thing: the maximum context length is 9"}),
@@ -203,6 +216,28 @@ async fn refusals_are_passed_on_and_not_repeated() {
         assert_eq!((&body["model"], &body["messages"][0]["content"]), (&json!("big"), &json!("Hi")));
         assert_eq!(body["seed"], json!(i32::MAX), "within what every server takes");
     }
+}
+
+#[tokio::test]
+async fn a_refused_conversation_leaves_the_others_alone() {
+    // One at a time, so the fifth request is the critique of the second prompt's answer.
+    let refuse = |number| match number {
+        4 => say(400, json!({"error": {"message": "not about that", "code": "content_filter"}})),
+        _ => hello(),
+    };
+    let fake = Fake::start(refuse).await;
+    let roles = load(RoleOptions { max_concurrency: Some(1), ..remote(&[&fake]) }).unwrap();
+    let behavior = behaviors().unwrap().remove(0);
+    let prompts = ["a", "b", "c"].map(|text| PromptInput::Text(text.into())).into_iter().enumerate();
+    let options = SynthesisOptions { respond_with: "teacher".into(), ..SynthesisOptions::default() };
+    let mut refused = Vec::new();
+    let mut on_sample = |sample: Sample| {
+        refused.push((sample.prompt_index, sample.refused.is_some_and(|why| why.contains("not about that"))));
+        Ok(())
+    };
+    let prompts = prompts.collect::<Vec<_>>();
+    synthesize(&roles, &behavior, &prompts, &options, 0, &mut on_sample).await.unwrap();
+    assert_eq!(refused, [(0, false), (1, true), (2, false)]);
 }
 
 #[tokio::test]

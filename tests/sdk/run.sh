@@ -62,8 +62,8 @@ TOML
 
 tiny=$root/tests/fixtures/tiny-llama
 rules='{ kind = "rules", terms = [{ check = "length", weight = 1.0, per = 10.0 }] }'
-{ settings real "$root/models/smollm2-135m-instruct" '{ kind = "judge", model = "one" }'; printf '[kv_cache]\nmemory = "256MiB"\n'; } >"$work/real.toml"
-{ settings tiny "$tiny" "$rules"; printf '[kv_cache]\nmemory = "16MiB"\nmax_sequences = 16\n'; } >"$work/tiny.toml"
+{ settings real "$root/models/smollm2-135m-instruct" '{ kind = "judge", model = "one" }'; printf '[server]\ntrust_request_chat_template = true\n[kv_cache]\nmemory = "256MiB"\n'; } >"$work/real.toml"
+{ settings tiny "$tiny" "$rules"; printf '[server]\ntrust_request_chat_template = true\n[kv_cache]\nmemory = "16MiB"\nmax_sequences = 16\n'; } >"$work/tiny.toml"
 { settings fuzz "$tiny" "$rules"; printf '[server]\napi_keys = ["sesame"]\n[kv_cache]\nmemory = "16MiB"\n'; } >"$work/fuzz.toml"
 { settings locked "$tiny" "$rules"; printf '[server]\napi_keys = ["sesame"]\nmax_body_bytes = 20000\n[kv_cache]\nmemory = "4MiB"\n'; } >"$work/locked.toml"
 start real; export RDPO_TEST_REAL=$url

@@ -96,6 +96,12 @@ def test_a_bad_field_is_a_400_that_names_it(fields, param, stream):
     assert error["param"] == param, error
 
 
+def test_a_template_is_taken_only_where_clients_are_trusted():
+    body = {"model": "student", "messages": HELLO, "max_tokens": 1, "chat_template": "x"}
+    error = fails("locked", "POST", CHAT, body, authorization="Bearer sesame")
+    assert (error["param"], error["code"]) == ("chat_template", "unsupported_parameter")
+
+
 def test_the_sdk_sees_each_kind(tiny):
     def chat(client=tiny, **fields):
         return client.chat.completions.create(**{"model": "student", "messages": HELLO, "max_tokens": 2, **fields})

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::Routes;
 use crate::engine::request::{Event, Usage};
-use crate::error::Error;
+use crate::error::{Code, Error};
 use crate::roles::{Start, Target};
 use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
@@ -116,6 +116,10 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     if let Some(remote) = target.remote() {
         let stream = sampling.streams().then_some(stream);
         return forward(&target, remote, Start::Chat, parse(&body)?, stream).await;
+    }
+    if request.chat_template.is_some() && !state.limits.trust_request_chat_template {
+        let text = "a template is a program that this server does not take from requests (`server.trust_request_chat_template`)";
+        return Err(Error::new(Code::UnsupportedParameter, text).at("chat_template").into());
     }
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {
