@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::{DType, Shape, Tensor, TensorId};
 
 use super::tape::Gradients;
-use super::{cpu, tape};
+use super::{cpu, cuda, tape};
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Codes;
 use crate::kernels::cpu::{Packed, Width};
+use crate::kernels::cuda as gpu;
 
 /// A frozen `(out, in)` weight in its compute form: packed for the kernel on the CPU, a plain tensor on a GPU. Cloning shares it.
 #[derive(Clone)]
@@ -125,10 +126,7 @@ impl FrozenLinear {
 
     /// The weight, (out, in), on a GPU.
     pub(super) fn dense(&self) -> candle_core::Result<&Tensor> {
-        match &self.weight {
-            Weight::Dense(weight, _) => Ok(weight),
-            Weight::Packed(_) => candle_core::bail!("a GPU tensor met a weight on the CPU"),
-        }
+        Ok(self.dense_and_bias()?.0)
     }
 
     /// [`FrozenLinear::forward`] of contiguous x, not recorded.
@@ -139,6 +137,9 @@ impl FrozenLinear {
                 Ok(cpu::tensor(y, (x.dim(0)?, packed.n()))?)
             }
             Weight::Dense(weight, bias) => {
+                if takes_few(x, [self]) {
+                    return few_rows(x, &[self])?.pop().ok_or_else(|| Error::internal("no product. This is a bug."));
+                }
                 let y = x.detach().matmul(&weight.t()?)?;
                 match bias {
                     Some(bias) => Ok(y.broadcast_add(bias)?),
@@ -186,6 +187,13 @@ impl FrozenLinear {
         gradients.add_floats(input, shape, fresh, onto)
     }
 
+    fn dense_and_bias(&self) -> candle_core::Result<(&Tensor, Option<&Tensor>)> {
+        match &self.weight {
+            Weight::Dense(weight, bias) => Ok((weight, bias.as_ref())),
+            Weight::Packed(_) => candle_core::bail!("a GPU tensor met a weight on the CPU"),
+        }
+    }
+
     /// Rows of the weight, as an embedding table. ids: N token ids → (N, in), in the compute dtype.
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.out_features()) {
@@ -203,4 +211,30 @@ impl FrozenLinear {
             Weight::Dense(weight, _) => Ok(weight.index_select(&Tensor::new(ids, weight.device())?, 0)?),
         }
     }
+}
+
+/// Whether the GPU's kernel of few rows takes contiguous x and these linears.
+pub(super) fn takes_few<'a>(x: &Tensor, of: impl IntoIterator<Item = &'a FrozenLinear>) -> bool {
+    let Ok((rows, k)) = x.dims2() else { return false };
+    let same = |linear: &FrozenLinear| linear.dense().is_ok_and(|weight| weight.dtype() == x.dtype());
+    cuda::takes(x)
+        && (1..=gpu::MOST_ROWS).contains(&rows)
+        && k.is_multiple_of(8)
+        && x.layout().start_offset().is_multiple_of(8)
+        && of.into_iter().all(same)
+}
+
+/// The linears of one input in one launch, where [`takes_few`] says so.
+pub(super) fn few_rows(x: &Tensor, of: &[&FrozenLinear]) -> Result<Vec<Tensor>> {
+    let weights = of.iter().map(|linear| linear.dense_and_bias()).collect::<candle_core::Result<Vec<_>>>()?;
+    let tensors: Vec<_> = weights.iter().flat_map(|(weight, bias)| std::iter::once(*weight).chain(*bias)).collect();
+    let (rows, k) = x.dims2()?;
+    let products = cuda::with_all(&[&[x], &tensors[..]].concat(), |views| {
+        let mut rest = views[1..].iter().copied();
+        let mut next = || rest.next().expect("a view for every tensor. This is a bug.");
+        let products: Vec<_> = weights.iter().map(|(_, bias)| (next(), bias.map(|_| next()))).collect();
+        gpu::few_rows(views[0], k, &products)
+    })?;
+    let tensor = |(y, linear): (_, &&FrozenLinear)| Ok(cuda::tensor(y, (rows, linear.out_features()), x)?);
+    products.into_iter().zip(of).map(tensor).collect()
 }

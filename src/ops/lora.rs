@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Shape, Tensor, TensorId};
 use half::bf16;
 
+use super::linear::{few_rows, takes_few};
 use super::tape::{self, Gradients};
 use super::{FrozenLinear, cpu, cuda};
 use crate::error::{Error, Result};
@@ -223,7 +224,12 @@ fn fits((_, a, _): &ServedRows<'_>) -> bool {
 
 /// [`linears`] on a GPU: the low-rank parts of all of them in one pair of launches.
 fn on_gpu(x: &Tensor, of: &[(&FrozenLinear, Vec<ServedRows<'_>>)]) -> Result<Vec<Tensor>> {
-    let products = of.iter().map(|(base, _)| base.forward(x)).collect::<Result<Vec<_>>>()?;
+    let bases: Vec<_> = of.iter().map(|(base, _)| *base).collect();
+    bases.iter().try_for_each(|base| base.check(x))?;
+    let products = match takes_few(x, bases.iter().copied()) {
+        true => few_rows(x, &bases)?,
+        false => bases.iter().map(|base| base.product(x)).collect::<Result<Vec<_>>>()?,
+    };
     let (mut tensors, mut rows) = (vec![x], Vec::new());
     for ((_, parts), y) in of.iter().zip(&products) {
         for (of, a, b) in parts {

@@ -55,6 +55,15 @@ template <int VEC> __device__ inline void read(const float *from, float (&to)[VE
     }
 }
 template <int VEC> __device__ inline void read(const bf16 *from, float (&to)[VEC]) {
+    if constexpr (VEC % 8 == 0) {
+        for (int at = 0; at < VEC; at += 8) {
+            const uint4 eight = *reinterpret_cast<const uint4 *>(from + at);
+            const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+            for (int pair = 0; pair < 4; pair++)
+                to[at + 2 * pair] = __uint_as_float(pairs[pair] << 16), to[at + 2 * pair + 1] = __uint_as_float(pairs[pair] & 0xffff0000u);
+        }
+        return;
+    }
     for (int at = 0; at < VEC; at += 4) {
         uint2 four = *reinterpret_cast<const uint2 *>(from + at);
         to[at] = __uint_as_float(four.x << 16), to[at + 1] = __uint_as_float(four.x & 0xffff0000u);

@@ -2,5 +2,6 @@
 #include "rows.cu"
 #include "tiles.cu"
 #include "head.cu"
+#include "few.cu"
 #include "lora.cu"
 #include "sample.cu"

@@ -7,6 +7,7 @@
 mod absent;
 mod attend;
 mod attention;
+mod few;
 mod head;
 mod launch;
 mod lora;
@@ -24,6 +25,7 @@ use absent as stream;
 
 pub use attend::{Work, attention, attention_backward, paged_attention};
 pub use attention::Heads;
+pub use few::MOST_ROWS;
 pub use lora::MOST_RANK;
 pub use plan::Plan;
 pub use sample::{Edit, Pick, SamplePlan, SampleRow, Sampled};
@@ -31,6 +33,6 @@ pub use stream::device;
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{
-    LowRows, View, adamw, add_low_rank, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope,
+    LowRows, View, adamw, add_low_rank, few_rows, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope,
     sample_rows, scale_rows, token_logprobs,
 };

@@ -5,10 +5,11 @@ use std::ops::Range;
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 
+use super::few::{MOST_ROWS, Product};
 use super::launch::Kind;
 use super::lora::{self, MOST_RANK, Part};
 use super::sample::SamplePlan;
-use super::{head, rows, sample, stream};
+use super::{few, head, rows, sample, stream};
 use crate::kernels::cpu::{Activation, AdamWUpdate};
 
 /// Contiguous numbers on a GPU.
@@ -181,6 +182,26 @@ pub fn scale_rows(x: View<'_>, factors: View<'_>) -> Result<CudaStorage> {
     // SAFETY: the lengths were checked; the result is new.
     unsafe { head::scale_rows(x.device(), kind, (rows, c), places) }?;
     Ok(y)
+}
+
+/// `x·wᵀ + bias` of several weights, in one launch. x: (N, K), N to [`MOST_ROWS`]; w: (out, K), of x's numbers; bias: (out) → (N, out) each.
+pub fn few_rows(x: View<'_>, k: usize, of: &[(View<'_>, Option<View<'_>>)]) -> Result<Vec<CudaStorage>> {
+    let (kind, dtype, rows) = (x.kind()?, x.dtype(), rows_of(x, k)?);
+    let from = x.at("x", rows * k, dtype)?;
+    let product = |(w, bias): &(View<'_>, Option<View<'_>>)| {
+        let out = rows_of(*w, k)?;
+        let (y, to) = new(x.device(), rows * out, dtype)?;
+        let bias = bias.map_or(Ok(0), |bias| bias.at("bias", out, dtype))?;
+        Ok((y, Product { w: w.at("weight", out * k, dtype)?, bias, y: to, out }))
+    };
+    let (found, products): (Vec<_>, Vec<_>) = of.iter().map(product).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let aligned = products.iter().all(|product| (product.w | from).is_multiple_of(8 * dtype.size_in_bytes() as u64));
+    if rows > MOST_ROWS || !k.is_multiple_of(8) || !aligned {
+        candle_core::bail!("{rows} rows of {k} are not for the kernel of few rows");
+    }
+    // SAFETY: sizes and places were checked; the results are new.
+    unsafe { few::products(x.device(), kind, (rows, k), from, &products) }?;
+    Ok(found)
 }
 
 /// Rows of a product that one adapter has.

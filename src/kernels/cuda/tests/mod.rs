@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod few;
 mod head;
 mod lora;
 mod rows;
