@@ -126,6 +126,8 @@ def plain_steps(model, tokenizer, rows, batch, max_length, clock):
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=compare.LINEARS, task_type="CAUSAL_LM"))
+    # A loaded model is in evaluation mode, in which transformers checkpoints nothing.
+    model.train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
     encode = lambda turns, **more: tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **more)["input_ids"]
 
