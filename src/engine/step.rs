@@ -192,6 +192,8 @@ impl Owner {
             }
         }
         if rows.is_empty() {
+            // Nothing is read back, which would wait for a GPU: without this the gate counts launches as the whole step.
+            hidden.device().synchronize()?;
             return Ok(Vec::new());
         }
         let last = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;

@@ -41,6 +41,11 @@ pub fn token_logprobs(
     let (mut logprobs, mut units) = (Vec::new(), Vec::new());
     let (on_cpu, wanted) = (plain.device().is_cpu(), tape::tracked(&[hidden]));
     let most = if on_cpu { ROWS_CPU } else { ROWS_GPU };
+    // A GPU runs behind the thread that feeds it: what was asked of it is done before somebody else may have it.
+    let mut pace = || {
+        plain.device().synchronize()?;
+        pace()
+    };
     for (chunk, targets) in targets.chunks(most).enumerate() {
         let rows = plain.narrow(0, chunk * most, targets.len())?;
         pace()?;
