@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::super::attention::{self, BackWork, Heads, Lists, Saved, Split};
 use super::super::launch::Kind;
 use super::super::plan::Plan;
-use super::{Array, assert_near, emulator, given};
+use super::{Array, KINDS, assert_near, device, given, queue};
 use crate::kernels::cpu;
 
 /// What a number may be off by, as a share of the largest: in bf16 the weights of a softmax are rounded too.
@@ -20,7 +20,7 @@ struct Forward {
 
 /// Runs a plan.
 fn forward(plan: &Plan, kind: Kind, heads: Heads, n: usize, [q, k, v]: [&Array; 3]) -> Forward {
-    let queue = emulator().unwrap();
+    let queue = queue().unwrap();
     let (out, lse) = (Array::blank(kind, n * heads.query * heads.dim), Array::blank(Kind::F32, n * heads.query));
     let [table, rows, tiles] = [&plan.table, &plan.rows, &plan.tiles].map(|words| Array::of_ids(words));
     let lists = Lists { table: table.at(), size: plan.size };
@@ -47,71 +47,154 @@ fn seen(end: usize, window: Option<usize>) -> Range<usize> {
     window.map_or(0, |window| end.saturating_sub(window))..end
 }
 
+/// Slots of a block, and rows and keys of a sequence with the number of its first block.
+const SIZE: usize = 16;
+type Sequence = (usize, usize, usize);
+
+/// Sequences over a cache of `blocks`, beside their twin.
+fn check_paged(blocks: usize, sequences: &[Sequence], heads: Heads, kind: Kind, tiled: bool) {
+    let Heads { query, key, dim, window, .. } = heads;
+    assert!(heads.fits());
+    let slots = blocks * SIZE;
+    let block = |from: usize, count: usize| (0..count).map(|at| ((from + at * 7) % blocks) as u32).collect();
+    let mut n = 0;
+    let sequences: Vec<(usize, usize, usize, Vec<u32>)> = sequences
+        .iter()
+        .map(|(len, context, from)| {
+            n += len;
+            (n - len, *len, *context, block(*from, context.div_ceil(SIZE)))
+        })
+        .collect();
+    let (q, qs) = given(kind, n * query * dim, 1);
+    let ((k, ks), (v, vs)) = (given(kind, slots * key * dim, 2), given(kind, slots * key * dim, 3));
+    let plan = Plan::paged(SIZE, sequences.iter().map(|(a, b, c, d)| (*a, *b, *c, d.as_slice())), tiled);
+    assert_eq!(plan.tiles.is_empty(), !tiled);
+    let found = forward(&plan, kind, heads, n, [&q, &k, &v]);
+    let lists: Vec<Vec<usize>> = sequences
+        .iter()
+        .map(|(_, _, context, blocks)| (0..*context).map(|at| blocks[at / SIZE] as usize * SIZE + at % SIZE).collect())
+        .collect();
+    let rows: Vec<cpu::Rows<'_>> = sequences
+        .iter()
+        .zip(&lists)
+        .map(|((start, len, context, _), slots)| cpu::Rows {
+            start: *start,
+            slots,
+            seen: (0..*len).map(|row| seen(context - len + row + 1, window)).collect(),
+        })
+        .collect();
+    let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
+    assert_near(&format!("{heads:?} {kind:?} {tiled}"), &found.out, &wanted, tolerance(kind));
+}
+
 /// A decode step, a chunk of a prompt, a whole prompt of more than a tile, a decode step whose keys are in several parts.
+const SEQUENCES: [Sequence; 5] = [(1, 37, 3), (9, 40, 1), (70, 70, 5), (1, 600, 2), (1, 1, 0)];
+
 #[test]
 fn over_a_paged_cache() {
-    if emulator().is_none() {
+    if queue().is_none() {
         return;
     }
-    const SIZE: usize = 16;
-    let shapes = [(4, 4, 16), (6, 2, 12), (6, 2, 64), (5, 1, 256), (8, 2, 128)];
-    for (query, key, dim) in shapes {
+    for (query, key, dim) in [(4, 4, 16), (6, 2, 12), (6, 2, 64), (5, 1, 256), (8, 2, 128)] {
         for (kind, tiled) in [(Kind::F32, false), (Kind::Bf16, false), (Kind::Bf16, true)] {
             for window in [None, Some(33)] {
                 let heads = Heads { query, key, dim, scale: 0.2, window };
                 if tiled && !heads.tiled()[0] || dim > 64 && kind == Kind::Bf16 && !tiled {
                     continue;
                 }
-                assert!(heads.fits());
-                let slots = 64 * SIZE;
-                let block = |from: usize, count: usize| (0..count).map(|at| ((from + at * 7) % 64) as u32).collect();
-                // rows, context
-                let mut start = 0;
-                let sequences: Vec<(usize, usize, usize, Vec<u32>)> =
-                    [(1, 37, 3), (9, 40, 1), (70, 70, 5), (1, 600, 2), (1, 1, 0)]
-                        .map(|(len, context, from): (usize, usize, usize)| {
-                            start += len;
-                            (start - len, len, context, block(from, context.div_ceil(SIZE)))
-                        })
-                        .into();
-                let n = start;
-                let (q, qs) = given(kind, n * query * dim, 1);
-                let ((k, ks), (v, vs)) = (given(kind, slots * key * dim, 2), given(kind, slots * key * dim, 3));
-                let plan = Plan::paged(SIZE, sequences.iter().map(|(a, b, c, d)| (*a, *b, *c, d.as_slice())), tiled);
-                assert_eq!(plan.tiles.is_empty(), !tiled);
-                let found = forward(&plan, kind, heads, n, [&q, &k, &v]);
-                let lists: Vec<Vec<usize>> = sequences
-                    .iter()
-                    .map(|(_, _, context, blocks)| {
-                        (0..*context).map(|at| blocks[at / SIZE] as usize * SIZE + at % SIZE).collect()
-                    })
-                    .collect();
-                let rows: Vec<cpu::Rows<'_>> = sequences
-                    .iter()
-                    .zip(&lists)
-                    .map(|((start, len, context, _), slots)| cpu::Rows {
-                        start: *start,
-                        slots,
-                        seen: (0..*len).map(|row| seen(context - len + row + 1, window)).collect(),
-                    })
-                    .collect();
-                let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
-                assert_near(&format!("{heads:?} {kind:?} {tiled}"), &found.out, &wanted, tolerance(kind));
+                check_paged(64, &SEQUENCES, heads, kind, tiled);
             }
         }
     }
 }
 
+/// Llama 3's heads over 2,000 keys, one sequence and many: too slow for the emulation.
+#[test]
+fn over_a_long_cache_on_a_gpu() {
+    if device().is_none() {
+        return;
+    }
+    let heads = Heads { query: 32, key: 8, dim: 128, scale: 0.2, window: None };
+    let many: Vec<Sequence> = (0..64).map(|at| (1, 1500 + 16 * at, at)).collect();
+    for kind in KINDS {
+        check_paged(256, &[(1, 2000, 0)], heads, kind, false);
+        check_paged(256, &many, heads, kind, false);
+    }
+    check_paged(256, &[(1, 2000, 0), (300, 900, 3), (1, 40, 2)], heads, Kind::Bf16, true);
+}
+
+/// Segments of a training step: first row, rows, the prefix they also see.
+type Segment = (usize, usize, Range<usize>);
+
 /// Prompts that answers share, one longer than a tile; a run of its own; an empty one.
-fn segments() -> Vec<(usize, usize, Range<usize>)> {
+fn segments() -> Vec<Segment> {
     vec![(0, 70, 0..0), (70, 40, 0..70), (110, 3, 0..70), (113, 0, 0..70), (113, 21, 0..0), (134, 10, 113..134)]
+}
+
+/// A step forward and back, beside its twin. `first`: how many of the segments with rows no later one's prefix lies in.
+fn check_step(segments: &[Segment], first: usize, heads: Heads, kind: Kind, tiled: bool) {
+    let queue = queue().unwrap();
+    let Heads { query, key, dim, window, .. } = heads;
+    let n: usize = segments.iter().map(|(_, len, _)| len).sum();
+    let ((q, qs), (dout, _)) = (given(kind, n * query * dim, 1), given(kind, n * query * dim, 4));
+    let ((k, ks), (v, vs)) = (given(kind, n * key * dim, 2), given(kind, n * key * dim, 3));
+    let plan = Plan::step(segments, [tiled, tiled]);
+    let found = forward(&plan, kind, heads, n, [&q, &k, &v]);
+    let slots: Vec<Vec<usize>> =
+        segments.iter().map(|(start, len, prefix)| prefix.clone().chain(*start..start + len).collect()).collect();
+    let rows: Vec<cpu::Rows<'_>> = segments
+        .iter()
+        .zip(&slots)
+        .map(|((start, len, prefix), slots)| cpu::Rows {
+            start: *start,
+            slots,
+            seen: (0..*len).map(|row| seen(prefix.len() + row + 1, window)).collect(),
+        })
+        .filter(|rows| !rows.seen.is_empty())
+        .collect();
+    let what = format!("{heads:?} {kind:?} {tiled}");
+    let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
+    assert_near(&what, &found.out, &wanted, tolerance(kind));
+    assert!(found.lse.numbers().iter().all(|value| value.is_finite()), "{what}");
+
+    let back = plan.back.as_ref().unwrap();
+    let [table, queries, key_tiles, views] =
+        [&plan.table, &back.queries, &back.key_tiles, &back.views].map(|words| Array::of_ids(words));
+    assert_eq!((back.tiled, plan.tiles.is_empty()), (tiled, !tiled));
+    let pull = Array::blank(Kind::F32, n * query);
+    let [dq, dk, dv] = [query, key, key].map(|heads| Array::blank(kind, n * heads * dim));
+    let work = BackWork {
+        tiled,
+        queries: (queries.at(), back.count()),
+        keys: (key_tiles.at(), back.key_tiles.len() / 4),
+        views: views.at(),
+    };
+    let saved = Saved {
+        q: q.at(),
+        k: k.at(),
+        v: v.at(),
+        out: found.out.at(),
+        dout: dout.at(),
+        lse: found.lse.at(),
+        pull: pull.at(),
+    };
+    let lists = Lists { table: table.at(), size: 1 };
+    let to = [dq.at(), dk.at(), dv.at()];
+    // SAFETY: the arrays have the sizes of the plan.
+    unsafe { attention::backward(queue, kind, heads, n, work, lists, saved, to) }.unwrap();
+    let douts = dout.numbers();
+    let (first, second) = rows.split_at(first);
+    let wanted = cpu::attention_backward(cpu_heads(heads), &[first, second], (&qs, &ks, &vs), (&wanted, &douts));
+    for ((name, got), wanted) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().zip(&wanted) {
+        assert_near(&format!("{name} of {what}"), got, wanted, 2.0 * tolerance(kind));
+    }
 }
 
 #[test]
 fn over_a_step_and_back() {
-    let Some(queue) = emulator() else { return };
-    let segments = segments();
-    let n = 144;
+    if queue().is_none() {
+        return;
+    }
     for (query, key, dim) in [(6, 2, 12), (2, 1, 64), (2, 1, 128), (1, 1, 256)] {
         for (kind, tiled) in [(Kind::F32, false), (Kind::Bf16, false), (Kind::Bf16, true)] {
             for window in [None, Some(20)] {
@@ -120,62 +203,22 @@ fn over_a_step_and_back() {
                 if tiled && !heads.tiled()[1] || rare {
                     continue;
                 }
-                let ((q, qs), (dout, _)) = (given(kind, n * query * dim, 1), given(kind, n * query * dim, 4));
-                let ((k, ks), (v, vs)) = (given(kind, n * key * dim, 2), given(kind, n * key * dim, 3));
-                let plan = Plan::step(&segments, [tiled, tiled]);
-                let found = forward(&plan, kind, heads, n, [&q, &k, &v]);
-                let slots: Vec<Vec<usize>> = segments
-                    .iter()
-                    .map(|(start, len, prefix)| prefix.clone().chain(*start..start + len).collect())
-                    .collect();
-                let rows: Vec<cpu::Rows<'_>> = segments
-                    .iter()
-                    .zip(&slots)
-                    .map(|((start, len, prefix), slots)| cpu::Rows {
-                        start: *start,
-                        slots,
-                        seen: (0..*len).map(|row| seen(prefix.len() + row + 1, window)).collect(),
-                    })
-                    .filter(|rows| !rows.seen.is_empty())
-                    .collect();
-                let what = format!("{heads:?} {kind:?} {tiled}");
-                let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
-                assert_near(&what, &found.out, &wanted, tolerance(kind));
-                assert!(found.lse.numbers().iter().all(|value| value.is_finite()), "{what}");
-
-                let back = plan.back.as_ref().unwrap();
-                let [table, queries, key_tiles, views] =
-                    [&plan.table, &back.queries, &back.key_tiles, &back.views].map(|words| Array::of_ids(words));
-                assert_eq!((back.tiled, plan.tiles.is_empty()), (tiled, !tiled));
-                let pull = Array::blank(Kind::F32, n * query);
-                let [dq, dk, dv] = [query, key, key].map(|heads| Array::blank(kind, n * heads * dim));
-                let work = BackWork {
-                    tiled,
-                    queries: (queries.at(), back.count()),
-                    keys: (key_tiles.at(), back.key_tiles.len() / 4),
-                    views: views.at(),
-                };
-                let saved = Saved {
-                    q: q.at(),
-                    k: k.at(),
-                    v: v.at(),
-                    out: found.out.at(),
-                    dout: dout.at(),
-                    lse: found.lse.at(),
-                    pull: pull.at(),
-                };
-                let lists = Lists { table: table.at(), size: 1 };
-                let to = [dq.at(), dk.at(), dv.at()];
-                // SAFETY: the arrays have the sizes of the plan.
-                unsafe { attention::backward(queue, kind, heads, n, work, lists, saved, to) }.unwrap();
-                let douts = dout.numbers();
-                let (first, second) = rows.split_at(3);
-                let wanted =
-                    cpu::attention_backward(cpu_heads(heads), &[first, second], (&qs, &ks, &vs), (&wanted, &douts));
-                for ((name, got), wanted) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().zip(&wanted) {
-                    assert_near(&format!("{name} of {what}"), got, wanted, 2.0 * tolerance(kind));
-                }
+                check_step(&segments(), 3, heads, kind, tiled);
             }
         }
+    }
+}
+
+/// Heads of 128 in groups of 4 over several tiles: too slow for the emulation.
+#[test]
+fn over_a_step_of_several_tiles_and_back_on_a_gpu() {
+    if device().is_none() {
+        return;
+    }
+    let segments = [(0, 310, 0..0), (310, 170, 0..310), (480, 90, 0..310), (570, 130, 0..0), (700, 65, 570..700)];
+    for (window, kind, tiled) in
+        [(None, Kind::Bf16, true), (Some(150), Kind::Bf16, true), (None, Kind::Bf16, false), (None, Kind::F32, false)]
+    {
+        check_step(&segments, 3, Heads { query: 8, key: 2, dim: 128, scale: 0.2, window }, kind, tiled);
     }
 }

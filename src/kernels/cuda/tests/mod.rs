@@ -1,4 +1,5 @@
-//! The kernels against their twins on the CPU: the same launches, run by a C++ compiler's build of the same sources.
+//! The kernels against their twins on the CPU: the same launches, run by a C++ compiler's build of the same sources, or by the GPU that
+//! `RDPO_TEST_DEVICE=cuda:N` names in a build with the feature `cuda`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,15 +12,18 @@ mod sample;
 
 pub(crate) use sample::sampled;
 
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use candle_core::Result;
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, Device, Result};
 use half::bf16;
 
 use super::launch::{Arg, Kind, Launch, Queue};
+use super::stream;
 
 type Run = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, c_int, *mut *mut c_void) -> *const c_char;
 
@@ -28,21 +32,51 @@ unsafe extern "C" {
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
 }
 
+/// Where the launches of the tests run.
+enum Runner {
+    Emulated(Emulator),
+    Device(CudaDevice),
+}
+
 /// Runs launches on this processor, one at a time.
 struct Emulator {
     run: Run,
     turn: Mutex<()>,
 }
 
-/// None, with the reason printed, where there is no C++ compiler.
-fn emulator() -> Option<&'static Emulator> {
-    static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
-    EMULATOR.get_or_init(build).as_ref()
+/// None, with the reason printed, where there is neither a GPU named nor a C++ compiler.
+fn queue() -> Option<&'static Runner> {
+    static RUNNER: OnceLock<Option<Runner>> = OnceLock::new();
+    let make = || match gpu() {
+        Some(device) => Some(Runner::Device(device)),
+        None => build().map(Runner::Emulated),
+    };
+    RUNNER.get_or_init(make).as_ref()
+}
+
+/// The GPU that the environment names, as tests/it/device.rs reads it.
+fn gpu() -> Option<CudaDevice> {
+    let name = std::env::var("RDPO_TEST_DEVICE").ok().filter(|name| name != "cpu")?;
+    let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+    match stream::device(ordinal.expect("RDPO_TEST_DEVICE is `cpu` or `cuda:N`")).unwrap() {
+        Device::Cuda(device) => Some(device),
+        other => panic!("{other:?} is no GPU"),
+    }
+}
+
+/// The GPU that the tests run on, if it is one.
+fn device() -> Option<&'static CudaDevice> {
+    match queue() {
+        Some(Runner::Device(device)) => Some(device),
+        _ => None,
+    }
 }
 
 fn build() -> Option<Emulator> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/cuda/emulate/run.cpp");
+    // Elsewhere than it was built, the binary is told where the sources are.
+    let root = std::env::var_os("RDPO_TEST_ROOT").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    let source = root.join("src/kernels/cuda/emulate/run.cpp");
     let folder = tempfile::tempdir().unwrap();
     let library = folder.path().join("kernels.so");
     // The check of long jumps takes another fiber's stack for a fault.
@@ -67,6 +101,16 @@ fn build() -> Option<Emulator> {
     // SAFETY: the signature is the one in emulate/run.cpp.
     let run = unsafe { std::mem::transmute::<*mut c_void, Run>(found) };
     Some(Emulator { run, turn: Mutex::new(()) })
+}
+
+impl Queue for Runner {
+    unsafe fn launch(&self, launch: Launch) -> Result<()> {
+        // SAFETY: the caller's.
+        match self {
+            Runner::Emulated(emulator) => unsafe { emulator.launch(launch) },
+            Runner::Device(device) => unsafe { device.launch(launch) },
+        }
+    }
 }
 
 impl Queue for Emulator {
@@ -102,10 +146,15 @@ impl Queue for Emulator {
 
 /// An array for a kernel, with a border behind it that nothing may touch.
 struct Array {
-    /// Aligned to 16 bytes, as a GPU's allocations are and more.
-    held: Vec<u128>,
+    held: Held,
     bytes: usize,
     kind: Option<Kind>,
+}
+
+/// Aligned to 16 bytes and more, as a GPU's allocations are.
+enum Held {
+    Here(Vec<u128>),
+    There(CudaStorage),
 }
 
 const BORDER: usize = 16;
@@ -116,6 +165,14 @@ impl Array {
         let mut held = vec![UNTOUCHED; bytes.len().div_ceil(16) + BORDER];
         // SAFETY: the copy is inside what was allocated.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), held.as_mut_ptr().cast::<u8>(), bytes.len()) };
+        let held = match device() {
+            Some(device) => {
+                let words: Vec<u32> =
+                    all_bytes(&held).chunks(4).map(|of| u32::from_ne_bytes(of.try_into().unwrap())).collect();
+                Held::There(device.storage_from_slice(&words).unwrap())
+            }
+            None => Held::Here(held),
+        };
         Array { held, bytes: bytes.len(), kind }
     }
 
@@ -139,15 +196,27 @@ impl Array {
     }
 
     fn at(&self) -> u64 {
-        self.held.as_ptr() as u64
+        match &self.held {
+            Held::Here(held) => held.as_ptr() as u64,
+            Held::There(storage) => stream::address(storage).unwrap(),
+        }
     }
 
-    fn bytes(&self) -> &[u8] {
-        let whole = self.held.len() * 16;
-        // SAFETY: all of it is initialized.
-        let all = unsafe { std::slice::from_raw_parts(self.held.as_ptr().cast::<u8>(), whole) };
+    /// What it holds once the launches are done.
+    fn bytes(&self) -> Cow<'_, [u8]> {
+        let mut all = match &self.held {
+            Held::Here(held) => Cow::Borrowed(all_bytes(held)),
+            Held::There(storage) => match storage.to_cpu_storage().unwrap() {
+                CpuStorage::U32(words) => Cow::Owned(words.iter().flat_map(|word| word.to_ne_bytes()).collect()),
+                other => panic!("{other:?} are no words"),
+            },
+        };
         assert!(all[self.bytes..].iter().all(|byte| *byte == 0xff), "written past the end of an array");
-        &all[..self.bytes]
+        match &mut all {
+            Cow::Borrowed(all) => *all = &all[..self.bytes],
+            Cow::Owned(all) => all.truncate(self.bytes),
+        }
+        all
     }
 
     fn numbers(&self) -> Vec<f32> {
@@ -158,6 +227,11 @@ impl Array {
             }
         }
     }
+}
+
+fn all_bytes(held: &[u128]) -> &[u8] {
+    // SAFETY: all of it is initialized.
+    unsafe { std::slice::from_raw_parts(held.as_ptr().cast::<u8>(), held.len() * 16) }
 }
 
 /// Numbers in (-1, 1).
@@ -177,8 +251,13 @@ fn given(kind: Kind, count: usize, seed: u32) -> (Array, Vec<f32>) {
     (array, numbers)
 }
 
+/// How much more than by emulation a number may be off on a GPU: its exponentials and roots are approximations, its products are fused
+/// with sums.
+const DEVICE_SLACK: f32 = 4.0;
+
 /// Every number within `most` of the largest wanted, or within a bf16's rounding of it.
 fn assert_near(what: &str, got: &Array, wanted: &[f32], most: f32) {
+    let most = if device().is_some() { DEVICE_SLACK * most } else { most };
     let numbers = got.numbers();
     assert_eq!(numbers.len(), wanted.len(), "{what}");
     let largest = wanted.iter().fold(0f32, |largest, value| largest.max(value.abs()));

@@ -1,12 +1,12 @@
 //! Norm, rotation, gate, cache writes and the optimizer's update.
 
 use super::super::rows;
-use super::{Array, KINDS, assert_near, emulator, given, random};
+use super::{Array, KINDS, assert_near, given, queue, random};
 use crate::kernels::cpu::{self, Activation, AdamWUpdate};
 
 #[test]
 fn rms_norm_and_its_gradient() {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     for kind in KINDS {
         for (count, c) in [(3, 8), (2, 100), (4, 256), (2, 576), (1, 2050)] {
             let ((x, xs), (dy, dys)) = (given(kind, count * c, 1), given(kind, count * c, 2));
@@ -34,7 +34,7 @@ fn rms_norm_and_its_gradient() {
 
 #[test]
 fn rope_both_ways() {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     for kind in KINDS {
         for (n, h, d) in [(3, 2, 8), (5, 3, 64), (1, 1, 12), (9, 4, 128)] {
             let (x, xs) = given(kind, n * h * d, 1);
@@ -57,7 +57,7 @@ fn rope_both_ways() {
 
 #[test]
 fn gate_and_its_gradients() {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     for kind in KINDS {
         for activation in [Activation::Silu, Activation::GeluTanh] {
             let count = 1000;
@@ -84,7 +84,7 @@ fn gate_and_its_gradients() {
 
 #[test]
 fn cache_writes_go_to_their_slots_alone() {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     for kind in KINDS {
         let (width, slots) = (24, [7u32, 0, 11]);
         let ((k, ks), (v, vs)) = (given(kind, 3 * width, 1), given(kind, 3 * width, 2));
@@ -104,7 +104,7 @@ fn cache_writes_go_to_their_slots_alone() {
 
 #[test]
 fn an_update_of_the_optimizer() {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     let count = 1000;
     let update = AdamWUpdate {
         scale: 0.25,

@@ -2,11 +2,11 @@
 
 use super::super::launch::Kind;
 use super::super::sample::{self, SamplePlan, SampleRow, Sampled};
-use super::{Array, emulator};
+use super::{Array, queue};
 
 /// What the kernel makes of logits, (rows, v); none where there is no emulation.
 pub(crate) fn sampled(logits: &[f32], v: usize, rows: &[SampleRow]) -> Option<Vec<Sampled>> {
-    let queue = emulator()?;
+    let queue = queue()?;
     let plan = SamplePlan::new(rows, v).unwrap();
     let (numbers, words) = (Array::of(Kind::F32, logits), Array::of_ids(&plan.words));
     let results = Array::of_ids(&vec![u32::MAX; plan.results]);
