@@ -113,6 +113,9 @@ impl Queue for Runner {
     }
 }
 
+/// What stands in memory behind an argument of four bytes.
+const BEYOND: u64 = 0x5bad_c0de << 32;
+
 impl Queue for Emulator {
     unsafe fn launch(&self, launch: Launch) -> Result<()> {
         // A driver refuses an empty grid, and so few threads have so much shared memory.
@@ -123,8 +126,9 @@ impl Queue for Emulator {
             .map(|arg| match arg {
                 Arg::At(address) => vec![*address],
                 Arg::Long(value) => vec![*value as u64],
-                Arg::Int(value) => vec![i64::from(*value) as u64],
-                Arg::Float(value) => vec![u64::from(value.to_bits())],
+                // A kernel that takes it for a wider one must not find zeros behind it.
+                Arg::Int(value) => vec![u64::from(*value as u32) | BEYOND],
+                Arg::Float(value) => vec![u64::from(value.to_bits()) | BEYOND],
                 Arg::Table(words) => words.to_vec(),
             })
             .collect();
