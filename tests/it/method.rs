@@ -84,6 +84,8 @@ fn a_job_with_a_rules_reward_goes_the_whole_road() {
     assert_eq!((report["prompts"].as_u64(), report["scored"].as_u64()), (Some(2), Some(2)));
     let gap = job.result["adapter"]["train_serve_logprob_gap"].as_f64().unwrap();
     assert!(gap < 1e-4, "trainer and server differ by {gap} nats a token");
+    let mean = job.result["adapter"]["train_serve_logprob_gap_mean"].as_f64().unwrap();
+    assert!(0.0 <= mean && mean <= gap, "a mean of {mean}, the largest is {gap}");
     let live = house.roles.resolve("student").unwrap().lease.unwrap();
     assert_eq!(Some(live.adapter.generation.as_str()), job.result["adapter"]["generation"].as_str());
     let steps = job.result["training"]["steps"].as_u64().unwrap();
