@@ -6,8 +6,10 @@ use super::launch::{Arg, Kind, Launch, Queue};
 
 /// Threads of every attention block.
 const THREADS: usize = 128;
-/// Keys of a part of a list: short, so that one long sequence still fills a GPU.
-pub(super) const SPAN: usize = 256;
+/// Keys of a part of a list, at most and at least: short where there are few rows, so that one long sequence still fills a GPU.
+const SPANS: [usize; 2] = [256, 32];
+/// Blocks that fill a GPU: some for each of a large card's processors.
+const BLOCKS: usize = 512;
 /// Query heads whose outputs are summed at once, as `attention.cu` has it.
 const HEADS: usize = 4;
 /// Bytes of partial sums at most.
@@ -57,21 +59,32 @@ pub(super) struct Lists {
     pub(super) size: usize,
 }
 
-/// Launches of row-by-row attention: how many rows each takes, and in how many parts their lists are.
+/// Launches of row-by-row attention: how many rows each takes, and in how many parts of how many keys their lists are.
 pub(super) struct Split {
+    pub(super) span: usize,
     pub(super) parts: usize,
     pub(super) rows: usize,
 }
 
 impl Split {
-    /// For `rows` queries, the longest of which sees `longest` keys.
+    /// For `rows` queries, the longest of which sees `longest` keys: the longest parts that still make enough blocks.
     pub(super) fn new(heads: Heads, rows: usize, longest: usize) -> Self {
-        let parts = heads.window.map_or(longest, |window| window.min(longest)).div_ceil(SPAN).max(1);
+        let seen = heads.window.map_or(longest, |window| window.min(longest));
+        let [mut span, least] = SPANS;
+        while span > least && rows * heads.key * seen.div_ceil(span) < BLOCKS {
+            span /= 2;
+        }
+        Split::of_span(heads, rows, seen, span)
+    }
+
+    /// In parts of `span` keys, for `rows` queries that see at most `seen`.
+    pub(super) fn of_span(heads: Heads, rows: usize, seen: usize, span: usize) -> Self {
+        let parts = seen.div_ceil(span).max(1);
         if parts == 1 {
-            return Split { parts, rows };
+            return Split { span, parts, rows };
         }
         let row = heads.query * parts * (heads.dim + 2) * 4;
-        Split { parts, rows: (SCRATCH / row).clamp(1, rows.max(1)) }
+        Split { span, parts, rows: (SCRATCH / row).clamp(1, rows.max(1)) }
     }
 
     /// Numbers of partial sums and of their statistics, f32.
@@ -103,14 +116,14 @@ pub(super) unsafe fn rows(
     let (group, dim) = (heads.group(), heads.dim);
     let wide = if dim <= 128 { 4 } else { 8 };
     let lanes = dim.div_ceil(wide).next_power_of_two();
-    let shared = 4 * (group * dim + group * SPAN + THREADS * HEADS * wide + 2 * group);
+    let shared = 4 * (group * dim + group * split.span + THREADS * HEADS * wide + 2 * group);
     for first in (0..count).step_by(split.rows.max(1)) {
         let some = split.rows.min(count - first);
         let tasks = Arg::At(tasks + 12 * first as u64);
         let mut args =
             vec![Arg::At(q), Arg::At(k), Arg::At(v), tasks.clone(), Arg::At(lists.table), Arg::int(lists.size)];
         args.extend([Arg::int(group), Arg::int(dim), Arg::int(lanes), Arg::Float(heads.scale), heads.window()]);
-        args.extend([Arg::int(SPAN), Arg::At(out), Arg::At(partial), Arg::At(stats), Arg::At(lse)]);
+        args.extend([Arg::int(split.span), Arg::At(out), Arg::At(partial), Arg::At(stats), Arg::At(lse)]);
         let launch = Launch {
             kernel: kind.name(&format!("attend_rows_{wide}")),
             grid: [some, heads.key, split.parts],
@@ -122,7 +135,7 @@ pub(super) unsafe fn rows(
         unsafe { queue.launch(launch) }?;
         if split.parts > 1 {
             let mut args = vec![Arg::At(partial), Arg::At(stats), tasks, Arg::int(split.parts), Arg::int(dim)];
-            args.extend([heads.window(), Arg::int(SPAN), Arg::At(out), Arg::At(lse)]);
+            args.extend([heads.window(), Arg::int(split.span), Arg::At(out), Arg::At(lse)]);
             let (kernel, grid) = (kind.name("attend_combine"), [some, heads.query, 1]);
             // SAFETY: the caller's.
             unsafe { queue.launch(Launch { kernel, grid, threads: THREADS, shared: 0, args }) }?;

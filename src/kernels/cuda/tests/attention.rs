@@ -19,17 +19,20 @@ struct Forward {
 }
 
 /// Runs a plan.
-fn forward(plan: &Plan, kind: Kind, heads: Heads, n: usize, [q, k, v]: [&Array; 3]) -> Forward {
+fn forward(plan: &Plan, kind: Kind, heads: Heads, n: usize, qkv: [&Array; 3]) -> Forward {
+    run(plan, kind, heads, n, qkv, &Split::new(heads, plan.rows.len() / 3, plan.longest))
+}
+
+fn run(plan: &Plan, kind: Kind, heads: Heads, n: usize, [q, k, v]: [&Array; 3], split: &Split) -> Forward {
     let queue = queue().unwrap();
     let (out, lse) = (Array::blank(kind, n * heads.query * heads.dim), Array::blank(Kind::F32, n * heads.query));
     let [table, rows, tiles] = [&plan.table, &plan.rows, &plan.tiles].map(|words| Array::of_ids(words));
     let lists = Lists { table: table.at(), size: plan.size };
-    let split = Split::new(heads, plan.rows.len() / 3, plan.longest);
     let [partial, stats] = split.scratch(heads).map(|len| Array::blank(Kind::F32, len));
     let places = [q.at(), k.at(), v.at(), out.at()];
     // SAFETY: the arrays have the sizes of the plan.
     unsafe {
-        let scratch = (&split, [partial.at(), stats.at()]);
+        let scratch = (split, [partial.at(), stats.at()]);
         attention::rows(queue, kind, heads, (rows.at(), plan.rows.len() / 3), lists, places, scratch, lse.at())
             .unwrap();
         attention::tiles(queue, heads, (tiles.at(), plan.tiles.len() / 4), lists, places, lse.at()).unwrap();
@@ -105,6 +108,54 @@ fn over_a_paged_cache() {
                 check_paged(64, &SEQUENCES, heads, kind, tiled);
             }
         }
+    }
+}
+
+/// Few rows have short parts, many have long ones, and a list that fits one has one.
+#[test]
+fn parts_are_as_long_as_fills_a_gpu() {
+    let of = |rows, longest, window| {
+        let heads = Heads { query: 32, key: 8, dim: 128, scale: 0.2, window };
+        let Split { span, parts, rows } = Split::new(heads, rows, longest);
+        (span, parts, rows)
+    };
+    assert_eq!(of(1, 300, None), (32, 10, 1));
+    assert_eq!(of(1, 4096, None), (64, 64, 1));
+    assert_eq!(of(4, 2000, None), (128, 16, 4));
+    assert_eq!(of(64, 2000, None), (256, 8, 64));
+    assert_eq!(of(64, 200, None), (256, 1, 64));
+    assert_eq!(of(1, 4000, Some(100)), (32, 4, 1));
+    assert_eq!(of(1, 20, None), (32, 1, 1));
+    // No more at once than there is room for partial sums.
+    let (_, parts, rows) = of(1000, 128_000, None);
+    assert!(parts == 500 && rows * 32 * parts * 130 * 4 <= 128 << 20, "{rows} rows");
+}
+
+/// Lists that end in a part, at its border and before the last one, whatever the parts' length.
+#[test]
+fn parts_of_any_length_are_put_together() {
+    if queue().is_none() {
+        return;
+    }
+    let segments: [Segment; 3] = [(0, 1, 0..0), (1, 3, 0..1), (4, 76, 0..1)];
+    let n = 80;
+    for (kind, window) in [(Kind::F32, None), (Kind::F32, Some(50)), (Kind::Bf16, None)] {
+        let heads = Heads { query: 4, key: 2, dim: 16, scale: 0.2, window };
+        let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(heads, seed)| given(kind, n * heads * 16, seed).0);
+        let plan = Plan::step(&segments, [false, false]);
+        let seen = window.unwrap_or(usize::MAX).min(plan.longest);
+        let [whole, parts @ ..] = [256, 128, 64, 32].map(|span| {
+            let split = Split::of_span(heads, n, seen, span);
+            run(&plan, kind, heads, n, [&q, &k, &v], &split)
+        });
+        for part in &parts {
+            assert_near("sums", &part.out, &whole.out.numbers(), 2e-6);
+            assert_near("logarithms", &part.lse, &whole.lse.numbers(), 2e-6);
+        }
+        // Some rows at a time, as where there is little room.
+        let few = Split { rows: 50, ..Split::of_span(heads, n, seen, 32) };
+        let found = run(&plan, kind, heads, n, [&q, &k, &v], &few);
+        assert!(found.out.bytes() == parts[2].out.bytes() && found.lse.bytes() == parts[2].lse.bytes());
     }
 }
 
