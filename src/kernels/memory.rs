@@ -14,14 +14,16 @@ pub struct DeviceMemory {
     pub total: u64,
 }
 
-/// Asks the driver, or the kernel for the CPU. What candle has let go of on a GPU counts as free once the device has caught up.
+/// Asks the driver, or the kernel for the CPU. What candle has let go of on a GPU counts as free once the device has
+/// caught up: the pool keeps it, for the next who asks.
 pub fn device_memory(device: &Device) -> candle_core::Result<DeviceMemory> {
     match device {
         Device::Cpu => main_memory(Path::new("/proc"), Path::new("/sys/fs/cgroup")).map_err(candle_core::Error::from),
         #[cfg(feature = "cuda")]
         Device::Cuda(gpu) => {
             let (free, total) = gpu.cuda_stream().context().mem_get_info().map_err(candle_core::Error::wrap)?;
-            Ok(DeviceMemory { free: free as u64, total: total as u64 })
+            let total = total as u64;
+            Ok(DeviceMemory { free: total.min(free as u64 + super::cuda::idle_bytes(gpu)), total })
         }
         _ => candle_core::bail!("the memory of {device:?} cannot be asked for"),
     }

@@ -30,6 +30,8 @@ pub use lora::MOST_RANK;
 pub use plan::Plan;
 pub use sample::{Edit, Pick, SamplePlan, SampleRow, Sampled};
 pub use stream::device;
+#[cfg(feature = "cuda")]
+pub use stream::idle_bytes;
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{

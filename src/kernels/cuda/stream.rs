@@ -1,6 +1,8 @@
 //! A GPU's stream as a queue of launches, and the memory behind candle's storages.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::result::{device::get_default_mem_pool, mem_pool};
+use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum as PoolAttribute;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg, sys};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Shape};
@@ -17,7 +19,47 @@ pub fn device(ordinal: usize) -> Result<Device> {
     let device = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: candle's device launches, copies and frees on its one stream alone, so there is nothing to order by events.
     unsafe { device.disable_event_tracking() };
+    keep_memory(&device);
     Ok(Device::Cuda(device))
+}
+
+/// The pool that candle's allocations come from; none where the driver has no pools.
+fn pool(device: &CudaDevice) -> Option<sys::CUmemoryPool> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return None;
+    }
+    // SAFETY: the context is of that device.
+    unsafe { get_default_mem_pool(context.cu_device()) }.ok()
+}
+
+/// By default a pool gives back to the driver what is free in it whenever somebody waits for the device, which training does after every
+/// block: each would begin with asking the driver for memory.
+fn keep_memory(device: &CudaDevice) {
+    let Some(pool) = pool(device) else { return };
+    let mut threshold = u64::MAX;
+    // SAFETY: the pool is there for as long as the device, and the attribute is a u64.
+    let kept = unsafe {
+        let attribute = PoolAttribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        mem_pool::set_attribute(pool, attribute, std::ptr::from_mut(&mut threshold).cast())
+    };
+    if let Err(error) = kept {
+        tracing::warn!(%error, "the driver takes freed memory back at every wait");
+    }
+}
+
+/// Bytes that the pool has of the driver and nobody uses; none where there is no pool.
+pub fn idle_bytes(device: &CudaDevice) -> u64 {
+    let Some(pool) = pool(device) else { return 0 };
+    let read = |attribute| {
+        let mut bytes = 0u64;
+        // SAFETY: the pool is there for as long as the device, and both attributes are a u64.
+        unsafe { mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast()) }.ok().map(|()| bytes)
+    };
+    let held = read(PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+    let used = read(PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+    held.zip(used).map_or(0, |(held, used)| held.saturating_sub(used))
 }
 
 impl Queue for CudaDevice {
