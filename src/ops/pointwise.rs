@@ -1,12 +1,12 @@
 //! Rotary embedding (arXiv 2104.09864), gated activation (arXiv 2002.05202), seeded dropout, sums and shapes.
 
 use candle_core::shape::ShapeWithOneHole;
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 use super::{cpu, cuda, tape};
 use crate::error::{Error, Result};
 pub use crate::kernels::cpu::Activation;
-use crate::kernels::cpu::{self as kernels, add_row, rope_row};
+use crate::kernels::cpu::{self as kernels, Dropout, add_row, rope_row};
 use crate::kernels::cuda::{self as gpu, View};
 
 /// Numbers a task works on at once.
@@ -112,20 +112,33 @@ fn rotated(x: &Tensor, [cos, sin]: &[Tensor; 2], sign: f32) -> Result<Tensor> {
     Ok(cpu::tensor(y, x.shape())?)
 }
 
-/// Inverted dropout with probability `p`, whose mask is a function of `seed` and the element index alone, so that a recomputed
-/// layer sees the same mask. Differentiable in `x`.
+/// Inverted dropout with probability `p`, whose mask is a function of `seed` and the element index alone: a recomputed layer sees the same
+/// mask, and the backward makes it again instead of keeping it. Differentiable in `x`.
 pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     if p <= 0.0 {
         return Ok(x.clone());
     }
-    let keep = 1.0 / (1.0 - p);
-    let limit = (f64::from(p) * 2f64.powi(32)) as u64;
-    let mask: Vec<f32> =
-        (0..x.elem_count() as u64).map(|index| if mix(seed, index) >> 32 < limit { 0.0 } else { keep }).collect();
-    let mask = Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?;
-    let (y, id) = ((x.detach() * &mask)?, x.id());
-    tape::push(&[x], &y, &[&mask.clone()], move |dy, gradients| gradients.add(id, (dy.tensor * mask)?));
+    let mask = Dropout::new(p, seed);
+    let (y, id) = (dropped(&x.contiguous()?, mask)?, x.id());
+    tape::push(&[x], &y, &[], move |dy, gradients| gradients.add(id, dropped(&dy.tensor.contiguous()?, mask)?));
     Ok(y)
+}
+
+/// `mask · x`.
+fn dropped(x: &Tensor, mask: Dropout) -> Result<Tensor> {
+    if cuda::takes(x) {
+        let y = cuda::with_views([x], |[x]| gpu::dropout(mask, x))?;
+        return Ok(cuda::tensor(y, x.shape(), x)?);
+    }
+    if x.device().is_cpu() {
+        let y = cpu::with_floats([x], |[x]| {
+            let [y] = cpu::in_chunks(x.len(), CHUNK, |at, [y]| mask.row(at, &x[at..at + y.len()], y));
+            Ok(y)
+        })?;
+        return Ok(cpu::tensor(y, x.shape())?);
+    }
+    let ones = Tensor::ones(x.shape(), DType::F32, &Device::Cpu)?;
+    Ok((x.detach() * dropped(&ones, mask)?.to_device(x.device())?.to_dtype(x.dtype())?)?)
 }
 
 /// `x + y`, of one shape. Differentiable in both.
@@ -162,14 +175,4 @@ pub fn reshape(x: &Tensor, shape: impl ShapeWithOneHole) -> Result<Tensor> {
         gradients.put(id, tape::Gradient { tensor, shared: dy.shared })
     });
     Ok(y)
-}
-
-/// Two rounds of the SplitMix64 finalizer over seed and index.
-fn mix(seed: u64, index: u64) -> u64 {
-    let round = |value: u64| {
-        let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        value ^ (value >> 31)
-    };
-    round(round(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
 }

@@ -35,6 +35,6 @@ pub use stream::idle_bytes;
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{
-    LowRows, View, adamw, add_low_rank, few_rows, gated, gated_backward, kv_write, rms_norm, rms_norm_backward, rope,
-    sample_rows, scale_rows, token_logprobs,
+    LowRows, View, adamw, add_low_rank, dropout, few_rows, gated, gated_backward, kv_write, rms_norm,
+    rms_norm_backward, rope, sample_rows, scale_rows, token_logprobs,
 };

@@ -1,4 +1,4 @@
-// Row by row and number by number: norm, rotation, gated activation, writes into the cache, the optimizer's update.
+// Row by row and number by number: norm, rotation, gated activation, writes into the cache, dropout, the optimizer's update.
 #include "device.cuh"
 
 // y = x / sqrt(mean(x²) + eps) · weight, one block a row. x, y: (rows, c); weight: (c), f32.
@@ -87,6 +87,21 @@ __device__ void kv_write(const T *k, const T *v, const uint32_t *slots, int64_t 
     v_cache[to] = v[at];
 }
 
+// SplitMix64's finalizer; the CPU's dropout has the same.
+__device__ inline Whole mixed(Whole value) {
+    value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9ull;
+    value = (value ^ (value >> 27)) * 0x94d049bb133111ebull;
+    return value ^ (value >> 31);
+}
+
+// y = x · keep, or 0 where the upper half of what a place mixes to is below `limit`. One thread a number.
+template <class T> __device__ void dropout(const T *x, Whole state, Whole limit, float keep, int64_t count, T *y) {
+    int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= count) return;
+    bool dropped = mixed(state + static_cast<Whole>(at) * 0x9e3779b97f4a7c15ull) >> 32 < limit;
+    y[at] = from_float<T>(dropped ? 0.0f : to_float(x[at]) * keep);
+}
+
 // One update of AdamW: gradient, parameter and both moments of `count` numbers. One thread a number.
 extern "C" __global__ void adamw_float(
     const float *gradient, float scale, float keep1, float take1, float keep2, float take2, float inverse_root, float eps, float step_size, float left, int64_t count,
@@ -119,6 +134,9 @@ extern "C" __global__ void adamw_float(
     } \
     extern "C" __global__ void kv_write_##T(const T *k, const T *v, const uint32_t *slots, int64_t count, int width, T *k_cache, T *v_cache) { \
         kv_write<T>(k, v, slots, count, width, k_cache, v_cache); \
+    } \
+    extern "C" __global__ void dropout_##T(const T *x, Whole state, Whole limit, float keep, int64_t count, T *y) { \
+        dropout<T>(x, state, limit, keep, count, y); \
     }
 ROWS(float)
 ROWS(bf16)

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::launch::{Arg, Kind, Launch, Queue};
-use crate::kernels::cpu::{Activation, AdamWUpdate};
+use crate::kernels::cpu::{Activation, AdamWUpdate, Dropout};
 
 /// Threads of a block where each has one number.
 const THREADS: usize = 256;
@@ -111,6 +111,21 @@ pub(super) unsafe fn kv_write(
     args.extend([Arg::At(k_cache), Arg::At(v_cache)]);
     // SAFETY: the caller's.
     unsafe { queue.launch(each(kind.name("kv_write"), n * width, args)) }
+}
+
+/// # Safety
+/// As [`Queue::launch`]: x, y: `count` numbers of `kind` each.
+pub(super) unsafe fn dropout(
+    queue: &impl Queue,
+    kind: Kind,
+    dropout: Dropout,
+    count: usize,
+    [x, y]: [u64; 2],
+) -> Result<()> {
+    let [state, limit] = [dropout.state, dropout.limit].map(|word| Arg::Long(word as i64));
+    let args = vec![Arg::At(x), state, limit, Arg::Float(dropout.keep), Arg::Long(count as i64), Arg::At(y)];
+    // SAFETY: the caller's.
+    unsafe { queue.launch(each(kind.name("dropout"), count, args)) }
 }
 
 /// # Safety

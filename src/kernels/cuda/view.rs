@@ -10,7 +10,7 @@ use super::launch::Kind;
 use super::lora::{self, MOST_RANK, Part};
 use super::sample::SamplePlan;
 use super::{few, head, rows, sample, stream};
-use crate::kernels::cpu::{Activation, AdamWUpdate};
+use crate::kernels::cpu::{Activation, AdamWUpdate, Dropout};
 
 /// Contiguous numbers on a GPU.
 #[derive(Clone, Copy)]
@@ -136,6 +136,15 @@ pub fn gated_backward(
     // SAFETY: the lengths were checked; the results are new.
     unsafe { rows::gated_backward(gate.device(), kind, activation, len, places) }?;
     Ok([dgate, dup])
+}
+
+/// `mask · x`, the numbers counted from the first that `x` shows.
+pub fn dropout(dropout: Dropout, x: View<'_>) -> Result<CudaStorage> {
+    let (kind, dtype, len) = (x.kind()?, x.dtype(), x.len());
+    let (y, to) = new(x.device(), len, dtype)?;
+    // SAFETY: the lengths were checked; `y` is new.
+    unsafe { rows::dropout(x.device(), kind, dropout, len, [x.at("x", len, dtype)?, to]) }?;
+    Ok(y)
 }
 
 /// Writes rows of k and v, (N, width), into the caches at `slots`, N of u32; the caller has seen that each is a row of them.

@@ -1,8 +1,8 @@
-//! Norm, rotation, gate, cache writes and the optimizer's update.
+//! Norm, rotation, gate, cache writes, dropout and the optimizer's update.
 
 use super::super::rows;
 use super::{Array, KINDS, assert_near, given, queue, random};
-use crate::kernels::cpu::{self, Activation, AdamWUpdate};
+use crate::kernels::cpu::{self, Activation, AdamWUpdate, Dropout};
 
 #[test]
 fn rms_norm_and_its_gradient() {
@@ -99,6 +99,24 @@ fn cache_writes_go_to_their_slots_alone() {
             values[to].copy_from_slice(&vs[from]);
         }
         assert!(k_cache.numbers() == keys && v_cache.numbers() == values);
+    }
+}
+
+#[test]
+fn dropout_has_its_twins_mask() {
+    let Some(queue) = queue() else { return };
+    for kind in KINDS {
+        for (p, seed) in [(0.3, 5), (0.05, u64::MAX), (0.9, 1 << 40)] {
+            let count = 3000;
+            let (x, xs) = given(kind, count, 1);
+            let (y, dropout) = (Array::blank(kind, count), Dropout::new(p, seed));
+            // SAFETY: the arrays have this size.
+            unsafe { rows::dropout(queue, kind, dropout, count, [x.at(), y.at()]) }.unwrap();
+            let mut wanted = vec![f32::NAN; count];
+            dropout.row(0, &xs, &mut wanted);
+            // One product each: to the last bit.
+            assert!(y.bytes() == Array::of(kind, &wanted).bytes(), "{kind:?}, {p}");
+        }
     }
 }
 
