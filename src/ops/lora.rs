@@ -110,10 +110,18 @@ fn forward_on_cpu(x: &Tensor, sites: &[Site], packed_b: &[Packed]) -> Result<Vec
 }
 
 impl Site {
-    /// Of candle's operations, in f32.
+    /// A and the scaled B in what they are multiplied in: beside a bf16 weight in bf16, as a published adapter holds them. They are small; x
+    /// and dy are not, and stay as they are then.
+    fn beside(&self, x: &Tensor) -> Result<[Tensor; 2]> {
+        let dtype = if x.dtype() == DType::BF16 { DType::BF16 } else { DType::F32 };
+        Ok([self.a.detach().to_dtype(dtype)?, (self.b.detach() * self.scale)?.to_dtype(dtype)?])
+    }
+
+    /// Of candle's operations.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let low = x.to_dtype(DType::F32)?.matmul(&self.a.detach().t()?)?;
-        let high = low.matmul(&(self.b.detach() * self.scale)?.t()?)?.to_dtype(x.dtype())?;
+        let [a, b] = self.beside(x)?;
+        let low = x.to_dtype(a.dtype())?.matmul(&a.t()?)?;
+        let high = low.matmul(&b.t()?)?.to_dtype(x.dtype())?;
         Ok(match &self.base {
             Some(base) => (base.product(x)? + high)?,
             None => high,
@@ -121,12 +129,12 @@ impl Site {
     }
 
     fn backward(&self, x: &Tensor, dy: &Tensor, input: TensorId, gradients: &mut Gradients) -> Result<()> {
-        let (wide, a, b) = (x.to_dtype(DType::F32)?, self.a.detach(), (self.b.detach() * self.scale)?);
-        let dhigh = dy.to_dtype(DType::F32)?;
+        let [a, b] = self.beside(x)?;
+        let (wide, dhigh) = (x.to_dtype(a.dtype())?, dy.to_dtype(a.dtype())?);
         let dlow = dhigh.matmul(&b)?;
-        gradients.add(self.ids[0], dlow.t()?.matmul(&wide)?)?;
+        gradients.add(self.ids[0], dlow.t()?.matmul(&wide)?.to_dtype(DType::F32)?)?;
         let low = wide.matmul(&a.t()?)?;
-        gradients.add(self.ids[1], (dhigh.t()?.matmul(&low)? * self.scale)?)?;
+        gradients.add(self.ids[1], (dhigh.t()?.matmul(&low)?.to_dtype(DType::F32)? * self.scale)?)?;
         if gradients.wants(input) {
             let dx = dlow.matmul(&a)?.to_dtype(x.dtype())?;
             let dx = match &self.base {
@@ -283,6 +291,31 @@ mod tests {
     fn numbers(shape: (usize, usize), seed: usize) -> Tensor {
         let of = |index: usize| ((index * 7919 + seed * 104_729) % 997) as f32 / 498.0 - 1.0;
         Tensor::from_vec((0..shape.0 * shape.1).map(of).collect(), shape, &Device::Cpu).unwrap()
+    }
+
+    /// In bf16, as beside a bf16 weight on a GPU: near the same in f32, and the gradients of A and B are f32.
+    #[test]
+    fn composed_low_rank_parts_in_bf16() {
+        let (x, a, b, dy) = (numbers((5, 9), 3), numbers((2, 9), 4), numbers((6, 2), 5), numbers((5, 6), 6));
+        let run = |dtype: DType| {
+            let x = x.to_dtype(dtype).unwrap();
+            let (y, tape) = record([&x, &a, &b], || {
+                let ids = [a.id(), b.id()];
+                let site = Site { base: None, ids, a: a.clone(), b: b.clone(), scale: 1.5, packed_a: None };
+                let (y, id, input) = (site.forward(&x)?, x.id(), x.clone());
+                tape::push(&[&x], &y, &[], move |dy, gradients| site.backward(&input, &dy.tensor, id, gradients));
+                Ok(y)
+            })
+            .unwrap();
+            let mut found = tape.backward([(&y, dy.clone())]).unwrap();
+            let [dx, da, db] = [&x, &a, &b].map(|leaf| found.remove(leaf).unwrap());
+            assert_eq!([&y, &dx, &da, &db].map(|tensor| tensor.dtype()), [dtype, dtype, DType::F32, DType::F32]);
+            [y, dx, da, db].map(|tensor| tensor.to_dtype(DType::F32).unwrap())
+        };
+        for (narrow, wide) in run(DType::BF16).iter().zip(&run(DType::F32)) {
+            let most = |of: &Tensor| of.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(most(&(narrow - wide).unwrap()) < 0.02 * most(wide), "{narrow} {wide}");
+        }
     }
 
     /// What a GPU runs gives on a CPU what the kernels give.
