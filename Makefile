@@ -8,6 +8,8 @@ VENV ?= $(HOME)/.cache/rdpo-parity-venv
 # What runs on the GPU machine, which needs no Rust; the Python there has torch, transformers and peft.
 GPU_DIR ?= build/gpu
 GPU_FEATURES ?= cuda
+# Of rdpo, it, unit and bench: check.py wants those that its sections run.
+GPU_PARTS ?= rdpo it unit bench
 PYTHON ?= python3
 
 .PHONY: help build model demo test check unit doc openapi sdk parity bench cuda-check gpu-build gpu-check
@@ -60,7 +62,7 @@ cuda-check: ## type-check the CUDA build (needs nvcc)
 
 gpu-build: ## the executables for gpu-check, into build/gpu (needs nvcc)
 	set -o pipefail; flags="--release --no-default-features --features $(GPU_FEATURES) --message-format=json-render-diagnostics"; \
-	{ $(CARGO) test --no-run --lib --test it $$flags && $(CARGO) bench --no-run --bench bench $${flags/--release /}; } | python3 tests/gpu/gather.py $(GPU_DIR)
+	{ $(CARGO) test --no-run --lib --test it $$flags && $(CARGO) bench --no-run --bench bench $${flags/--release /}; } | python3 tests/gpu/gather.py $(GPU_DIR) $(GPU_PARTS)
 
 gpu-check: ## check and measure on a GPU, report in gpu-report.md (docs/gpu.md)
 	$(PYTHON) tests/gpu/check.py --binaries $(GPU_DIR) $(GPU_ARGS)
