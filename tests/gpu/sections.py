@@ -12,15 +12,16 @@ import urllib.error
 import urllib.request
 
 import shape
-from harness import ROOT, Failed, gib, stop, tail
+from harness import ROOT, Failed, first_line, gib, stop, tail
 
 sys.path.insert(0, str(ROOT / "benches/compare"))
 import compare  # noqa: E402
 
 PEERS = pathlib.Path(__file__).with_name("peers.py")
-# Tests that compute on the device: by module of the integration tests, and of the units.
-DEVICE_TESTS = ["device::", "parity::"]
-DEVICE_UNITS = ["kernels::", "ops::"]
+# Tests that compute on the device, by module, and whether they depend on the dtype: the twins of the kernels run both in any case.
+DEVICE_TESTS = [("it", ["device::", "parity::"], True), ("unit", ["kernels::cuda::", "engine::pick::"], False)]
+# Most seconds that a failed test has by itself.
+ALONE = 30
 # Trainer against server after a job, the mean in nats a token, in bf16 on a GPU. The largest of some hundred tokens is no measure: a logit of
 # 8 to 16 that is rounded the other way is off by 0.06.
 MOST_GAP = 0.05
@@ -31,32 +32,64 @@ TEXT = ROOT / "LICENSE"
 
 def tests(bench, until, rows):
     """The twins of the kernels and the fixtures of Hugging Face, in bf16 and in f32."""
-    for row, dtype in zip(rows, ("bf16", "f32")):
-        if bench.on_cpu and dtype == "bf16":
-            row.result = "not run: activations on a CPU are f32"
-            continue
-        passed, failed = 0, []
-        for binary, names in (("it", DEVICE_TESTS), ("unit", DEVICE_UNITS)):
-            # One at a time: a GPU is one device, and a failure is then its own.
-            command = [bench.binaries / binary, *names, "--test-threads=1"]
-            process = bench.start(command, subprocess.PIPE, subprocess.STDOUT, RDPO_TEST_DTYPE=dtype)
-            try:
-                said, _ = process.communicate(timeout=max(until - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                raise Failed(f"{binary} in {dtype} was not done in its time") from None
-            finally:
-                stop(process)
-            count = re.search(r"test result: \w+\. (\d+) passed; (\d+) failed", said)
-            if not count:
-                raise Failed(f"{binary} in {dtype} ended with {process.returncode}:\n{tail(said)}")
-            passed += int(count[1])
-            failed += re.findall(r"^test (\S+) \.\.\. FAILED", said, re.M)
-            if int(count[2]):
-                bench.notes.append(f"**{binary} in {dtype}**\n\n```\n{tail(said, 60)}\n```")
-        if not passed:
+    if bench.on_cpu:
+        rows[0].result = "not run: activations on a CPU are f32"
+    todo = [(row, dtype) for row, dtype in zip(rows, ("bf16", "f32")) if not (bench.on_cpu and dtype == "bf16")]
+    for index, (row, dtype) in enumerate(todo):
+        # One that hangs leaves the other its half.
+        end = time.monotonic() + (until - time.monotonic()) / (len(todo) - index)
+        passed, bad = 0, []
+        for binary, names, depends in DEVICE_TESTS:
+            if depends or index == 0:
+                good, found = run_tests(bench, binary, names, dtype, end)
+                passed, bad = passed + good, bad + found
+        if not passed and not bad:
             raise Failed(f"no test ran in {dtype}")
-        row.passed = not failed
-        row.result = f"{passed} passed" if not failed else f"failed: {len(failed)} of {passed + len(failed)}: {', '.join(failed)}"
+        row.passed = not bad
+        row.result = f"{passed} passed" if not bad else f"failed: {len(bad)} of {passed + len(bad)}: {', '.join(bad)}"
+
+
+def run_tests(bench, binary, names, dtype, until):
+    """How many passed, and the names of the others with how each ends in a process of its own: after an error that stays with a GPU's context
+    everything behind it fails too."""
+    listed, _ = bench.run([bench.binaries / binary, *names, "--list", "--format", "terse"], until)
+    listed = re.findall(r"^(\S+): test$", listed, re.M)
+    # What is left is for those that fail.
+    now = time.monotonic()
+    ended, said = test_process(bench, binary, names, dtype, now + (until - now) * 2 / 3)
+    if not ended:
+        raise Failed(f"{binary} in {dtype} ran no test:\n{tail(said)}")
+    bad = [name for name in listed if ended.get(name) not in ("ok", "ignored")]
+    if bad:
+        bench.notes.append(f"**{binary} in {dtype}**\n\n```\n{tail(said, 60)}\n```")
+    found = []
+    for name in bad:
+        how = {None: "did not run", "": "did not end"}.get(ended.get(name), "fails")
+        if time.monotonic() >= until:
+            found.append(f"{name} ({how}; no time to run it alone)")
+            continue
+        alone, said = test_process(bench, binary, [name, "--exact"], dtype, min(until, time.monotonic() + ALONE))
+        found.append(f"{name} ({how}, {'passes' if alone.get(name) == 'ok' else 'fails too'} alone)")
+        if alone.get(name) != "ok":
+            bench.notes.append(f"**{name} alone, in {dtype}**\n\n```\n{tail(said, 30)}\n```")
+    return sum(result == "ok" for result in ended.values()), found
+
+
+def test_process(bench, binary, names, dtype, until):
+    """How each test ended, by name, and all that was said; what a process had said counts also when it crashes or hangs."""
+    file = bench.folder / f"{binary}.log"
+    with file.open("w") as out:
+        # One at a time: a GPU is one device, and a failure is then its own.
+        process = bench.start([bench.binaries / binary, *names, "--test-threads=1"], out, subprocess.STDOUT, RDPO_TEST_DTYPE=dtype)
+        try:
+            process.wait(max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            out.write("\nstopped: its time was over\n")
+        finally:
+            stop(process)
+    said = file.read_text(errors="replace")
+    # The name is written first, and how it ended when it has.
+    return dict(re.findall(r"^test (\S+)(?: - should panic)? \.\.\. (\w*)", said, re.M)), said
 
 
 @contextlib.contextmanager
@@ -71,8 +104,8 @@ def serving(bench, until, name, text):
     with log.open("w") as file:
         process = bench.start([bench.binaries / "rdpo", "serve", "--config", folder / "rdpo.toml"], subprocess.PIPE, file)
     try:
-        # The time is watched by the questions; a server that does not start says why and ends.
-        line = process.stdout.readline()
+        # A server that does not start says why and ends.
+        line = first_line(process, until)
         if "http://" not in line:
             raise Failed(f"the server did not start:\n{tail(log.read_text())}")
         url = line.split()[-1]
@@ -99,11 +132,13 @@ def chat(ask, model, text="What is the capital of France?"):
 
 
 def job(bench, until, rows):
-    """A whole job of the small real model over HTTP: synthesis, scores, training, report, swap."""
-    model = ROOT / "models/smollm2-135m-instruct"
-    if not list(model.glob("*.gguf")):
-        raise Failed("there is no models/smollm2-135m-instruct: run `models/fetch.sh smollm2-135m-instruct`")
+    """A whole job of the small real model over HTTP: synthesis, scores, training, report, swap. Without the model's file, of one of its shape
+    with random weights and the fixtures' vocabulary."""
     (row,) = rows
+    model, which = ROOT / "models/smollm2-135m-instruct", ""
+    if not list(model.glob("*.gguf")):
+        model, which = bench.folder / "small", "random weights of its shape (`models/fetch.sh smollm2-135m-instruct` was not run): "
+        shape.write("smollm2-135m", model, ROOT / "tests/fixtures/tiny-llama", "cpu")
     _, prompts, _ = compare.demo_work()
     body = {"behavior": "sycophancy", "prompts": prompts[:12], "eval_prompts": prompts[12:14], "synthesis": {"max_tokens": 64, "temperature": 0.3},
             "training": {"epochs": 2, "batch_size": 4, "max_length": 512}}
@@ -123,7 +158,7 @@ def job(bench, until, rows):
     mean, largest = adapter["train_serve_logprob_gap_mean"], adapter["train_serve_logprob_gap"]
     # None where a number is not finite.
     row.passed = mean is not None and mean <= MOST_GAP
-    row.result = f"{'' if row.passed else 'failed: '}mean gap {mean} nats a token, largest {largest}; " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    row.result = f"{'' if row.passed else 'failed: '}{which}mean gap {mean} nats a token, largest {largest}; " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     bench.notes.append(f"**job**: the base answers: {before!r}; the aligned student: {served['choices'][0]['message']['content']!r}")
 
 
@@ -223,21 +258,21 @@ def tolerances():
 
 
 LIMITS = tolerances()
-# Name, function, seconds, and its rows: check and target.
+# Name, function, seconds, the executables it runs, and its rows: check and target.
 ALL = [
-    ("tests", tests, 90, [
+    ("tests", tests, 90, ["it", "unit"], [
         ("kernels beside their twins, and the Hugging Face fixtures, bf16",
          f"logits within {LIMITS['LOGIT_TOLERANCE_BF16']}, gradients within {LIMITS['GRADIENT_TOLERANCE_BF16']} of the largest"),
         ("the same in f32", f"logits within {LIMITS['LOGIT_TOLERANCE']}, gradients within {LIMITS['GRADIENT_TOLERANCE']} of the largest")]),
-    ("job", job, 60, [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
-    ("weights", weights, 50, []),
-    ("decode", decode, 100, [
+    ("job", job, 60, ["rdpo"], [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
+    ("weights", weights, 50, [], []),
+    ("decode", decode, 100, ["bench"], [
         ("bandwidth of device memory, a copy by torch", ""),
         ("decode, batch 1", "70 % of the bandwidth"),
         (f"decode, batch {BATCH}", "no slower than transformers"),
         (f"prefill, {PREFILL} tokens", "no slower than transformers")]),
-    ("training", training, 120, [
+    ("training", training, 120, ["bench"], [
         (f"LoRA rDPO step, {PAIRS} pairs × {LENGTH} tokens, time", "half of TRL + PEFT with gradient checkpointing"),
         ("its peak memory", "60 % of TRL + PEFT")]),
-    ("residence", residence, 45, [("teacher, judge and student resident together", "one copy of the weights")]),
+    ("residence", residence, 45, ["rdpo"], [("teacher, judge and student resident together", "one copy of the weights")]),
 ]

@@ -11,6 +11,9 @@ COMMON = {
 SHAPES = {
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
                   "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0},
+    # Of the fixtures' vocabulary, so that what it says is text.
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                     "head_dim": 64, "vocab_size": 288, "max_position_embeddings": 8192, "rope_theta": 100000.0},
     # To try the script without a GPU.
     "tiny": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 4096, "rope_theta": 500000.0},
