@@ -213,6 +213,9 @@ def training(bench, until, rows):
     words = {"prompt": 30, "answer": 500}
     command = [bench.binaries / "bench", "train-run", f"model={folder}", f"device={bench.device}", "dtype=bf16", f"text={TEXT}", f"pairs={pairs}",
                f"batch={PAIRS}", "epochs=1", f"max_length={LENGTH}", *(f"{name}={value}" for name, value in words.items())]
+    if not bench.on_cpu:
+        # A quarter of what is free for activations, as a server with such a card would give; the default is for small machines.
+        command.append(f"memory={bench.memory('free') // 4}MiB")
     with bench.memory_watch() as watched:
         out, err = bench.run(command, until)
     said = json.loads(out.splitlines()[-1])
