@@ -85,6 +85,19 @@ impl BlockManager {
         Some(id)
     }
 
+    /// How many blocks [`BlockManager::find_prefix`] would find.
+    pub(super) fn count_prefix(&self, root: Chain, tokens: &[u32]) -> usize {
+        let mut at = root;
+        let is_there = |piece: &&[u32]| {
+            let next = chain(at, piece);
+            let content = self.by_chain.get(&next).and_then(|id| self.blocks[*id as usize].content.as_ref());
+            let found = content.is_some_and(|(_, parent, own)| *parent == at && own == piece);
+            at = next;
+            found
+        };
+        tokens.chunks_exact(self.block_size).take_while(is_there).count()
+    }
+
     /// The longest run of cached blocks that begin `tokens`, each now held once more, and the chain they end.
     pub(super) fn find_prefix(&mut self, root: Chain, tokens: &[u32]) -> (Vec<u32>, Chain) {
         let (mut found, mut at) = (Vec::new(), root);

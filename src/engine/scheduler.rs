@@ -336,9 +336,10 @@ impl Scheduler {
         }
         let coming = |other: &Sequence| {
             let alike = own.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
-            other.root == sequence.root && alike / size > other.computed / size
+            (other.root == sequence.root && alike / size > other.computed / size).then_some(alike / size)
         };
-        self.running.iter().filter(|other| other.pending() > 1).any(coming)
+        let most = self.running.iter().filter(|other| other.pending() > 1).filter_map(coming).max();
+        most.is_some_and(|most| most > self.blocks.count_prefix(sequence.chain, own))
     }
 
     /// Blocks for `len` more tokens of a running sequence, putting back who is first to go; false if that is itself.

@@ -87,6 +87,21 @@ fn who_waits_for_blocks_holds_up_nobody() {
 }
 
 #[test]
+fn what_the_cache_has_is_not_waited_for() {
+    let mut scheduler = scheduler(64, 16);
+    scheduler.add(Sequence::new(1, vec![5; 10], None, true));
+    drain(&mut scheduler);
+    // The first reads its whole prompt again, for its log-probs; the second has its two blocks, the third wants one more than there are.
+    scheduler.add(Sequence { reusable: 0, ..Sequence::new(2, vec![5; 14], None, true) });
+    scheduler.add(Sequence::new(3, vec![5; 10], None, true));
+    scheduler.add(Sequence::new(4, vec![5; 14], None, true));
+    let ids = |step: &[Scheduled]| step.iter().map(|scheduled| scheduled.id).collect::<Vec<_>>();
+    let step = scheduler.schedule();
+    assert_eq!(ids(&step), [2, 3]);
+    check(&scheduler);
+}
+
+#[test]
 fn lower_priority_goes_first_and_is_put_back_last() {
     let mut scheduler = scheduler(4, 64);
     for (id, priority) in [(1, 0), (2, 5), (3, -1), (4, 0)] {

@@ -112,6 +112,7 @@ impl Writer {
         let params = &request.params;
         let decoder = StreamDecoder::new(
             tokenizer.clone(),
+            &request.prompt,
             params.stop.clone(),
             params.include_stop_str_in_output,
             params.skip_special_tokens,

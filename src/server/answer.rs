@@ -129,13 +129,14 @@ pub(super) fn chat_logprob(tokenizer: &Tokenizer, logprob: &TokenLogprob) -> Val
 }
 
 /// vLLM's `prompt_logprobs`: for each prompt token its alternatives by id.
-pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<TokenLogprob>]) -> Value {
+/// A token that is not among the `most` likeliest that were asked for has no rank: the others were not counted.
+pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<TokenLogprob>], most: usize) -> Value {
     let one = |token: &TokenLogprob| {
         let mut map = Map::new();
-        let own = (token.id, token.logprob);
-        for (rank, (id, logprob)) in token.top.iter().copied().chain([own]).enumerate() {
+        let top = token.top.iter().take(most).enumerate().map(|(at, (id, logprob))| (*id, *logprob, Some(at + 1)));
+        for (id, logprob, rank) in top.chain([(token.id, token.logprob, None)]) {
             map.entry(id.to_string()).or_insert_with(
-                || json!({"logprob": floor(logprob), "rank": rank + 1, "decoded_token": tokenizer.token_text(id)}),
+                || json!({"logprob": floor(logprob), "rank": rank, "decoded_token": tokenizer.token_text(id)}),
             );
         }
         Value::Object(map)
@@ -235,6 +236,9 @@ pub(super) struct Collected {
     pub(super) ids: Vec<u32>,
     #[serde(skip)]
     pub(super) logprobs: Vec<TokenLogprob>,
+    /// Characters of the text that were there before each token.
+    #[serde(skip)]
+    pub(super) offsets: Vec<usize>,
     #[serde(skip)]
     pub(super) prompt: Vec<Option<TokenLogprob>>,
     #[serde(skip)]
@@ -268,12 +272,15 @@ pub(super) fn best(all: Vec<Collected>, best_of: usize, n: usize) -> Vec<Collect
 /// Waits for all choices.
 pub(super) async fn collect(mut choices: Choices, count: usize) -> Result<Vec<Collected>> {
     let mut all = vec![Collected::default(); count];
+    let mut lengths = vec![0; count];
     while let Some((index, event)) = choices.next().await {
         let choice = &mut all[index];
         match event {
             Event::Prompt(logprobs) => choice.prompt = logprobs,
             Event::Token { id, text, logprob } => {
                 choice.ids.push(id);
+                choice.offsets.push(lengths[index]);
+                lengths[index] += text.chars().count();
                 choice.text.push_str(&text);
                 choice.logprobs.extend(logprob);
             }

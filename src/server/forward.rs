@@ -1,14 +1,18 @@
 //! Completions of a remote role, of chats and texts: the body goes to an endpoint, the answer comes back under this server's names.
 
+use std::time::Duration;
+
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
 use serde_json::{Map, Value};
+use tokio::time::{Instant, timeout_at};
 
 use super::answer::Head;
+use super::limits::{timed_out, within};
 use super::reply::{Reply, error_body, event, sse};
 use super::sampling::StreamOptions;
 use crate::error::{Error, Result};
-use crate::roles::{Remote, Start, Target};
+use crate::roles::{Chunks, Remote, Start, Target};
 
 /// Parameters that are about tokens of the engine here.
 const NATIVE: [&str; 4] = ["prompt_logprobs", "return_token_ids", "truncate_prompt_tokens", "best_of"];
@@ -27,27 +31,52 @@ pub(super) fn outgoing(target: &Target, mut body: Map<String, Value>) -> Result<
     }
 }
 
+/// The chunks of a remote role's answer, which ends within `limit`.
+pub(super) async fn stream(
+    remote: &Remote,
+    start: Start,
+    body: Map<String, Value>,
+    limit: Option<Duration>,
+) -> Result<Chunks> {
+    let Some(limit) = limit else { return remote.stream(start, body).await };
+    let end = Instant::now() + limit;
+    let mut chunks = within(Some(limit), remote.stream(start, body)).await?;
+    Ok(Box::pin(async_stream::stream! {
+        loop {
+            match timeout_at(end, chunks.next()).await {
+                Ok(Some(chunk)) => yield chunk,
+                Ok(None) => return,
+                Err(_) => {
+                    yield Err(timed_out(limit));
+                    return;
+                }
+            }
+        }
+    }))
+}
+
 /// Answers a request whose common fields were checked. The endpoint decides about all others: its refusal is passed on.
 pub(super) async fn forward(
     target: &Target,
     remote: &Remote,
     start: Start,
     body: Map<String, Value>,
-    stream: Option<StreamOptions>,
+    streams: Option<StreamOptions>,
+    limit: Option<Duration>,
 ) -> Reply {
     let mut body = outgoing(target, body)?;
     let (prefix, object) = match start {
-        Start::Chat if stream.is_some() => ("chatcmpl-", "chat.completion.chunk"),
+        Start::Chat if streams.is_some() => ("chatcmpl-", "chat.completion.chunk"),
         Start::Chat => ("chatcmpl-", "chat.completion"),
         Start::Text => ("cmpl-", "text_completion"),
     };
     let head = Head::new(prefix, object, target);
-    let Some(options) = stream else {
+    let Some(options) = streams else {
         body.remove("stream_options");
-        let reply = remote.complete(start, body).await?;
+        let reply = within(limit, remote.complete(start, body)).await?;
         return Ok(head.headers(HttpResponse::Ok().json(under(&head, reply))));
     };
-    let mut chunks = remote.stream(start, body).await?;
+    let mut chunks = stream(remote, start, body, limit).await?;
     let named = head.clone();
     let pieces = async_stream::stream! {
         while let Some(chunk) = chunks.next().await {

@@ -26,6 +26,8 @@ pub(crate) struct Part {
     pub(crate) kind: String,
     /// The text.
     pub(crate) text: Option<String>,
+    /// The text of a `refusal`.
+    pub(crate) refusal: Option<String>,
 }
 
 /// One turn.
@@ -55,7 +57,9 @@ impl Content {
         };
         let mut joined = Vec::with_capacity(parts.len());
         for (at, part) in parts.iter().enumerate() {
-            match &part.text {
+            let text =
+                if part.kind == "refusal" { part.refusal.as_ref().or(part.text.as_ref()) } else { part.text.as_ref() };
+            match text {
                 Some(text) if ["text", "input_text", "output_text", "refusal"].contains(&part.kind.as_str()) => {
                     joined.push(text.as_str());
                 }

@@ -12,6 +12,8 @@ const NAME: &str = "chat_template";
 const MOST_STEPS: u64 = 20_000_000;
 /// Bytes it may write; four times the largest request.
 const MOST_BYTES: usize = 128 << 20;
+/// Put behind the turn that is to be gone on with, to find its end in what is rendered.
+const END_OF_TURN: &str = "\u{e000}end of turn\u{e000}";
 /// Widest `indent` of `tojson`.
 const MOST_INDENT: usize = 32;
 
@@ -118,6 +120,16 @@ impl ChatTemplate {
             Error::invalid("messages", format!("the chat template refuses the conversation: {reason}"))
         };
         let template = self.environment.get_template(NAME).map_err(fail)?;
+        let mut marked = Vec::new();
+        let messages = match messages.last() {
+            Some(last) if options.continue_final_message => {
+                marked.extend_from_slice(messages);
+                let content = format!("{}{END_OF_TURN} ", last.content);
+                marked[messages.len() - 1] = Message { content, ..last.clone() };
+                &marked
+            }
+            _ => messages,
+        };
         let mut rendered = Bounded(Vec::new());
         let kwargs = Value::from_serialize(&options.kwargs);
         let written = template.render_captured_to(
@@ -136,14 +148,12 @@ impl ChatTemplate {
         if !options.continue_final_message {
             return Ok(text);
         }
-        let last = messages.last().map(|message| message.content.trim_end()).unwrap_or_default();
-        match text.rfind(last) {
-            Some(at) if !last.is_empty() => Ok(text[..at + last.len()].to_owned()),
-            _ => Err(Error::invalid(
-                "continue_final_message",
-                "the last message does not appear in the rendered conversation",
-            )),
-        }
+        let Some((before, after)) = text.rsplit_once(END_OF_TURN) else {
+            let message = "the last message does not appear in the rendered conversation";
+            return Err(Error::invalid("continue_final_message", message));
+        };
+        // A template that takes off the space behind the mark takes it off what a turn ends with.
+        Ok(if after.starts_with(' ') { before } else { before.trim_end() }.to_owned())
     }
 }
 
@@ -276,6 +286,22 @@ mod tests {
         );
         let open = RenderOptions { continue_final_message: true, ..RenderOptions::default() };
         assert_eq!(render(CHATML, &messages, &open).unwrap(), closed.trim_end_matches("<|im_end|>\n"));
+    }
+
+    #[test]
+    fn the_turn_that_is_gone_on_with_is_left_as_it_was_given() {
+        let open = RenderOptions { continue_final_message: true, ..RenderOptions::default() };
+        let rendered = |source: &str, content: &str| {
+            render(source, &[Message::new("user", "x"), Message::new("assistant", content)], &open)
+        };
+        for content in ["<", "|", "x", "def f():\n    ", ""] {
+            let expected = format!("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{content}");
+            assert_eq!(rendered(CHATML, content).unwrap(), expected);
+        }
+        let trims = CHATML.replace("message['content']", "message['content'] | trim");
+        assert!(rendered(&trims, " a b \n").unwrap().ends_with("assistant\na b"));
+        let error = rendered("{{ messages[0].content }}", "never shown").unwrap_err();
+        assert_eq!((error.status(), error.param.as_deref()), (400, Some("continue_final_message")));
     }
 
     #[test]

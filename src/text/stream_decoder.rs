@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use super::Tokenizer;
 
+/// Tokens of the prompt that the first tokens of the answer are read with.
+const CONTEXT: usize = 6;
+
 /// State of one answer's text.
 pub struct StreamDecoder {
     tokenizer: Arc<Tokenizer>,
@@ -20,22 +23,40 @@ pub struct StreamDecoder {
 }
 
 impl StreamDecoder {
+    /// `prompt`: what the answer goes on from; SentencePiece takes the space off what a text begins with, which an answer does not.
     /// `stop`: strings that end the text; they are cut off unless `include_stop`.
-    pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>, include_stop: bool, skip_special_tokens: bool) -> Self {
-        StreamDecoder {
+    pub fn new(
+        tokenizer: Arc<Tokenizer>,
+        prompt: &[u32],
+        stop: Vec<String>,
+        include_stop: bool,
+        skip_special_tokens: bool,
+    ) -> Self {
+        let ids = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        let read = ids.len();
+        let mut decoder = StreamDecoder {
             tokenizer,
             stop,
             include_stop,
             skip_special_tokens,
-            ids: Vec::new(),
+            ids,
             prefix: 0,
-            read: 0,
+            read,
             held: String::new(),
+        };
+        // Half a character would change with the answer's first byte: what came before could not be told from it.
+        if decoder.text(0..read).ends_with('\u{fffd}') {
+            (decoder.ids, decoder.read) = (Vec::new(), 0);
         }
+        decoder
     }
 
     /// Takes one token; returns the text that is now certain (maybe empty) and the stop string if one is complete.
     pub fn push(&mut self, id: u32) -> (String, Option<String>) {
+        // It has no text. Were it kept, a long run of such tokens would be read again at each of them.
+        if self.skip_special_tokens && self.tokenizer.is_special(id) {
+            return (String::new(), None);
+        }
         self.ids.push(id);
         let (before, after) = (self.text(self.prefix..self.read), self.text(self.prefix..self.ids.len()));
         // A trailing U+FFFD is a character whose other bytes are still to come.
@@ -108,7 +129,7 @@ mod tests {
 
     fn run(tokenizer: &Arc<Tokenizer>, text: &str, stop: &[&str], include: bool) -> (Vec<String>, Option<String>) {
         let stop = stop.iter().map(ToString::to_string).collect();
-        let mut decoder = StreamDecoder::new(tokenizer.clone(), stop, include, true);
+        let mut decoder = StreamDecoder::new(tokenizer.clone(), &[], stop, include, true);
         let mut pieces = Vec::new();
         for byte in text.bytes() {
             let (piece, found) = decoder.push(u32::from(byte));
@@ -131,7 +152,66 @@ mod tests {
         assert_eq!(run(&tokenizer, "one</s>two", &["</s>"], true).0.concat(), "one</s>");
     }
 
+    /// A vocabulary as SentencePiece models have it: the text's first space is the tokenizer's own.
+    fn sentences(strips: bool) -> Arc<Tokenizer> {
+        let words = ["<s>", "</s>", "▁The", "▁capital", "▁is", "▁Paris", ".", "<0xC3>", "<0xA9>", "▁"];
+        let vocab: serde_json::Map<_, _> =
+            words.iter().enumerate().map(|(id, word)| ((*word).to_owned(), serde_json::json!(id))).collect();
+        let added = |id: usize| {
+            serde_json::json!({"id": id, "content": words[id], "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false})
+        };
+        let llama = serde_json::json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]});
+        let metaspace =
+            serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        let json = serde_json::json!({"version": "1.0", "added_tokens": [added(0), added(1)],
+            "decoder": if strips { llama } else { metaspace }, "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+        let options = TokenizerOptions { tokenizer_json: json.to_string(), ..TokenizerOptions::default() };
+        Arc::new(Tokenizer::new(options).unwrap())
+    }
+
+    /// The text of an answer to a prompt.
+    fn answer(tokenizer: &Arc<Tokenizer>, prompt: &[u32], ids: &[u32], skip: bool) -> String {
+        let mut decoder = StreamDecoder::new(tokenizer.clone(), prompt, Vec::new(), false, skip);
+        let mut text: String = ids.iter().map(|id| decoder.push(*id).0).collect();
+        text.push_str(&decoder.finish());
+        text
+    }
+
+    #[test]
+    fn an_answer_keeps_the_space_it_begins_with() {
+        for tokenizer in [sentences(true), sentences(false)] {
+            for prompt in [&[2, 3, 4][..], &[0, 2, 3, 2, 3, 2, 3, 4]] {
+                assert_eq!(answer(&tokenizer, prompt, &[5, 6], true), " Paris.", "after {prompt:?}");
+            }
+            assert_eq!(answer(&tokenizer, &[], &[5, 6], true), "Paris.", "where it is the whole text");
+            assert_eq!(answer(&tokenizer, &[0], &[5, 6], true), "Paris.", "special tokens are no text");
+            assert_eq!(answer(&tokenizer, &[2], &[9, 6, 5], true), " . Paris");
+        }
+        assert_eq!(answer(&sentences(true), &[0], &[5, 6], false), " Paris.", "unless they are shown");
+    }
+
+    #[test]
+    fn a_prompt_that_ends_within_a_character_is_not_read_again() {
+        let tokenizer = sentences(true);
+        assert_eq!(answer(&tokenizer, &[2, 7], &[8, 6], true), "\u{fffd}.");
+        assert_eq!(answer(&tokenizer, &[2], &[7, 8, 6], true), "é.");
+        let [prompt, half] = ["Caf", "Caf\u{c3}"].map(|text| text.chars().map(u32::from).collect::<Vec<_>>());
+        assert_eq!(answer(&bytes(), &prompt, &[0xc3, 0xa9, 0x21], true), "é!");
+        assert_eq!(answer(&bytes(), &half, &[0xa9, 0x21], true), "\u{fffd}!");
+    }
+
     proptest! {
+        #[test]
+        fn a_prompt_changes_nothing_of_bytes(prompt in "[ab é🙂]{0,9}", cut in 0usize..9, text in "[ab é🙂]{0,9}") {
+            let ids = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+            let (prompt, tokenizer) = (ids(&prompt), bytes());
+            let prompt = &prompt[..prompt.len().saturating_sub(cut)];
+            prop_assert_eq!(answer(&tokenizer, prompt, &ids(&text), true), text);
+        }
+
         #[test]
         fn pieces_are_the_text_up_to_the_first_stop(text in "[ab<é🙂]{0,24}", stop in "[ab<é]{1,3}") {
             let (pieces, found) = run(&bytes(), &text, &[&stop], false);

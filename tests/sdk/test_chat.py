@@ -157,6 +157,8 @@ def test_messages_in_every_form(real):
     ]
     same = [ask(real, messages=form, temperature=0) for form in forms]
     assert text(same[0]) == text(same[1]) and all(reply.usage.completion_tokens for reply in same)
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot say."}]}
+    assert ask(real, messages=[*QUESTION, refusal, *QUESTION], temperature=0).usage.completion_tokens
     going_on = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
     body = {"continue_final_message": True, "add_generation_prompt": False}
     assert text(ask(real, messages=going_on, temperature=0, extra_body=body)).strip().startswith("Paris")

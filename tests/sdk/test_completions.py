@@ -48,6 +48,15 @@ def test_a_given_text_is_weighed(real):
     assert sum(logprobs.token_logprobs[1:]) > sum(wrong.token_logprobs[1:])
 
 
+def test_the_drawn_token_is_among_its_alternatives(real):
+    for many in (0, 1):
+        logprobs = go_on(real, logprobs=many, temperature=2, seed=3).choices[0].logprobs
+        for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs):
+            assert top[token] == value and len(top) <= many + 1
+    both = go_on(real, echo=True, logprobs=1, max_tokens=1, extra_body={"prompt_logprobs": 5}).choices[0]
+    assert max(len(top) for top in both.logprobs.top_logprobs[1:]) <= 2 and len(both.prompt_logprobs[1]) >= 5
+
+
 def test_echo_before_the_answer(real):
     reply = go_on(real, echo=True, logprobs=0)
     assert reply.choices[0].text == START + go_on(real).choices[0].text
@@ -60,6 +69,9 @@ def test_a_stream(real):
     assert chunks[-1].usage.completion_tokens == 6 and chunks[-1].choices == []
     tokens = [chunk.choices[0].logprobs.tokens for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
     assert sum(map(len, tokens)) == 6
+    whole = go_on(real, logprobs=2)
+    streamed = [chunk.choices[0].logprobs.text_offset[0] for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
+    assert streamed == whole.choices[0].logprobs.text_offset and streamed[0] == 0 and streamed[-1] > 0
     both = list(go_on(real, prompt=[START, "Two and two is"], stream=True, stream_options={"include_usage": True}))
     assert both[-1].usage.prompt_tokens == go_on(real, prompt=[START, "Two and two is"]).usage.prompt_tokens
 

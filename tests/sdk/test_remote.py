@@ -57,6 +57,7 @@ def test_tools_are_the_endpoints_business(real, remote):
         ({"extra_body": {"return_token_ids": True}}, "return_token_ids", "`teacher` is remote"),
         ({"temperature": 3}, "temperature", "between"),
         ({"extra_body": {"bad_words": [""]}}, "bad_words", "endpoint refused with status 400"),
+        ({"extra_body": {"suffix": "x"}}, "suffix", "endpoint refused with status 400"),
     ],
 )
 def test_what_a_remote_chat_cannot_do(remote, fields, param, words):

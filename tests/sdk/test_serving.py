@@ -25,10 +25,10 @@ PAIRS = [{"prompt": f"Question {n}", "chosen": f"Yes {n}!", "rejected": f"No {n}
 class Server:
     """One of the test's own, in a folder that outlives it."""
 
-    def __init__(self, folder, model, settings=""):
+    def __init__(self, folder, model, settings="", teacher='{ model = "one" }'):
         config = folder / "rdpo.toml"
         config.write_text(
-            f'{settings}\n[models.one]\npath = "{model}"\n[roles]\nteacher = {{ model = "one" }}\nstudent = {{ model = "one" }}\n'
+            f'{settings}\n[models.one]\npath = "{model}"\n[roles]\nteacher = {teacher}\nstudent = {{ model = "one" }}\n'
             f'reward = {{ kind = "judge", model = "one" }}\n[kv_cache]\nmemory = "256MiB"\n[store]\npath = "{folder}/rdpo.sqlite"\n'
             f'[adapters]\npath = "{folder}/adapters"\n'
         )
@@ -109,6 +109,21 @@ def test_an_answer_that_takes_too_long_ends_and_frees_its_blocks(tmp_path):
 
         # What is quick is not touched.
         assert server.client.chat.completions.create(model="student", messages=HELLO, max_tokens=3).choices
+
+
+def test_an_endpoint_that_takes_too_long_is_given_up_too(tmp_path):
+    there = f'{{ backend = "remote", model = "teacher", url = "{os.environ["RDPO_TEST_REAL"]}/v1" }}'
+    with Server(tmp_path, REAL, "[server]\nrequest_timeout = 1", teacher=there) as server:
+        endless = {**ENDLESS, "model": "teacher"}
+        with pytest.raises(openai.InternalServerError) as late:
+            server.client.chat.completions.create(**endless)
+        assert late.value.status_code == 504 and late.value.code == "request_timeout"
+        with pytest.raises(openai.APIError) as late:
+            list(server.client.chat.completions.create(stream=True, **endless))
+        assert late.value.code == "request_timeout"
+        events = list(server.client.responses.create(model="teacher", input="Hello", stream=True, extra_body={"ignore_eos": True}))
+        assert events[-1].type == "response.failed" and "request_timeout" in events[-1].response.error.message
+    until("the endpoint has stopped too", lambda: metric("real", "rdpo_requests_running") == 0, seconds=10)
 
 
 def test_on_sigterm_a_stream_goes_on_to_its_end_and_nothing_new_begins(tmp_path):

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
-use super::Routes;
+use super::{Routes, resolve};
 use crate::engine::request::{Event, Usage};
 use crate::error::{Code, Error};
 use crate::roles::{Start, Target};
@@ -59,7 +59,7 @@ pub(crate) struct ChatRequest {
     pub(crate) documents: Option<Vec<Map<String, Value>>>,
     /// How long to think, passed to the chat template; `none` turns thinking off where the template can.
     pub(crate) reasoning_effort: Option<String>,
-    /// Template instead of the model's.
+    /// Template instead of the model's; only where the server is started with `server.trust_request_chat_template`.
     pub(crate) chat_template: Option<String>,
     /// Extra variables of the template.
     #[schema(value_type = Option<Object>)]
@@ -88,9 +88,13 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let sampling: Sampling = parse(&body)?;
     let n = sampling.n()?;
     let best_of = sampling.best_of(n)?;
-    parse::<Refused>(&body)?.check()?;
-    let target = state.roles.resolve(&request.model)?;
-    let turns = messages(&request.messages)?;
+    let target = resolve(&state, &request.model).await?;
+    // What an endpoint is sent is the body as it came: it says itself what it cannot read.
+    let remote = target.remote().filter(|_| target.reward.is_none());
+    if remote.is_none() {
+        parse::<Refused>(&body)?.check()?;
+    }
+    let turns = if remote.is_some() { Vec::new() } else { messages(&request.messages)? };
     let mut params = sampling.params(&target.defaults)?;
     for (field, most) in [("max_completion_tokens", request.max_completion_tokens), ("max_tokens", params.max_tokens)] {
         if most == Some(0) {
@@ -113,9 +117,9 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         let stream = sampling.streams().then_some(stream);
         return reward(&target, &turns, state.limits.request_timeout, stream).await;
     }
-    if let Some(remote) = target.remote() {
+    if let Some(remote) = remote {
         let stream = sampling.streams().then_some(stream);
-        return forward(&target, remote, Start::Chat, parse(&body)?, stream).await;
+        return forward(&target, remote, Start::Chat, parse(&body)?, stream, state.limits.request_timeout).await;
     }
     if request.chat_template.is_some() && !state.limits.trust_request_chat_template {
         let text = "a template is a program that this server does not take from requests (`server.trust_request_chat_template`)";
@@ -226,7 +230,7 @@ async fn whole(target: Target, choices: Choices, ask: &Ask, prompt: &[u32]) -> R
         fields["prompt_token_ids"] = json!(prompt);
     }
     if let Some(first) = all.first().filter(|choice| !choice.prompt.is_empty()) {
-        fields["prompt_logprobs"] = answer::prompt_logprobs_json(tokenizer, &first.prompt);
+        fields["prompt_logprobs"] = answer::prompt_logprobs_json(tokenizer, &first.prompt, usize::MAX);
     }
     if let Some(metadata) = &ask.metadata {
         fields["metadata"] = json!(metadata);

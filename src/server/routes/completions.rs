@@ -3,10 +3,10 @@
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::Routes;
+use super::{Routes, resolve};
 use crate::engine::request::{Event, TokenLogprob, Usage};
 use crate::error::{Error, Result};
 use crate::roles::{Start, Target};
@@ -55,16 +55,16 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let sampling: Sampling = parse(&body)?;
     let n = sampling.n()?;
     let best_of = sampling.best_of(n)?;
-    parse::<Refused>(&body)?.check()?;
-    let target = state.roles.resolve(&request.model)?;
+    let target = resolve(&state, &request.model).await?;
     let mut params = sampling.params(&target.defaults)?;
-    if request.logprobs.is_some_and(|top| top > 5) {
-        return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
-    }
     let options = sampling.stream_options()?;
     if let Some(remote) = target.remote() {
         let stream = sampling.streams().then_some(options);
-        return forward(&target, remote, Start::Text, parse(&body)?, stream).await;
+        return forward(&target, remote, Start::Text, parse(&body)?, stream, state.limits.request_timeout).await;
+    }
+    parse::<Refused>(&body)?.check()?;
+    if request.logprobs.is_some_and(|top| top > 5) {
+        return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
     }
     let tokenizer = target.tokenizer()?.clone();
     let special = request.add_special_tokens.unwrap_or(true);
@@ -72,11 +72,12 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         let words = tokenizer.clone();
         blocking(move || texts.iter().map(|text| words.encode(text, special)).collect::<Result<Vec<_>>>())
     };
-    let prompts: Vec<Vec<u32>> = match request.prompt {
-        Prompt::Text(text) => encode(vec![text]).await?,
-        Prompt::Texts(texts) => encode(texts).await?,
-        Prompt::Ids(ids) => vec![ids],
-        Prompt::ManyIds(all) => all,
+    // The text of each prompt that came as one.
+    let (given, prompts) = match request.prompt {
+        Prompt::Text(text) => (vec![text.clone()], encode(vec![text]).await?),
+        Prompt::Texts(texts) => (texts.clone(), encode(texts).await?),
+        Prompt::Ids(ids) => (Vec::new(), vec![ids]),
+        Prompt::ManyIds(all) => (Vec::new(), all),
     };
     if prompts.is_empty() {
         return Err(Error::invalid("prompt", "`prompt` is empty").into());
@@ -85,10 +86,21 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     params.max_tokens = Some(params.max_tokens.unwrap_or(DEFAULT_TOKENS));
     params.logprobs = request.logprobs;
     if echo && request.logprobs.is_some() {
-        params.prompt_logprobs = request.logprobs;
+        params.prompt_logprobs = request.logprobs.max(params.prompt_logprobs);
     }
-    let prompts: Vec<Vec<u32>> =
-        prompts.into_iter().map(|prompt| sampling.truncate(prompt, &target, &params)).collect::<Result<_>>()?;
+    let mut echoed = Vec::new();
+    let mut cut = Vec::with_capacity(prompts.len());
+    for (at, prompt) in prompts.into_iter().enumerate() {
+        let len = prompt.len();
+        let prompt = sampling.truncate(prompt, &target, &params)?;
+        if echo {
+            // As it was given: tokens would say what was put before it too.
+            let whole = given.get(at).filter(|_| prompt.len() == len).cloned();
+            echoed.push(whole.map_or_else(|| tokenizer.decode(&prompt, false), Ok)?);
+        }
+        cut.push(prompt);
+    }
+    let prompts = cut;
     sampling.constrain(&tokenizer, sampling.asked()?, &mut params).await?;
     if sampling.streams() && echo && request.logprobs.is_some() {
         let text = "`echo` with `logprobs` cannot be streamed: they are read before the answer begins";
@@ -100,7 +112,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let choices = Choices::submit(&target, &prompts, &params, best_of, state.limits.request_timeout)?;
     if sampling.streams() {
-        return streamed(&target, choices, Ask { stream: options, ids, echo, n, prompts });
+        return streamed(&target, choices, Ask { stream: options, ids, echoed, n, prompts });
     }
     let head = Head::new("cmpl-", "text_completion", &target);
     let all = answer::collect(choices, prompts.len() * best_of).await?;
@@ -110,11 +122,18 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     for (index, choice) in all.iter().enumerate() {
         // The first choice of a prompt has read it.
         let (prompt, read) = (&prompts[index / n], &all[index / n * n].prompt);
-        let before = if echo { tokenizer.decode(prompt, false)? } else { String::new() };
+        let before = echoed.get(index / n).map_or("", String::as_str);
+        let lists = |top: usize| {
+            let mut lists = Lists { most: top, ..Lists::default() };
+            if echo {
+                lists.echo(&tokenizer, prompt, read, before);
+            }
+            lists.answer(&tokenizer, choice)
+        };
         let mut body = json!({
             "index": index,
             "text": format!("{before}{}", choice.text),
-            "logprobs": request.logprobs.map(|_| logprobs(&tokenizer, choice, if echo { prompt } else { &[] }, read)),
+            "logprobs": request.logprobs.map(lists),
             "finish_reason": choice.reason.as_ref().map(|reason| answer::finish_reason(reason, 0)),
             "stop_reason": choice.reason.as_ref().map_or(Value::Null, answer::stop_reason),
         });
@@ -122,8 +141,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             body["token_ids"] = json!(choice.ids);
             body["prompt_token_ids"] = json!(prompt);
         }
-        if sampling.prompt_logprobs.is_some() {
-            body["prompt_logprobs"] = answer::prompt_logprobs_json(&tokenizer, read);
+        if let Some(most) = sampling.prompt_logprobs {
+            body["prompt_logprobs"] = answer::prompt_logprobs_json(&tokenizer, read, most);
         }
         rendered.push(body);
     }
@@ -141,41 +160,44 @@ fn counted(usages: &[Usage], n: usize) -> Value {
     )
 }
 
-/// The classic four lists; `echoed` are the prompt's tokens that stand before the answer, and `read` what was read of them.
-fn logprobs(tokenizer: &Tokenizer, choice: &Collected, echoed: &[u32], read: &[Option<TokenLogprob>]) -> Value {
-    let mut lists = Lists::default();
-    for (id, known) in echoed.iter().zip(read.iter().map(Option::as_ref).chain(std::iter::repeat(None))) {
-        lists.push(tokenizer, *id, known);
-    }
-    for token in &choice.logprobs {
-        lists.push(tokenizer, token.id, Some(token));
-    }
-    json!({"tokens": lists.tokens, "token_logprobs": lists.values, "top_logprobs": lists.top, "text_offset": lists.offsets})
-}
-
+/// The classic four lists, with `most` alternatives.
 #[derive(Default)]
 struct Lists {
+    most: usize,
     tokens: Vec<String>,
     values: Vec<Option<f32>>,
     top: Vec<Value>,
     offsets: Vec<usize>,
-    at: usize,
+    /// Characters before the answer.
+    before: usize,
 }
 
 impl Lists {
-    fn push(&mut self, tokenizer: &Tokenizer, id: u32, known: Option<&TokenLogprob>) {
-        let text = tokenizer.token_text(id);
-        self.offsets.push(self.at);
-        self.at += text.chars().count();
-        self.tokens.push(text);
+    /// The prompt's tokens, which stand before the answer as `text`; `read`: what was read of them.
+    fn echo(&mut self, tokenizer: &Tokenizer, ids: &[u32], read: &[Option<TokenLogprob>], text: &str) {
+        self.before = text.chars().count();
+        let mut at = 0;
+        for (id, known) in ids.iter().zip(read.iter().map(Option::as_ref).chain(std::iter::repeat(None))) {
+            self.push(tokenizer, *id, known, at);
+            at = (at + tokenizer.token_text(*id).chars().count()).min(self.before);
+        }
+    }
+
+    fn answer(mut self, tokenizer: &Tokenizer, choice: &Collected) -> Value {
+        for (token, at) in choice.logprobs.iter().zip(&choice.offsets) {
+            self.push(tokenizer, token.id, Some(token), self.before + at);
+        }
+        json!({"tokens": self.tokens, "token_logprobs": self.values, "top_logprobs": self.top, "text_offset": self.offsets})
+    }
+
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, known: Option<&TokenLogprob>, at: usize) {
+        self.offsets.push(at);
+        self.tokens.push(tokenizer.token_text(id));
         self.values.push(known.map(|token| answer::floor(token.logprob)));
         self.top.push(known.map_or(Value::Null, |token| {
-            let map: Map<String, Value> = token
-                .top
-                .iter()
-                .map(|(id, logprob)| (tokenizer.token_text(*id), json!(answer::floor(*logprob))))
-                .collect();
-            Value::Object(map)
+            // The token itself is always among them.
+            let all = token.top.iter().take(self.most).copied().chain([(id, token.logprob)]);
+            Value::Object(all.map(|(id, logprob)| (tokenizer.token_text(id), json!(answer::floor(logprob)))).collect())
         }));
     }
 }
@@ -184,7 +206,8 @@ impl Lists {
 struct Ask {
     stream: StreamOptions,
     ids: bool,
-    echo: bool,
+    /// The text of each prompt, where it stands before the answers.
+    echoed: Vec<String>,
     n: usize,
     prompts: Vec<Vec<u32>>,
 }
@@ -205,10 +228,11 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
             }
             event(&head.body(fields))
         };
-        let opening = if ask.echo || ask.ids { usages.len() } else { 0 };
+        let mut lengths = vec![0; usages.len()];
+        let opening = if !ask.echoed.is_empty() || ask.ids { usages.len() } else { 0 };
         for index in 0..opening {
             let prompt = &ask.prompts[index / ask.n];
-            let text = if ask.echo { tokenizer.decode(prompt, false).unwrap_or_default() } else { String::new() };
+            let text = ask.echoed.get(index / ask.n).map_or("", String::as_str);
             let mut choice = json!({"index": index, "text": text, "logprobs": null, "finish_reason": null});
             if ask.ids {
                 choice["prompt_token_ids"] = json!(prompt);
@@ -219,12 +243,14 @@ fn streamed(target: &Target, mut choices: Choices, ask: Ask) -> Reply {
             let choice = match next {
                 Event::Token { id, text, logprob } => {
                     usages[index].completion_tokens += 1;
+                    let at = lengths[index];
+                    lengths[index] += text.chars().count();
                     if text.is_empty() && logprob.is_none() && !ask.ids {
                         continue;
                     }
                     let logprobs = logprob.map(|token| {
-                        let one = Collected { logprobs: vec![token], ..Collected::default() };
-                        logprobs(&tokenizer, &one, &[], &[])
+                        let one = Collected { logprobs: vec![token], offsets: vec![at], ..Collected::default() };
+                        Lists { most: usize::MAX, ..Lists::default() }.answer(&tokenizer, &one)
                     });
                     let mut choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null});
                     if ask.ids {

@@ -19,7 +19,19 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 pub(super) use self::responses::StoredResponses;
-use super::reply::no_method;
+use super::AppState;
+use super::reply::{blocking, no_method};
+use crate::error::Result;
+use crate::roles::Target;
+
+/// What a request's model is. A pinned version may have to be read from disk, where it would hold up all that the thread answers.
+async fn resolve(state: &web::Data<AppState>, model: &str) -> Result<Target> {
+    if !model.contains('@') {
+        return state.roles.resolve(model);
+    }
+    let (roles, model) = (state.roles.clone(), model.to_owned());
+    blocking(move || roles.resolve(&model)).await
+}
 
 /// Where the resources put their routes: gives them to the app and keeps a list of them.
 pub(super) struct Routes<'a> {

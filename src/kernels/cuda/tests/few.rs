@@ -2,11 +2,11 @@
 
 use super::super::few::{self, MOST_ROWS, Product};
 use super::super::launch::Kind;
-use super::{Array, KINDS, assert_near, emulator, given};
+use super::{Array, KINDS, assert_near, given, queue};
 
 /// Products with `outs` outputs, every other one with a bias, beside sums in f64.
 fn check(kind: Kind, rows: usize, k: usize, outs: &[usize]) {
-    let Some(queue) = emulator() else { return };
+    let Some(queue) = queue() else { return };
     let (x, xs) = given(kind, rows * k, 1);
     let (mut products, mut held, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
     for (at, &out) in outs.iter().enumerate() {

@@ -1,5 +1,7 @@
 //! Responses of a remote role: the conversation goes to its endpoint as a chat, and the pieces of the answer become events here.
 
+use std::time::Duration;
+
 use futures_util::{Stream, StreamExt, stream};
 use serde_json::{Map, Value, json};
 
@@ -8,6 +10,8 @@ use super::request::{ResponseRequest, Truncation};
 use crate::engine::request::{FinishReason, Usage};
 use crate::error::{Error, Result};
 use crate::roles::{Chunks, Remote, Start, usage};
+use crate::server::forward;
+use crate::server::limits::within;
 use crate::server::tools::Offer;
 use crate::text::{Message, ToolCall};
 
@@ -83,11 +87,12 @@ pub(super) async fn steps(
     remote: &Remote,
     body: Map<String, Value>,
     streams: bool,
+    limit: Option<Duration>,
     writer: Writer,
 ) -> Result<impl Stream<Item = Step> + 'static> {
     let pieces: Result<Chunks> = match streams {
-        true => remote.stream(Start::Chat, body).await,
-        false => remote.complete(Start::Chat, body).await.map(|reply| stream::iter([Ok(reply)]).boxed()),
+        true => forward::stream(remote, Start::Chat, body, limit).await,
+        false => within(limit, remote.complete(Start::Chat, body)).await.map(|reply| stream::iter([Ok(reply)]).boxed()),
     };
     let pieces = pieces.map_err(|error| match error.param.as_deref() {
         Some("messages") => error.at("input"),

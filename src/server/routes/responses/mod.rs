@@ -20,7 +20,7 @@ pub(crate) use self::request::{ResponseRequest, Truncation};
 use self::store::Stored;
 pub(in crate::server) use self::store::StoredResponses;
 use super::rdpo::{Query, limit};
-use super::{Routes, reads};
+use super::{Routes, reads, resolve};
 use crate::engine::request::{FinishReason, Usage};
 use crate::error::{Error, Result};
 use crate::roles::Target;
@@ -52,7 +52,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     parse::<Refused>(&body)?.check()?;
     request.check(&sampling)?;
     sampling.stream_options()?;
-    let target = state.roles.resolve(&request.model)?;
+    let target = resolve(&state, &request.model).await?;
     let mut turns = match &request.previous_response_id {
         None => Vec::new(),
         Some(id) => {
@@ -88,7 +88,7 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let asked = request.asked(&sampling)?;
     if let Some(remote) = target.remote() {
         let body = afar::chat(&request, &offer, &turns, outgoing(&target, parse(&body)?)?)?;
-        let steps = afar::steps(remote, body, sampling.streams(), Writer::new(response)).await?;
+        let steps = afar::steps(remote, body, sampling.streams(), limit, Writer::new(response)).await?;
         return answered(&head, steps, record, sampling.streams()).await;
     }
     let mut render = RenderOptions { kwargs: request.variables(), ..RenderOptions::default() };
