@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine that has Rust and Python 3 with pip.
+# `make demo` and `make test` do everything on a fresh machine that has Rust, a C and C++ compiler, and Python 3 with pip and venv.
 SHELL := /bin/bash
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rdpo-target
 CARGO ?= cargo
@@ -11,14 +11,16 @@ GPU_FEATURES ?= cuda
 # Of rdpo, it, unit and bench: check.py wants those that its sections run.
 GPU_PARTS ?= rdpo it unit bench
 PYTHON ?= python3
+# The least that every card since Ampere runs.
+cuda-check gpu-build: export CUDA_COMPUTE_CAP ?= 80
 
 .PHONY: help build model demo test check unit doc openapi sdk parity bench cuda-check gpu-build gpu-check
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-build: ## the release binary
-	$(CARGO) build --release --bin rdpo
+build: ## the release binary (FEATURES=cuda for a GPU)
+	$(CARGO) build --release --bin rdpo $(if $(FEATURES),--no-default-features --features $(FEATURES))
 
 model: ## fetch and check the small chat model
 	@models/fetch.sh $(MODEL)

@@ -170,7 +170,8 @@ impl Settings {
         let mut settings: Settings = serde_path_to_error::deserialize(table).map_err(|error| {
             Error::invalid(error.path().to_string(), format!("{}: {}", error.path(), error.inner().message()))
         })?;
-        if settings.models.is_empty() {
+        let is_named = settings.models_of_roles().iter().any(|(_, model)| *model == DEFAULT_MODEL);
+        if is_named && !settings.models.contains_key(DEFAULT_MODEL) {
             let model =
                 ModelOptions { path: "models/smollm2-135m-instruct".into(), dtype: "auto".into(), max_model_len: None };
             settings.models.insert(DEFAULT_MODEL.into(), model);
@@ -192,16 +193,8 @@ impl Settings {
         }
         self.roles().check()?;
         let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
-        let reward = match &self.roles.reward {
-            RewardOptions::Judge(judge) => Some(&judge.role),
-            RewardOptions::Classifier(role) => Some(role),
-            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
-        };
-        let roles =
-            [("teacher", Some(&self.roles.teacher)), ("student", Some(&self.roles.student)), ("reward", reward)];
-        for (role, seat) in roles {
-            let model = seat.filter(|seat| !seat.is_remote()).map(|seat| &seat.model);
-            if let Some(model) = model.filter(|model| !self.models.contains_key(*model)) {
+        for (role, model) in self.models_of_roles() {
+            if !self.models.contains_key(model) {
                 return Err(Error::invalid(
                     format!("roles.{role}.model"),
                     format!(
@@ -212,6 +205,19 @@ impl Settings {
             }
         }
         Ok(())
+    }
+
+    /// Which role names which of the models.
+    fn models_of_roles(&self) -> Vec<(&'static str, &str)> {
+        let reward = match &self.roles.reward {
+            RewardOptions::Judge(judge) => Some(&judge.role),
+            RewardOptions::Classifier(role) => Some(role),
+            RewardOptions::Rules { .. } | RewardOptions::Http(_) => None,
+        };
+        let roles =
+            [("teacher", Some(&self.roles.teacher)), ("student", Some(&self.roles.student)), ("reward", reward)];
+        let named = roles.into_iter().filter_map(|(role, seat)| Some((role, seat.filter(|seat| !seat.is_remote())?)));
+        named.map(|(role, seat)| (role, seat.model.as_str())).collect()
     }
 
     /// The part the roles need.
@@ -294,6 +300,26 @@ mod tests {
         assert_eq!((settings.server.port, settings.kv_cache.block_size), (8080, 16));
     }
 
+    /// The page shows every setting with its default, and its examples are settings.
+    #[test]
+    fn the_page_of_settings_is_true() {
+        let page = include_str!("../docs/settings.md");
+        let blocks: Vec<&str> = page.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert_eq!(load(blocks[0], &[]).unwrap(), load("", &[]).unwrap());
+        let optional = blocks[0].replace("\n# ", "\n");
+        let changed = load(&optional, &[]).unwrap();
+        let device = DeviceOptions { kind: "auto".into(), threads: Some(8), memory: Some("90%".into()) };
+        assert_eq!((changed.device, changed.models["smollm2"].max_model_len), (device, Some(4096)));
+        for block in &blocks[1..] {
+            let known = "[models.my-reward-model]\npath = \"x\"\n[models.smollm2]\npath = \"x\"\n";
+            for text in [(*block).to_owned(), block.replace("\n# ", "\n")] {
+                // A key that is named must be there.
+                let text = text.replace("api_key_env = \"REWARD_API_KEY\"", "api_key_env = \"PATH\"");
+                load(&format!("{known}{text}"), &[]).unwrap();
+            }
+        }
+    }
+
     #[test]
     fn variables_win_over_the_file() {
         let settings = load(
@@ -314,12 +340,15 @@ mod tests {
             ("[speculative_config]\nprompt_lookup_len = 2", vec![], "speculative_config"),
             ("[speculative_config]\nprompt_lookup_min = 0", vec![], "speculative_config.prompt_lookup_min"),
             ("[speculative_config]\nprompt_lookup_min = 20", vec![], "speculative_config.prompt_lookup_min"),
-            ("[models.m]\npath = \"x\"", vec![], "roles.teacher.model"),
+            ("[roles]\nteacher = {model = \"m\"}", vec![], "roles.teacher.model"),
         ] {
             let error = load(text, &variables).unwrap_err();
             assert!(error.param.as_deref().unwrap().starts_with(param), "{text}: {error:?}");
         }
         assert!(load("[server]\nprot = 1", &[]).unwrap_err().message.contains("prot"));
+        // One model more takes the default away from nobody.
+        let settings = load("[models.m]\npath = \"x\"\n[roles]\nteacher = {model = \"m\"}", &[]).unwrap();
+        assert_eq!(settings.models.keys().collect::<Vec<_>>(), ["m", "smollm2"]);
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub(super) struct TrainArgs {
     beta: Option<f64>,
     /// Passes over the pairs
     #[arg(long)]
-    epochs: Option<usize>,
+    epochs: Option<f64>,
     /// Peak learning rate
     #[arg(long)]
     learning_rate: Option<f64>,

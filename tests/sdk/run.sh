@@ -33,6 +33,7 @@ fi
 
 # start NAME: serves $work/NAME.toml on a free port; the address is in $url.
 start() {
+    : >"$work/$1.out"
     (cd "$root" && exec "$binary" serve --config "$work/$1.toml" --port 0) >"$work/$1.out" 2>"$work/$1.log" &
     pids+=($!)
     for _ in $(seq 600); do
