@@ -127,6 +127,8 @@ pub struct TokenLogprob {
     pub logprob: f32,
     /// `(id, logprob)`.
     pub top: Vec<(u32, f32)>,
+    /// Place in the vocabulary, from 1 on, where it was looked for: of a prompt's tokens, on a CPU.
+    pub rank: Option<usize>,
 }
 
 /// Why it ended.

@@ -43,14 +43,15 @@ pub fn sample(logits: &mut [f32], draw: &Draw<'_>) -> (u32, Option<TokenLogprob>
     (id, logprob)
 }
 
-/// Log-probability of `id` in the distribution of raw logits, with the `top` most likely tokens.
+/// Log-probability and rank of `id` in the distribution of raw logits, with the `top` most likely tokens.
 pub(super) fn logprob_of(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
-    describe(logits, id, &RowLogprobs::new(logits), &top_of(logits, top))
+    let larger = logits.iter().filter(|logit| **logit > logits[id as usize]).count();
+    TokenLogprob { rank: Some(1 + larger), ..describe(logits, id, &RowLogprobs::new(logits), &top_of(logits, top)) }
 }
 
 fn describe(logits: &[f32], id: u32, row: &RowLogprobs, top: &[u32]) -> TokenLogprob {
     let logprob = |id: u32| row.of(logits[id as usize]);
-    TokenLogprob { id, logprob: logprob(id), top: top.iter().map(|id| (*id, logprob(*id))).collect() }
+    TokenLogprob { id, logprob: logprob(id), top: top.iter().map(|id| (*id, logprob(*id))).collect(), rank: None }
 }
 
 /// The `count` largest, largest first, equal ones by id.
@@ -334,5 +335,6 @@ mod tests {
         assert!((logprob.logprob - expected(3)).abs() < 1e-6 && logprob.id == 3);
         assert_eq!(logprob.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 1]);
         assert!((logprob.top[1].1 - expected(1)).abs() < 1e-6);
+        assert_eq!([0, 1, 2, 3, 4].map(|id| logprob_of(&LOGITS, id, 0).rank), [1, 2, 3, 5, 4].map(Some));
     }
 }

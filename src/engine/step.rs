@@ -17,7 +17,7 @@ use super::scheduler::{Scheduled, Scheduler, Sequence};
 use super::writer::{Ending, Outcome, Writer};
 use super::{EngineStats, GateGuard, Shared};
 use crate::error::{Code, Error, Result};
-use crate::model::{Attend, Decoder, KvPool, PagedSequence, SampleRow, sample};
+use crate::model::{Attend, Decoder, KvPool, PagedSequence, SampleRow, Sampled, sample};
 use crate::telemetry::metrics;
 
 /// Rows of logits held at once while a prompt's log-probabilities are read.
@@ -334,7 +334,9 @@ fn logprobs(logits: &Tensor, targets: &[u32], top: usize) -> Result<Vec<TokenLog
     if logits.device().is_cuda() {
         let row = |target: &u32| SampleRow { top, asked: vec![*target], ..SampleRow::default() };
         let found = sample(logits, &targets.iter().map(row).collect::<Vec<_>>())?.into_iter().zip(targets);
-        return Ok(found.map(|(row, id)| TokenLogprob { id: *id, logprob: row.asked[0], top: row.top }).collect());
+        let one =
+            |(row, id): (Sampled, &u32)| TokenLogprob { id: *id, logprob: row.asked[0], top: row.top, rank: None };
+        return Ok(found.map(one).collect());
     }
     let rows = logits.to_vec2::<f32>()?;
     Ok(rows.par_iter().zip(targets).map(|(row, target)| sampler::logprob_of(row, *target, top)).collect())

@@ -230,7 +230,7 @@ impl Writer {
             Task::Score | Task::Generate if self.reads_only() => Outcome::PromptRead,
             Task::Score | Task::Generate => {
                 let Sampled { id, logprob, top, .. } = sampled;
-                let logprob = self.request.params.logprobs.map(|_| TokenLogprob { id, logprob, top });
+                let logprob = self.request.params.logprobs.map(|_| TokenLogprob { id, logprob, top, rank: None });
                 self.drawn(id, sampled.possible, logprob).unwrap_or_else(Outcome::Failed)
             }
         }

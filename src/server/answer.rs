@@ -129,12 +129,12 @@ pub(super) fn chat_logprob(tokenizer: &Tokenizer, logprob: &TokenLogprob) -> Val
 }
 
 /// vLLM's `prompt_logprobs`: for each prompt token its alternatives by id.
-/// A token that is not among the `most` likeliest that were asked for has no rank: the others were not counted.
+/// The `most` likeliest, and the token itself, whose rank is null where nobody counted.
 pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<TokenLogprob>], most: usize) -> Value {
     let one = |token: &TokenLogprob| {
         let mut map = Map::new();
         let top = token.top.iter().take(most).enumerate().map(|(at, (id, logprob))| (*id, *logprob, Some(at + 1)));
-        for (id, logprob, rank) in top.chain([(token.id, token.logprob, None)]) {
+        for (id, logprob, rank) in top.chain([(token.id, token.logprob, token.rank)]) {
             map.entry(id.to_string()).or_insert_with(
                 || json!({"logprob": floor(logprob), "rank": rank, "decoded_token": tokenizer.token_text(id)}),
             );

@@ -183,6 +183,8 @@ def test_the_prompts_logprobs(real):
     reply = ask(real, n=2, temperature=1, prompt_logprobs=2, seed=1)
     assert len(reply.prompt_logprobs) == reply.usage.prompt_tokens and reply.prompt_logprobs[0] is None
     assert all(2 <= len(entry) <= 3 for entry in reply.prompt_logprobs[1:])
+    # The token itself has its place in the vocabulary, however far down.
+    assert max(one["rank"] for entry in reply.prompt_logprobs[1:] for one in entry.values()) > 3
     both = real.completions.create(model="student", prompt=["One two", "Three"], n=2, max_tokens=1, extra_body={"prompt_logprobs": 0})
     assert [len(choice.prompt_logprobs) for choice in both.choices] == [len(tokens(real, text)) for text in ["One two"] * 2 + ["Three"] * 2]
     with pytest.raises(openai.BadRequestError) as refused:

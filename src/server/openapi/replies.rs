@@ -170,8 +170,9 @@ pub(super) struct Alternative {
 pub(super) struct PromptLogprob {
     /// Natural log of its probability.
     pub(super) logprob: f64,
-    /// Place among the entries.
-    pub(super) rank: usize,
+    /// Place in the vocabulary, by likelihood; on a GPU unknown of a token that is not among the alternatives.
+    #[schema(required)]
+    pub(super) rank: Option<usize>,
     /// Its text.
     pub(super) decoded_token: String,
 }
@@ -327,7 +328,7 @@ pub(super) struct TextLogprobs {
     pub(super) tokens: Vec<String>,
     /// Natural logs of their probabilities; the prompt's first token has none.
     pub(super) token_logprobs: Vec<Option<f64>>,
-    /// The most likely tokens in their places.
+    /// The token and the most likely in its place.
     pub(super) top_logprobs: Vec<Option<BTreeMap<String, f64>>>,
     /// Where they begin in the text, characters.
     pub(super) text_offset: Vec<usize>,
