@@ -21,6 +21,7 @@
 
 pub mod cores;
 pub mod error;
+pub mod seed;
 pub mod size;
 pub mod telemetry;
 

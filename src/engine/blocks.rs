@@ -85,37 +85,34 @@ impl BlockManager {
         Some(id)
     }
 
+    /// The longest run of cached blocks that begin `tokens`, each with the chain it ends.
+    fn prefix<'a>(&'a self, root: Chain, tokens: &'a [u32]) -> impl Iterator<Item = (u32, Chain)> + 'a {
+        tokens.chunks_exact(self.block_size).scan(root, |at, piece| {
+            let next = chain(*at, &piece);
+            let id = *self.by_chain.get(&next)?;
+            let content = self.blocks[id as usize].content.as_ref();
+            let is_it = content.is_some_and(|(_, parent, own)| parent == at && own == piece);
+            *at = next;
+            is_it.then_some((id, next))
+        })
+    }
+
     /// How many blocks [`BlockManager::find_prefix`] would find.
     pub(super) fn count_prefix(&self, root: Chain, tokens: &[u32]) -> usize {
-        let mut at = root;
-        let is_there = |piece: &&[u32]| {
-            let next = chain(at, piece);
-            let content = self.by_chain.get(&next).and_then(|id| self.blocks[*id as usize].content.as_ref());
-            let found = content.is_some_and(|(_, parent, own)| *parent == at && own == piece);
-            at = next;
-            found
-        };
-        tokens.chunks_exact(self.block_size).take_while(is_there).count()
+        self.prefix(root, tokens).count()
     }
 
     /// The longest run of cached blocks that begin `tokens`, each now held once more, and the chain they end.
     pub(super) fn find_prefix(&mut self, root: Chain, tokens: &[u32]) -> (Vec<u32>, Chain) {
-        let (mut found, mut at) = (Vec::new(), root);
-        for piece in tokens.chunks_exact(self.block_size) {
-            let next = chain(at, &piece);
-            let Some(&id) = self.by_chain.get(&next) else { break };
-            let block = &mut self.blocks[id as usize];
-            if !block.content.as_ref().is_some_and(|(_, parent, own)| *parent == at && own == piece) {
-                break;
-            }
+        let (found, chains): (Vec<u32>, Vec<Chain>) = self.prefix(root, tokens).unzip();
+        for id in &found {
+            let block = &mut self.blocks[*id as usize];
             if block.holders == 0 {
                 self.cached.remove(&block.released_at);
             }
             block.holders += 1;
-            found.push(id);
-            at = next;
         }
-        (found, at)
+        (found, chains.last().copied().unwrap_or(root))
     }
 
     /// Makes a full block findable under the chain that ends with it, which is returned.

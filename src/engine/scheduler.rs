@@ -338,8 +338,9 @@ impl Scheduler {
             let alike = own.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
             (other.root == sequence.root && alike / size > other.computed / size).then_some(alike / size)
         };
+        // Blocks that will be there; what is there already is not waited for.
         let most = self.running.iter().filter(|other| other.pending() > 1).filter_map(coming).max();
-        most.is_some_and(|most| most > self.blocks.count_prefix(sequence.chain, own))
+        most.is_some_and(|most| most > self.blocks.count_prefix(sequence.chain, &own[..most * size]))
     }
 
     /// Blocks for `len` more tokens of a running sequence, putting back who is first to go; false if that is itself.

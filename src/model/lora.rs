@@ -12,6 +12,7 @@ use super::layer::{block_sites, site_path, site_shape};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
 use crate::ops::{FrozenLinear, ServedRows, Trained, add, dropout, linears, low_rank};
+use crate::seed::{STEP, mixed};
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Linears of a layer that may carry LoRA, by their Hugging Face names.
@@ -279,7 +280,7 @@ impl LoraRows<'_> {
                     let [y] = match dropout_seed {
                         None => low_rank(x, [trained])?,
                         Some(seed) => {
-                            let dropped = dropout(x, params.config.lora_dropout as f32, mixed(seed, layer, site))?;
+                            let dropped = dropout(x, params.config.lora_dropout as f32, site_seed(seed, layer, site))?;
                             let [low] = low_rank(&dropped, [Trained { base: None, ..trained }])?;
                             [add(&base.forward(x)?, &low)?]
                         }
@@ -299,10 +300,7 @@ fn served(groups: &[RowGroup], place: (usize, usize)) -> Vec<ServedRows<'_>> {
     adapted.map(|(group, (a, b))| (group.start..group.start + group.len, a, b)).collect()
 }
 
-/// A dropout seed of its own for each site (SplitMix64's finalizer).
-fn mixed(seed: u64, layer: usize, site: usize) -> u64 {
-    let mut z = seed.wrapping_add(((layer * SITES.len() + site + 1) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// A dropout seed of its own for each site.
+fn site_seed(seed: u64, layer: usize, site: usize) -> u64 {
+    mixed(seed.wrapping_add(((layer * SITES.len() + site + 1) as u64).wrapping_mul(STEP)))
 }

@@ -5,6 +5,7 @@ mod pacing;
 mod pairs;
 mod parse;
 mod patience;
+mod publish;
 mod report;
 mod request;
 mod run;
@@ -32,6 +33,7 @@ use run::Run;
 /// Every stage leaves rows, so a job that stops anywhere goes on where it stopped and ends with the same adapter.
 pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Handle) -> Result<()> {
     let job = Run::open(context, roles, runtime)?;
+    // It may have ended between its last word and the word that it has ended.
     if job.is_done() {
         return job.clear();
     }

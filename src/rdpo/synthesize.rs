@@ -11,6 +11,7 @@ use super::{Behavior, PromptInput, SynthesisOptions};
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Result};
 use crate::roles::{Answer, Roles, Target};
+use crate::seed;
 use crate::telemetry::metrics;
 use crate::text::Message;
 
@@ -255,13 +256,10 @@ impl Asked<'_> {
     }
 }
 
-/// A seed out of several numbers (SplitMix64's finalizer, chained).
+/// A seed out of several numbers.
 pub(super) fn mixed(seed: u64, parts: &[u64]) -> u64 {
     parts.iter().fold(seed, |state, part| {
-        let mut z = state.wrapping_add(0x9E37_79B9_7F4A_7C15).wrapping_add(part.wrapping_mul(0xD134_2543_DE82_EF95));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        seed::mixed(state.wrapping_add(seed::STEP).wrapping_add(part.wrapping_mul(0xD134_2543_DE82_EF95)))
     })
 }
 

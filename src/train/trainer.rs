@@ -16,6 +16,7 @@ use super::pass::{Pass, logprobs};
 use super::{LossOptions, PairLogps, TrainingOptions, preference_loss, score_scale};
 use crate::error::{Code, Error, Result};
 use crate::model::{Decoder, LoraParams, LoraRows, ModelConfig, flat_step_rows};
+use crate::seed::{STEP, mixed};
 use crate::telemetry;
 use crate::weights::{AdapterFile, LoraConfig};
 
@@ -491,10 +492,7 @@ fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Resu
     }
 }
 
-/// One step of SplitMix64's output function over both numbers.
+/// A seed out of two numbers.
 fn mix(a: u64, b: u64) -> u64 {
-    let mut z = a ^ b.wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    mixed(a ^ b.wrapping_add(STEP).wrapping_mul(0xbf58_476d_1ce4_e5b9))
 }

@@ -53,7 +53,7 @@ impl Gguf {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| fail(&error))?;
         let content = read_header(&map).map_err(|error| fail(&error))?;
         for (tensor, info) in &content.tensor_infos {
-            // Some element has a byte of its own in every type, so more of them than 2⁶⁴ are in no file.
+            // More elements than 64 bits count are in no file.
             let elements = info.shape.dims().iter().try_fold(1u64, |product, dim| product.checked_mul(*dim as u64));
             let (elements, block) = (elements.unwrap_or(u64::MAX), info.ggml_dtype.block_size() as u64);
             let size = (elements / block).saturating_mul(info.ggml_dtype.type_size() as u64);
@@ -214,16 +214,12 @@ impl Gguf {
             "tie_word_embeddings": !self.content.tensor_infos.contains_key("output.weight"),
         });
         let fields = config.as_object_mut().expect("built as an object above. This is a bug.");
-        let scaling = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0);
-        match self.content.metadata.get(&format!("{}.rope.scaling.type", self.architecture)) {
-            Some(Meta::String(kind)) if kind == "none" => {}
-            // Files older than the key scale linearly. The configuration refuses what it cannot compute.
-            kind => {
-                let kind = kind.and_then(|kind| kind.to_string().ok()).map_or("linear", String::as_str);
-                if let Some(factor) = scaling {
-                    fields.insert("rope_scaling".into(), json!({"rope_type": kind, "factor": factor}));
-                }
-            }
+        // Files older than the type's key scale linearly. The configuration refuses what it cannot compute.
+        let kind = self.content.metadata.get(&format!("{}.rope.scaling.type", self.architecture));
+        let kind = kind.and_then(|kind| kind.to_string().ok()).map_or("linear", String::as_str);
+        let scaling = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0 && kind != "none");
+        if let Some(factor) = scaling {
+            fields.insert("rope_scaling".into(), json!({"rope_type": kind, "factor": factor}));
         }
         if self.content.tensor_infos.contains_key("rope_freqs.weight") {
             fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim)?);

@@ -74,10 +74,13 @@ fn names_resolve_or_are_404() {
         assert_eq!(status(name), expected, "{name}");
     }
     assert!(roles.resolve("student").unwrap().lease.is_none());
+    let pinned = |name: &str| roles.adapters().pinned(name);
+    assert_eq!((pinned("student"), pinned("teacher")), ("student:base".into(), "teacher".into()));
     assert!(roles.resolve("reward").unwrap().engine().is_err());
     roles.adapters().publish("student", &adapter(1.0), PublishMode::Create).unwrap();
     roles.adapters().publish("polite", &adapter(2.0), PublishMode::Create).unwrap();
     assert_eq!(roles.resolve("student").unwrap().lease.unwrap().version, 1);
+    assert_eq!((pinned("student"), pinned("polite")), ("student@1".into(), "polite@1".into()));
     assert!(roles.resolve("student:base").unwrap().lease.is_none());
     assert_eq!((status("student@1"), status("polite"), status("polite@1"), status("polite@2")), (200, 200, 200, 404));
     roles.adapters().unload("polite", None).unwrap();

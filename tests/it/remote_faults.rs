@@ -256,7 +256,12 @@ async fn work_is_spread_and_bounded() {
     let wait = |_| Say { wait: Duration::from_millis(100), ..hello() };
     let (one, two) = (Fake::start(wait).await, Fake::start(wait).await);
     let roles = load(RoleOptions { max_concurrency: Some(2), ..remote(&[&one, &two]) }).unwrap();
-    assert_eq!(roles.max_in_flight([&roles.teacher().unwrap()]), 4);
+    let teacher = roles.teacher().unwrap();
+    assert_eq!(roles.max_in_flight([&teacher]), 4);
+    let wide = load(RoleOptions { max_concurrency: Some(500), ..remote(&[&one]) }).unwrap();
+    let (far, here) = (wide.teacher().unwrap(), wide.student_base().unwrap());
+    assert_eq!(wide.max_in_flight([&far]), 500);
+    assert_eq!(wide.max_in_flight([&far, &here]), wide.max_in_flight([&here]), "no more than the engine here runs");
     for answer in join_all((0..12).map(|_| ask(&roles))).await {
         assert_eq!(answer.unwrap(), "Hello");
     }

@@ -381,6 +381,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let mut rest = Listener::default();
     let resumed = train(&job, &mut rest).unwrap();
     assert_eq!(rest.steps.first().unwrap().step, 5);
+    assert_eq!(rest.checkpoints, [4, 8, 10], "nobody may have heard of the one it was killed behind");
     assert!(values(&resumed.adapter) == values(&straight.adapter));
     let file =
         |folder: &TempDir| std::fs::read(folder.path().join("checkpoint-00000010/adapter_model.safetensors")).unwrap();

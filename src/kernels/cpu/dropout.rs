@@ -1,6 +1,7 @@
 //! Inverted dropout whose mask is a function of a seed and a place alone: nobody keeps it.
 
 use super::rowwise::at_every_level;
+use crate::seed::{STEP, mixed};
 
 /// Which numbers are dropped, and what the others are multiplied by.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -13,9 +14,6 @@ pub struct Dropout {
     pub(crate) keep: f32,
 }
 
-/// SplitMix64's step: the golden ratio's fraction.
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
-
 impl Dropout {
     /// With probability `p`, below 1.
     pub fn new(p: f32, seed: u64) -> Self {
@@ -27,14 +25,6 @@ impl Dropout {
     pub fn row(self, place: usize, x: &[f32], y: &mut [f32]) {
         dropout_row(self, place as u64, x, y);
     }
-}
-
-/// SplitMix64's finalizer; rows.cu has the same.
-#[inline(always)]
-fn mixed(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
 }
 
 at_every_level! {
@@ -52,9 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mask_is_splitmix64s_and_a_places_own() {
-        // What SplitMix64 gives first when it begins at 0.
-        assert_eq!(mixed(STEP), 0xe220_a839_7b1d_cdaf);
+    fn the_mask_is_a_places_own() {
         let (x, mut whole) = (vec![1.0; 5000], vec![f32::NAN; 5000]);
         let dropout = Dropout::new(0.25, 7);
         dropout.row(0, &x, &mut whole);

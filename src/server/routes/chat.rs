@@ -89,11 +89,9 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let n = sampling.n()?;
     let best_of = sampling.best_of(n)?;
     let target = resolve(&state, &request.model).await?;
-    // What an endpoint is sent is the body as it came: it says itself what it cannot read.
+    parse::<Refused>(&body)?.check(&target)?;
+    // An endpoint is sent the body as it came.
     let remote = target.remote().filter(|_| target.reward.is_none());
-    if remote.is_none() {
-        parse::<Refused>(&body)?.check()?;
-    }
     let turns = if remote.is_some() { Vec::new() } else { messages(&request.messages)? };
     let mut params = sampling.params(&target.defaults)?;
     for (field, most) in [("max_completion_tokens", request.max_completion_tokens), ("max_tokens", params.max_tokens)] {

@@ -56,13 +56,13 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let n = sampling.n()?;
     let best_of = sampling.best_of(n)?;
     let target = resolve(&state, &request.model).await?;
+    parse::<Refused>(&body)?.check(&target)?;
     let mut params = sampling.params(&target.defaults)?;
     let options = sampling.stream_options()?;
     if let Some(remote) = target.remote() {
         let stream = sampling.streams().then_some(options);
         return forward(&target, remote, Start::Text, parse(&body)?, stream, state.limits.request_timeout).await;
     }
-    parse::<Refused>(&body)?.check()?;
     if request.logprobs.is_some_and(|top| top > 5) {
         return Err(Error::invalid("logprobs", "`logprobs` must be at most 5").into());
     }
@@ -72,35 +72,36 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         let words = tokenizer.clone();
         blocking(move || texts.iter().map(|text| words.encode(text, special)).collect::<Result<Vec<_>>>())
     };
-    // The text of each prompt that came as one.
-    let (given, prompts) = match request.prompt {
-        Prompt::Text(text) => (vec![text.clone()], encode(vec![text]).await?),
-        Prompt::Texts(texts) => (texts.clone(), encode(texts).await?),
-        Prompt::Ids(ids) => (Vec::new(), vec![ids]),
-        Prompt::ManyIds(all) => (Vec::new(), all),
+    let echo = request.echo.unwrap_or(false);
+    let given = match &request.prompt {
+        Prompt::Text(text) if echo => vec![text.clone()],
+        Prompt::Texts(texts) if echo => texts.clone(),
+        _ => Vec::new(),
+    };
+    let mut prompts: Vec<Vec<u32>> = match request.prompt {
+        Prompt::Text(text) => encode(vec![text]).await?,
+        Prompt::Texts(texts) => encode(texts).await?,
+        Prompt::Ids(ids) => vec![ids],
+        Prompt::ManyIds(all) => all,
     };
     if prompts.is_empty() {
         return Err(Error::invalid("prompt", "`prompt` is empty").into());
     }
-    let echo = request.echo.unwrap_or(false);
     params.max_tokens = Some(params.max_tokens.unwrap_or(DEFAULT_TOKENS));
     params.logprobs = request.logprobs;
     if echo && request.logprobs.is_some() {
         params.prompt_logprobs = request.logprobs.max(params.prompt_logprobs);
     }
     let mut echoed = Vec::new();
-    let mut cut = Vec::with_capacity(prompts.len());
-    for (at, prompt) in prompts.into_iter().enumerate() {
-        let len = prompt.len();
-        let prompt = sampling.truncate(prompt, &target, &params)?;
+    for (at, prompt) in prompts.iter_mut().enumerate() {
+        let whole = prompt.len();
+        *prompt = sampling.truncate(std::mem::take(prompt), &target, &params)?;
         if echo {
             // As it was given: tokens would say what was put before it too.
-            let whole = given.get(at).filter(|_| prompt.len() == len).cloned();
-            echoed.push(whole.map_or_else(|| tokenizer.decode(&prompt, false), Ok)?);
+            let text = given.get(at).filter(|_| prompt.len() == whole).cloned();
+            echoed.push(text.map_or_else(|| tokenizer.decode(prompt, false), Ok)?);
         }
-        cut.push(prompt);
     }
-    let prompts = cut;
     sampling.constrain(&tokenizer, sampling.asked()?, &mut params).await?;
     if sampling.streams() && echo && request.logprobs.is_some() {
         let text = "`echo` with `logprobs` cannot be streamed: they are read before the answer begins";
@@ -123,8 +124,8 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         // The first choice of a prompt has read it.
         let (prompt, read) = (&prompts[index / n], &all[index / n * n].prompt);
         let before = echoed.get(index / n).map_or("", String::as_str);
-        let lists = |top: usize| {
-            let mut lists = Lists { most: top, ..Lists::default() };
+        let lists = |most: usize| {
+            let mut lists = Lists { most, ..Lists::default() };
             if echo {
                 lists.echo(&tokenizer, prompt, read, before);
             }

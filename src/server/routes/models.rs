@@ -4,7 +4,7 @@ use actix_web::{HttpResponse, web};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{List, Routes};
+use super::{List, Routes, resolve};
 use crate::error::Error;
 use crate::roles::ModelCard;
 use crate::server::AppState;
@@ -70,7 +70,7 @@ async fn get(state: web::Data<AppState>, id: web::Path<String>) -> Reply {
         return Ok(HttpResponse::Ok().json(Model::from(found)));
     }
     // A pinned version is not in the list but can be asked for.
-    let target = state.roles.resolve(&id)?;
+    let target = resolve(&state, &id).await?;
     let lease = target.lease.as_ref().ok_or_else(|| Error::no_model(&id))?;
     Ok(HttpResponse::Ok().json(Model::from(ModelCard {
         id: id.clone(),

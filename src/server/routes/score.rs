@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Routes, TokensUsed, unix_now};
+use super::{Routes, TokensUsed, resolve, unix_now};
 use crate::error::{Error, Result};
 use crate::rdpo::{find_behavior, parse_behavior};
 use crate::server::AppState;
@@ -147,10 +147,10 @@ fn count(field: &str, given: usize) -> Result<()> {
 async fn score(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let mut request: ScoreRequest = parse(&body)?;
     let model = request.model.take().unwrap_or_else(|| "reward".into());
-    let reward =
-        state.roles.resolve(&model)?.reward.ok_or_else(|| {
-            Error::invalid("model", format!("`{model}` does not score; the role that does is `reward`"))
-        })?;
+    let reward = resolve(&state, &model)
+        .await?
+        .reward
+        .ok_or_else(|| Error::invalid("model", format!("`{model}` does not score; the role that does is `reward`")))?;
     let recipe = match request.behavior.take() {
         Some(asked) => Some(find_behavior(&state.roles, &parse_behavior(&asked)?)?),
         None => None,

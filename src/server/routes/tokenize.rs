@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::Routes;
+use super::{Routes, resolve};
 use crate::error::Error;
 use crate::server::AppState;
 use crate::server::messages::{ChatMessage, messages};
@@ -63,7 +63,7 @@ pub(crate) struct Text {
 
 async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: TokenizeRequest = parse(&body)?;
-    let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
+    let target = resolve(&state, request.model.as_deref().unwrap_or("student")).await?;
     let tokenizer = target.tokenizer()?.clone();
     let tools = Offer::read(chat_functions(request.tools)?, None, None)?.shown();
     let words = tokenizer.clone();
@@ -102,7 +102,7 @@ pub(crate) struct DetokenizeRequest {
 
 async fn detokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: DetokenizeRequest = parse(&body)?;
-    let target = state.roles.resolve(request.model.as_deref().unwrap_or("student"))?;
+    let target = resolve(&state, request.model.as_deref().unwrap_or("student")).await?;
     let tokenizer = target.tokenizer()?;
     if let Some(id) = request.tokens.iter().find(|id| **id as usize >= tokenizer.vocab_size()) {
         return Err(Error::invalid("tokens", format!("token id {id} is outside the vocabulary")).into());

@@ -49,10 +49,10 @@ fn unknown(id: &str) -> Error {
 async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: ResponseRequest = parse(&body)?;
     let sampling: Sampling = parse(&body)?;
-    parse::<Refused>(&body)?.check()?;
+    let target = resolve(&state, &request.model).await?;
+    parse::<Refused>(&body)?.check(&target)?;
     request.check(&sampling)?;
     sampling.stream_options()?;
-    let target = resolve(&state, &request.model).await?;
     let mut turns = match &request.previous_response_id {
         None => Vec::new(),
         Some(id) => {
