@@ -1,14 +1,17 @@
-//! Kernels at the shapes of SmolLM2-135M: GFLOP/s are criterion's `Gelem/s`, one element a floating-point operation; the
-//! element-wise ones and products of a few rows count the bytes they touch.
+//! Kernels at the shapes of SmolLM2-135M: products count floating-point operations; those of one row, and what goes number by number, the
+//! bytes they touch.
 
 use std::hint::black_box;
-use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
-use rdpo::kernels::cpu::{Activation, Codes, Heads, Packed, Rows, Width, attention, attention_backward, gated};
-use rdpo::ops::{FrozenLinear, record, rms_norm, token_logprobs};
+use rdpo::kernels::cpu::{
+    Activation, AdamWUpdate, Codes, Heads, Left, LowRank, Packed, Rows, Width, attention, attention_backward, multiply,
+};
+use rdpo::ops::{FrozenLinear, adamw, dropout, gated, record, rms_norm, rope, token_logprobs};
+
+use super::rates::Rates;
 
 const HIDDEN: usize = 576;
 const INNER: usize = 1536;
@@ -31,13 +34,15 @@ fn codes(n: usize, k: usize, four_bits: bool) -> Codes {
     }
 }
 
-fn matmul(criterion: &mut Criterion) {
+fn matmul(criterion: &mut Criterion<Rates>) {
     for (n, k) in [(HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)] {
         let weight = numbers(n * k);
         let halves = weight.iter().map(|value| bf16::from_f32(*value)).collect();
+        let others = weight.iter().map(|value| f16::from_f32(*value)).collect();
         let widths = [
             ("f32", Width::F32(weight)),
             ("bf16", Width::Bf16(halves)),
+            ("f16", Width::F16(others)),
             ("8 bits", Width::Codes(codes(n, k, false))),
             ("4 bits", Width::Codes(codes(n, k, true))),
         ];
@@ -61,7 +66,33 @@ fn matmul(criterion: &mut Criterion) {
     }
 }
 
-fn attend(criterion: &mut Criterion) {
+/// What an adapter of rank 16 adds to a product, and the gradients of its two matrices.
+fn low_rank(criterion: &mut Criterion<Rates>) {
+    const RANK: usize = 16;
+    let (n, k) = (INNER, HIDDEN);
+    let mut group = criterion.benchmark_group(format!("rank {RANK} at {k} to {n}"));
+    let of = |n: usize, k: usize| Packed::new(&Width::F32(numbers(n * k)), n, k);
+    let (weight, a, b) = (of(n, k), of(RANK, k), of(n, RANK));
+    for m in [1, 256] {
+        let x = numbers(m * k);
+        let parts = [LowRank { rows: 0..m, a: &a, b: &b }];
+        group.throughput(Throughput::Elements((2 * m * (n * k + RANK * (n + k))) as u64));
+        group.bench_function(BenchmarkId::new("adapted product", m), |bencher| {
+            bencher.iter(|| weight.forward_adapted(black_box(&x), &parts));
+        });
+    }
+    let m = 256;
+    for (name, rows, columns) in [("gradient of A", RANK, k), ("gradient of B", n, RANK)] {
+        let (left, right) = (numbers(m * rows), numbers(m * columns));
+        let mut out = vec![0f32; rows * columns];
+        group.throughput(Throughput::Elements((2 * m * rows * columns) as u64));
+        group.bench_function(BenchmarkId::new(name, m), |bencher| {
+            bencher.iter(|| multiply(Left::Turned(black_box(&left)), &right, (rows, m, columns), &mut out, false));
+        });
+    }
+}
+
+fn attend(criterion: &mut Criterion<Rates>) {
     let (h, kv, d) = (HEADS.query, HEADS.key, HEADS.dim);
     let mut group = criterion.benchmark_group("attention");
     for n in [256, 1024] {
@@ -98,24 +129,50 @@ fn attend(criterion: &mut Criterion) {
     }
 }
 
-fn elementwise(criterion: &mut Criterion) {
+/// Number by number or row by row, forward and backward: every tensor that is read or written counts once.
+fn elementwise(criterion: &mut Criterion<Rates>) -> rdpo::error::Result<()> {
     let rows = 256;
-    let mut group = criterion.benchmark_group("rows of 256");
-    let (gate, up) = (numbers(rows * INNER), numbers(rows * INNER));
-    let mut out = vec![0f32; rows * INNER];
-    group.throughput(Throughput::Bytes(12 * (rows * INNER) as u64));
-    group.bench_function("swiglu, one thread", |b| {
-        b.iter(|| gated(Activation::Silu, black_box(&gate), &up, &mut out));
-    });
-    let tensor = |shape: (usize, usize)| Tensor::from_vec(numbers(shape.0 * shape.1), shape, &Device::Cpu);
-    let (Ok(x), Ok(weight)) = (tensor((rows, HIDDEN)), Tensor::from_vec(numbers(HIDDEN), HIDDEN, &Device::Cpu)) else {
-        return;
+    let mut group = criterion.benchmark_group(format!("{rows} rows"));
+    let tensor = |shape: &[usize]| Tensor::from_vec(numbers(shape.iter().product()), shape, &Device::Cpu);
+    type Op<'a> = &'a dyn Fn(&[Tensor]) -> rdpo::error::Result<Tensor>;
+    let mut op = |name: &str, inputs: &[Tensor], forward: usize, backward: usize, op: Op<'_>| {
+        let numbers = inputs[0].elem_count();
+        group.throughput(Throughput::Bytes(4 * (forward * numbers) as u64));
+        group.bench_function(name, |bencher| bencher.iter(|| op(black_box(inputs))));
+        group.throughput(Throughput::Bytes(4 * ((forward + backward) * numbers) as u64));
+        group.bench_function(format!("{name} and its gradient"), |bencher| {
+            bencher.iter(|| -> rdpo::error::Result<_> {
+                let (y, tape) = record(inputs, || op(inputs))?;
+                let dy = y.detach();
+                tape.backward([(&y, dy)])
+            });
+        });
     };
-    group.throughput(Throughput::Bytes(8 * (rows * HIDDEN) as u64));
-    group.bench_function("rms_norm", |b| b.iter(|| rms_norm(black_box(&x), &weight, 1e-5)));
+    let (hidden, inner) = ([rows, HIDDEN], [rows, INNER]);
+    let weight = tensor(&[HIDDEN])?;
+    op("rms_norm", &[tensor(&hidden)?], 2, 3, &|of| rms_norm(&of[0], &weight, 1e-5));
+    op("swiglu", &[tensor(&inner)?, tensor(&inner)?], 3, 5, &|of| gated(&of[0], &of[1], Activation::Silu));
+    op("dropout", &[tensor(&hidden)?], 2, 2, &|of| dropout(&of[0], 0.1, 7));
+    let (half, heads) = (HEADS.dim / 2, [rows, HEADS.query, HEADS.dim]);
+    let [cos, sin] = [tensor(&[rows, half])?, tensor(&[rows, half])?];
+    op("rope", &[tensor(&heads)?], 2, 2, &|of| rope(&of[0], &cos, &sin));
+    let update = AdamWUpdate {
+        scale: 1.0,
+        first: [0.9, 0.1],
+        second: [0.999, 0.001],
+        inverse_root: 1.0,
+        eps: 1e-8,
+        step_size: 1e-4,
+        left: 1.0,
+    };
+    let of: [Tensor; 4] = [tensor(&inner)?, tensor(&inner)?, tensor(&inner)?, tensor(&inner)?.sqr()?];
+    let [gradient, parameter, moments @ ..] = of;
+    group.throughput(Throughput::Bytes(4 * 7 * gradient.elem_count() as u64));
+    group.bench_function("adamw", |bencher| bencher.iter(|| adamw(update, black_box(&gradient), &parameter, &moments)));
+    Ok(())
 }
 
-fn head(criterion: &mut Criterion) -> rdpo::error::Result<()> {
+fn head(criterion: &mut Criterion<Rates>) -> rdpo::error::Result<()> {
     let rows = 128;
     let weight = Tensor::from_vec(numbers(VOCABULARY * HIDDEN), (VOCABULARY, HIDDEN), &Device::Cpu)?;
     let x = Tensor::from_vec(numbers(rows * HIDDEN), (rows, HIDDEN), &Device::Cpu)?;
@@ -141,18 +198,10 @@ fn head(criterion: &mut Criterion) -> rdpo::error::Result<()> {
 }
 
 /// Every group.
-pub(crate) fn run(criterion: &mut Criterion) -> rdpo::error::Result<()> {
+pub(crate) fn run(criterion: &mut Criterion<Rates>) -> rdpo::error::Result<()> {
     matmul(criterion);
+    low_rank(criterion);
     attend(criterion);
-    elementwise(criterion);
+    elementwise(criterion)?;
     head(criterion)
-}
-
-/// Short measurements: the minimum is what counts on a shared machine.
-pub(crate) fn criterion() -> Criterion {
-    Criterion::default()
-        .warm_up_time(Duration::from_millis(200))
-        .measurement_time(Duration::from_secs(1))
-        .sample_size(20)
-        .configure_from_args()
 }

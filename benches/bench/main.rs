@@ -3,11 +3,15 @@
 mod engine;
 mod kernels;
 mod quality;
+mod rates;
 mod share;
 mod steps;
 mod train;
 
+use std::time::Duration;
+
 use candle_core::Device;
+use criterion::Criterion;
 use rdpo::error::{Error, Result};
 use rdpo::text::{Tokenizer, TokenizerOptions};
 use rdpo::weights::Checkpoint;
@@ -21,13 +25,22 @@ fn main() -> Result<()> {
         Some((first, rest)) if first == "share-run" => share::run(rest),
         Some((first, rest)) if first == "train-run" => train::run(rest),
         _ => {
-            let mut criterion = kernels::criterion();
-            kernels::run(&mut criterion)?;
+            kernels::run(&mut criterion().with_measurement(rates::Rates))?;
+            let mut criterion = criterion();
             steps::run(&mut criterion)?;
             criterion.final_summary();
             Ok(())
         }
     }
+}
+
+/// Short measurements: the minimum is what counts on a shared machine.
+fn criterion() -> Criterion {
+    Criterion::default()
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(1))
+        .sample_size(20)
+        .configure_from_args()
 }
 
 /// The tokenizer of a checkpoint.

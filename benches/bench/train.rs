@@ -156,7 +156,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let last = outcome.last.ok_or_else(|| Error::internal("the run made no step."))?;
     if let Some(out) = out {
         outcome.adapter.write(&out.join("final"))?;
-        let of = |pair: &TokenPair, answer: &[u32]| adapter_logprobs(&model, &outcome.adapter, &pair.prompt, answer);
+        let of = |pair: &TokenPair, answer: &[u32]| {
+            adapter_logprobs(&model, &outcome.adapter, &pair.prompt, answer, &mut || Ok(()))
+        };
         let logprobs = pairs
             .iter()
             .map(|pair| Ok([of(pair, &pair.chosen)?, of(pair, &pair.rejected)?]))

@@ -226,10 +226,14 @@ impl Engine {
         if scores && request.params.prompt_logprobs.is_some() {
             return Err(Error::invalid("prompt_logprobs", "A sequence classifier has no `prompt_logprobs`."));
         }
-        self.shared.queue.enter(request.role)?;
+        let role = request.role;
+        self.shared.queue.enter(role)?;
         let (events, stream) = tokio::sync::mpsc::unbounded_channel();
         let writer = Writer::new(request, events, self.shared.tokenizer.clone(), self.shared.max_model_len);
-        self.commands.send(writer).map_err(|_| Error::new(Code::Overloaded, "the engine has stopped"))?;
+        self.commands.send(writer).map_err(|_| {
+            self.shared.queue.leave(role);
+            Error::new(Code::Overloaded, "the engine has stopped")
+        })?;
         Ok(stream)
     }
 

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use futures_util::Stream;
+
 use crate::error::{Code, Error, Result};
 use crate::model::Adapter;
 use crate::text::Grammar;
@@ -30,7 +32,7 @@ pub struct SamplingParams {
     pub seed: Option<u64>,
     /// Most tokens to generate; `None` goes to the context's end. 0 only reads the prompt.
     pub max_tokens: Option<usize>,
-    /// No end-of-text token before so many.
+    /// No end-of-text token, and no end of a stop string, among so many.
     pub min_tokens: usize,
     /// Strings that end the text.
     pub stop: Vec<String>,
@@ -38,7 +40,7 @@ pub struct SamplingParams {
     pub stop_token_ids: Vec<u32>,
     /// Go on past end-of-text tokens.
     pub ignore_eos: bool,
-    /// Leave the stop string in the text.
+    /// Leave the stop string, or the text of the stop token, in the text.
     pub include_stop_str_in_output: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
@@ -191,6 +193,20 @@ pub enum Event {
 
 /// Events of one request; dropping it cancels the request.
 pub type EventStream = tokio::sync::mpsc::UnboundedReceiver<Event>;
+
+/// The events of one request, with [`Event::Failed`] at the end where the engine went away before it.
+pub fn to_the_end(mut events: EventStream) -> impl Stream<Item = Event> {
+    async_stream::stream! {
+        let mut ended = false;
+        while let Some(event) = events.recv().await {
+            ended |= !matches!(event, Event::Prompt(_) | Event::Token { .. });
+            yield event;
+        }
+        if !ended {
+            yield Event::Failed(Error::internal("the engine stopped in the middle of an answer"));
+        }
+    }
+}
 
 impl SamplingParams {
     /// Range checks that need no model, each error naming the field as the API does.

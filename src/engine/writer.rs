@@ -261,19 +261,21 @@ impl Writer {
             Outcome::NextToken(values) => return Some(Ending::NextToken(values)),
             Outcome::Score(score) => return Some(Ending::Score(score)),
             Outcome::Failed(error) => return Some(Ending::Failed(error)),
-            Outcome::Complete => return Some(self.stop(None)),
+            Outcome::Complete => return Some(self.stop(None, answered)),
             Outcome::PromptRead => return Some(Ending::Done(String::new(), FinishReason::Length)),
         };
         self.observe();
         let params = &self.request.params;
         let is_eos = (complete || !params.ignore_eos) && self.tokenizer.eos_token_ids().contains(&id);
         let asked = params.stop_token_ids.contains(&id);
-        let (text, stop) = if is_eos || asked { Default::default() } else { self.decoder.push(id) };
+        let may_stop = answered > params.min_tokens;
+        let shown = params.include_stop_str_in_output || !(is_eos || asked);
+        let (text, stop) = if shown { self.decoder.push(id, may_stop) } else { Default::default() };
         let _ = self.events.send(Event::Token { id, text, logprob });
         match stop {
             Some(stop) => Some(Ending::Done(String::new(), FinishReason::Stop { text: Some(stop), token: None })),
-            None if is_eos || asked || complete => Some(self.stop(asked.then_some(id))),
-            None => (answered >= self.room()).then(|| Ending::Done(self.decoder.finish(), FinishReason::Length)),
+            None if is_eos || asked || complete => Some(self.stop(asked.then_some(id), answered)),
+            None => (answered >= self.room()).then(|| self.finish(FinishReason::Length, answered)),
         }
     }
 
@@ -288,8 +290,14 @@ impl Writer {
         metrics.generation_tokens_total.with_label_values(&role).inc();
     }
 
-    fn stop(&mut self, token: Option<u32>) -> Ending {
-        Ending::Done(self.decoder.finish(), FinishReason::Stop { text: None, token })
+    fn stop(&mut self, token: Option<u32>, answered: usize) -> Ending {
+        self.finish(FinishReason::Stop { text: None, token }, answered)
+    }
+
+    /// The end for this reason, unless what was held back has a stop string.
+    fn finish(&mut self, reason: FinishReason, answered: usize) -> Ending {
+        let (text, stop) = self.decoder.finish(answered > self.request.params.min_tokens);
+        Ending::Done(text, stop.map_or(reason, |stop| FinishReason::Stop { text: Some(stop), token: None }))
     }
 
     /// Sends the end.

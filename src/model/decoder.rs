@@ -31,6 +31,7 @@ pub struct Decoder {
     config: ModelConfig,
     layers_root: &'static str,
     options: LoadOptions,
+    identity: String,
     frequencies: Frequencies,
     /// (V, C).
     embedding: FrozenLinear,
@@ -92,6 +93,10 @@ impl Decoder {
             frequencies: Frequencies::new(&config),
             embedding_scale: config.gemma_norms.then(|| (hidden as f64).sqrt()),
             options: options.clone(),
+            identity: {
+                let device = if options.device.is_cpu() { "cpu" } else { "gpu" };
+                format!("{} {} {device}", checkpoint.fingerprint()?, options.weights)
+            },
             config,
             layers_root: if prefix.contains("language_model") { "model.language_model." } else { "model." },
             embedding,
@@ -106,6 +111,11 @@ impl Decoder {
     /// Its shape and flags.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What its numbers depend on: the checkpoint as [`Checkpoint::fingerprint`] tells it from others, the weights' format, the device.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// Where Hugging Face's model of this checkpoint has its layers, as PEFT names them: one that also sees has them a name deeper.

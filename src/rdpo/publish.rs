@@ -3,13 +3,14 @@
 use serde_json::json;
 
 use super::PublishWhen;
+use super::pacing::Pacing;
 use super::report::Report;
 use super::run::Run;
 use crate::error::Result;
 use crate::jobs::Status;
 use crate::roles::{Lease, PublishMode, Target};
 use crate::telemetry::metrics;
-use crate::train::{Outcome, TokenPair, adapter_logprobs};
+use crate::train::{Hooks, Outcome, TokenPair, adapter_logprobs};
 
 /// Pairs of the probe batch.
 const PROBE: usize = 4;
@@ -81,10 +82,14 @@ impl Run<'_> {
         let base = self.roles.student_base()?;
         let served = Target { lease: Some(lease.clone()), ..base.clone() };
         let (model, longest) = (base.engine()?.model(), base.engine()?.max_model_len());
+        let gate = base.engine()?.gate();
         let (mut largest, mut sum, mut tokens): (f64, f64, usize) = (0.0, 0.0, 0);
         for pair in pairs.iter().filter(|pair| pair.prompt.len() + pair.chosen.len() < longest).take(PROBE) {
-            self.context.check()?;
-            let trained = adapter_logprobs(model, &outcome.adapter, &pair.prompt, &pair.chosen)?;
+            // As it trains, and the device is free when it serves.
+            let trained = gate.training(|| {
+                let mut pacing = Pacing::new(self, &gate);
+                adapter_logprobs(model, &outcome.adapter, &pair.prompt, &pair.chosen, &mut || pacing.pace())
+            })?;
             let answered = self.runtime.block_on(served.logprobs_of(&pair.prompt, &pair.chosen))?;
             for (one, other) in trained.iter().zip(&answered) {
                 let gap = f64::from((one - other).abs());

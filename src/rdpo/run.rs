@@ -65,6 +65,11 @@ impl<'a> Run<'a> {
             kept(context, "init_from", || Ok(init.as_deref().map(|name| roles.adapters().pinned(name))))?;
         let asked = roles.adapters().pinned(&request.synthesis.respond_with);
         request.synthesis.respond_with = kept(context, "respond_with", || Ok(asked))?;
+        let identity = roles.student_base()?.engine()?.model().identity().to_owned();
+        if kept(context, "student", || Ok(identity.clone()))? != identity {
+            let text = "the student's weights, `dtype` or device are not those this job began with: bring them back, or start a new job";
+            return Err(Error::conflict(text));
+        }
         let held_out = match request.eval_prompts.is_empty() {
             true => held_out(&prompts, request.training.eval_fraction, request.seed),
             false => (prompts.len() - request.eval_prompts.len()..prompts.len()).collect(),
@@ -246,7 +251,7 @@ impl<'a> Run<'a> {
         let last = outcome.last.as_ref().map(serde_json::to_value).transpose()?;
         self.set_result(&json!({"training": {
             "steps": outcome.steps, "adapter_step": outcome.adapter_step, "last": last,
-            "evaluations": outcome.evaluations, "dropped_too_long": outcome.dropped_too_long,
+            "evaluations": outcome.evaluations, "dropped_too_long": outcome.dropped_too_long, "nonfinite_steps": outcome.nonfinite_steps,
         }}))?;
         Ok(outcome)
     }

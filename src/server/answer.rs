@@ -10,10 +10,9 @@ use actix_web::http::header::{HeaderName, HeaderValue};
 use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::limits::{timed_out, within};
-use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
+use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage, to_the_end};
 use crate::error::{Error, Result};
 use crate::roles::{Score, Target};
 use crate::text::{Message, Tokenizer};
@@ -195,7 +194,7 @@ impl Choices {
         if wanted > room {
             let message =
                 format!("{n} answers to each of {} prompts are more than the {room} that may wait", prompts.len());
-            return Err(Error::invalid("n", message));
+            return Err(Error::invalid(if n > 1 { "n" } else { "prompt" }, message));
         }
         let mut streams: Vec<Indexed> = Vec::with_capacity(wanted);
         for (at, prompt) in prompts.iter().enumerate() {
@@ -206,7 +205,7 @@ impl Choices {
                 let params = SamplingParams { seed, prompt_logprobs, ..params.clone() };
                 let events = target.generate(prompt.clone(), params)?;
                 let index = at * n + choice;
-                streams.push(Box::pin(UnboundedReceiverStream::new(events).map(move |event| (index, event))));
+                streams.push(Box::pin(to_the_end(events).map(move |event| (index, event))));
             }
         }
         let expires = limit.map(|limit| (limit, Box::pin(tokio::time::sleep(limit))));

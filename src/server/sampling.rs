@@ -36,6 +36,17 @@ pub(super) struct StreamOptions {
 
 read_from_objects_only!(StreamOptions);
 
+/// Which side of a long prompt goes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum TruncationSide {
+    /// The first tokens go.
+    #[default]
+    Left,
+    /// The last ones.
+    Right,
+}
+
 /// The sampling fields of a request body.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub(super) struct Sampling {
@@ -78,7 +89,7 @@ pub(super) struct Sampling {
     pub(super) stream: Option<bool>,
     /// What the stream carries besides.
     pub(super) stream_options: Option<StreamOptions>,
-    /// No end of text before so many tokens.
+    /// Neither an end of text nor the end of a stop string among so many tokens.
     pub(super) min_tokens: Option<usize>,
     /// Token ids that end the text.
     pub(super) stop_token_ids: Option<Vec<u32>>,
@@ -86,7 +97,7 @@ pub(super) struct Sampling {
     pub(super) ignore_eos: Option<bool>,
     /// Leave special tokens out of the text (the default).
     pub(super) skip_special_tokens: Option<bool>,
-    /// Leave the stop string in the text.
+    /// Leave the stop string, or the text of the stop token, in the text.
     pub(super) include_stop_str_in_output: Option<bool>,
     /// Add the token ids of prompt and answers.
     pub(super) return_token_ids: Option<bool>,
@@ -101,9 +112,11 @@ pub(super) struct Sampling {
     pub(super) bad_words: Option<Vec<String>>,
     /// The only token ids that may come.
     pub(super) allowed_token_ids: Option<Vec<u32>>,
-    /// Keep only so many of the prompt's last tokens; -1 keeps what leaves room for the answer.
+    /// Keep only so many of the prompt's tokens; -1 keeps what leaves room for the answer.
     #[schema(minimum = -1)]
     pub(super) truncate_prompt_tokens: Option<i64>,
+    /// Which of them: the last ones where the left side goes (the default).
+    pub(super) truncation_side: Option<TruncationSide>,
     /// Lower goes first.
     pub(super) priority: Option<i64>,
     /// Share cached prompts only with requests of the same salt.
@@ -122,7 +135,9 @@ pub(super) struct Refused {
     logits_processors: Option<Value>,
     logprob_token_ids: Option<Value>,
     return_tokens_as_token_ids: Option<bool>,
-    max_repetition_pattern_size: Option<Value>,
+    repetition_detection: Option<Value>,
+    thinking_token_budget: Option<Value>,
+    return_weight_versions: Option<bool>,
     prompt_embeds: Option<Value>,
     guided_json: Option<Value>,
     guided_regex: Option<Value>,
@@ -147,10 +162,9 @@ impl Refused {
             ("logits_processors", set(&self.logits_processors)),
             ("logprob_token_ids", set(&self.logprob_token_ids)),
             ("return_tokens_as_token_ids", self.return_tokens_as_token_ids == Some(true)),
-            (
-                "max_repetition_pattern_size",
-                self.max_repetition_pattern_size.as_ref().is_some_and(|size| !size.is_null() && *size != 0),
-            ),
+            ("repetition_detection", set(&self.repetition_detection)),
+            ("thinking_token_budget", set(&self.thinking_token_budget)),
+            ("return_weight_versions", self.return_weight_versions == Some(true)),
             ("prompt_embeds", set(&self.prompt_embeds)),
             // vLLM's old names for what is in `structured_outputs` now.
             ("guided_json", set(&self.guided_json)),
@@ -229,7 +243,7 @@ impl Sampling {
         Ok(())
     }
 
-    /// The prompt's last tokens, where fewer are asked for.
+    /// What is kept of the prompt's tokens, where fewer are asked for.
     pub(super) fn truncate(&self, mut prompt: Vec<u32>, target: &Target, params: &SamplingParams) -> Result<Vec<u32>> {
         let field = "truncate_prompt_tokens";
         let context = target.max_model_len()?;
@@ -242,7 +256,10 @@ impl Sampling {
                 return Err(Error::invalid(field, text));
             }
         };
-        prompt.drain(..prompt.len().saturating_sub(kept));
+        match self.truncation_side.unwrap_or_default() {
+            TruncationSide::Left => drop(prompt.drain(..prompt.len().saturating_sub(kept))),
+            TruncationSide::Right => prompt.truncate(kept),
+        }
         Ok(prompt)
     }
 

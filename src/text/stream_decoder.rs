@@ -51,8 +51,9 @@ impl StreamDecoder {
         decoder
     }
 
-    /// Takes one token; returns the text that is now certain (maybe empty) and the stop string if one is complete.
-    pub fn push(&mut self, id: u32) -> (String, Option<String>) {
+    /// Takes one token; returns the text that is now certain (maybe empty) and the stop string if one ends in what came with it.
+    /// Nothing is a stop string unless `may_stop`.
+    pub fn push(&mut self, id: u32, may_stop: bool) -> (String, Option<String>) {
         // It has no text. Were it kept, a long run of such tokens would be read again at each of them.
         if self.skip_special_tokens && self.tokenizer.is_special(id) {
             return (String::new(), None);
@@ -65,15 +66,16 @@ impl StreamDecoder {
         }
         self.held.push_str(after.get(before.len()..).unwrap_or_default());
         (self.prefix, self.read) = (self.read, self.ids.len());
-        self.release()
+        self.release(may_stop)
     }
 
-    /// The text still held back when generation ends without a stop string.
-    pub fn finish(&mut self) -> String {
+    /// The text still held back when generation ends, and the stop string if one is in it, before a character that is not whole.
+    pub fn finish(&mut self, may_stop: bool) -> (String, Option<String>) {
         let (before, after) = (self.text(self.prefix..self.read), self.text(self.prefix..self.ids.len()));
-        let mut text = std::mem::take(&mut self.held);
-        text.push_str(after.get(before.len()..).unwrap_or_default());
-        text
+        self.held.push_str(after.get(before.len()..).unwrap_or_default());
+        let (mut text, stop) = self.release(may_stop);
+        text.push_str(&std::mem::take(&mut self.held));
+        (text, stop)
     }
 
     fn text(&self, range: std::ops::Range<usize>) -> String {
@@ -81,9 +83,9 @@ impl StreamDecoder {
     }
 
     /// Everything held up to a stop string, or up to where one may be beginning.
-    fn release(&mut self) -> (String, Option<String>) {
-        let found =
-            self.stop.iter().filter_map(|stop| self.held.find(stop).map(|at| (at, stop))).min_by_key(|(at, _)| *at);
+    fn release(&mut self, may_stop: bool) -> (String, Option<String>) {
+        let stops = self.stop.iter().filter(|_| may_stop);
+        let found = stops.filter_map(|stop| self.held.find(stop).map(|at| (at, stop))).min_by_key(|(at, _)| *at);
         if let Some((at, stop)) = found {
             let stop = stop.clone();
             let mut text = std::mem::take(&mut self.held);
@@ -132,14 +134,15 @@ mod tests {
         let mut decoder = StreamDecoder::new(tokenizer.clone(), &[], stop, include, true);
         let mut pieces = Vec::new();
         for byte in text.bytes() {
-            let (piece, found) = decoder.push(u32::from(byte));
+            let (piece, found) = decoder.push(u32::from(byte), true);
             pieces.push(piece);
             if found.is_some() {
                 return (pieces, found);
             }
         }
-        pieces.push(decoder.finish());
-        (pieces, None)
+        let (piece, found) = decoder.finish(true);
+        pieces.push(piece);
+        (pieces, found)
     }
 
     #[test]
@@ -150,6 +153,34 @@ mod tests {
         let (pieces, found) = run(&tokenizer, "one</s>two", &["</s>"], false);
         assert_eq!((pieces.concat().as_str(), found.as_deref()), ("one", Some("</s>")));
         assert_eq!(run(&tokenizer, "one</s>two", &["</s>"], true).0.concat(), "one</s>");
+    }
+
+    #[test]
+    fn a_stop_string_counts_where_it_ends() {
+        let mut decoder = StreamDecoder::new(bytes(), &[], vec!["ab".into()], false, true);
+        let mut push = |byte: u8, may_stop| decoder.push(u32::from(byte), may_stop);
+        assert_eq!(push(b'a', false), (String::new(), None), "it may be the beginning of one that ends later");
+        assert_eq!(push(b'b', false), ("ab".into(), None));
+        assert_eq!(push(b'a', false), (String::new(), None));
+        assert_eq!(push(b'b', true), (String::new(), Some("ab".into())));
+    }
+
+    #[test]
+    fn a_stop_string_before_half_a_character_is_found_at_the_end() {
+        let word = Arc::new(
+            Tokenizer::new(TokenizerOptions {
+                tokenizer_json: serde_json::json!({"version": "1.0", "added_tokens": [],
+                "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+                "model": {"type": "BPE", "vocab": {"Ġ": 0, "â": 1, "a": 2, "Ġâ": 3}, "merges": [["Ġ", "â"]]}})
+                .to_string(),
+                ..TokenizerOptions::default()
+            })
+            .unwrap(),
+        );
+        let mut decoder = StreamDecoder::new(word, &[], vec![" ".into()], false, true);
+        assert_eq!(decoder.push(2, true), ("a".into(), None));
+        assert_eq!(decoder.push(3, true), (String::new(), None), "half a character is still to come");
+        assert_eq!(decoder.finish(true), (String::new(), Some(" ".into())));
     }
 
     /// A vocabulary as SentencePiece models have it: the text's first space is the tokenizer's own.
@@ -175,8 +206,8 @@ mod tests {
     /// The text of an answer to a prompt.
     fn answer(tokenizer: &Arc<Tokenizer>, prompt: &[u32], ids: &[u32], skip: bool) -> String {
         let mut decoder = StreamDecoder::new(tokenizer.clone(), prompt, Vec::new(), false, skip);
-        let mut text: String = ids.iter().map(|id| decoder.push(*id).0).collect();
-        text.push_str(&decoder.finish());
+        let mut text: String = ids.iter().map(|id| decoder.push(*id, true).0).collect();
+        text.push_str(&decoder.finish(true).0);
         text
     }
 

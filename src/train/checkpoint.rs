@@ -20,6 +20,8 @@ use crate::weights::AdapterFile;
 
 const PREFIX: &str = "checkpoint-";
 const UNFINISHED: &str = ".unfinished-";
+/// Form of `state.json`.
+const VERSION: u32 = 1;
 
 /// `state.json`: the cursor and what would be dear to compute again. Shuffling and dropout are functions of the job's seed and
 /// `step`, so the random state is those two numbers.
@@ -62,7 +64,7 @@ impl SavedState {
     /// The state before the first step.
     pub(crate) fn new(fingerprint: String, pairs: usize, eval_pairs: usize) -> Self {
         SavedState {
-            version: 1,
+            version: VERSION,
             fingerprint,
             step: 0,
             updates: 0,
@@ -90,7 +92,7 @@ pub(crate) fn fingerprint(job: &TrainJob<'_>) -> Result<String> {
     let mut hash = Sha256::new();
     let mut options = job.options.clone();
     options.checkpoint_steps = 1;
-    hash.update(format!("{:?}", job.model.config()));
+    hash.update(job.model.identity());
     hash.update(serde_json::to_vec(&(&job.lora, &job.loss, &options, job.seed))?);
     if let Some(init) = &job.init {
         hash.update(init.generation()?);
@@ -178,9 +180,16 @@ pub(crate) fn newest(folder: &Path, fingerprint: &str) -> Result<Option<Saved>> 
     };
     let text = fs::read(path.join("state.json")).map_err(|error| broken(error.into()))?;
     let state: SavedState = serde_json::from_slice(&text).map_err(|error| broken(error.into()))?;
+    if state.version != VERSION {
+        return Err(Error::conflict(format!(
+            "{} is a checkpoint of form {}, and this server writes form {VERSION}; use another folder or remove it.",
+            path.display(),
+            state.version
+        )));
+    }
     if state.fingerprint != fingerprint {
         return Err(Error::conflict(format!(
-            "{} is a checkpoint of a run with other pairs, options or seed; use another folder or remove it.",
+            "{} is a checkpoint of a run with other pairs, options, seed or base weights; use another folder or remove it.",
             path.display()
         )));
     }

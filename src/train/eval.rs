@@ -76,7 +76,7 @@ impl Trainer<'_> {
         step > 0 && !made && !self.held_out.pairs.is_empty() && self.options.eval_steps.is_some_and(wanted)
     }
 
-    /// Loss and rewards on the held-out pairs under the current adapter. The adapter of the best evaluation is kept on disk.
+    /// Loss and rewards on the held-out pairs under the current adapter.
     pub fn evaluate(&mut self, pace: &mut Pace<'_>) -> Result<EvalMetrics> {
         let mut sums = Sums::default();
         let all: Vec<usize> = (0..self.held_out.pairs.len()).collect();
@@ -106,9 +106,6 @@ impl Trainer<'_> {
         };
         let metric = self.options.metric_for_best_model;
         found.best = best(&self.state.evaluations).is_none_or(|before| found.better_than(before, metric));
-        if found.best && self.options.load_best_model_at_end {
-            self.keep_best(step)?;
-        }
         self.state.evaluations.push(found);
         Ok(found)
     }
@@ -133,9 +130,12 @@ impl Trainer<'_> {
         self.folder.join(format!("{FOLDER}{step:08}"))
     }
 
-    /// A run that is killed and goes on from an older step writes the same again.
-    fn keep_best(&self, step: usize) -> Result<()> {
-        let folder = self.best_folder(step);
+    /// Writes the adapter of the evaluation just made, where it is the best so far and that is wanted at the end. A run that is killed and
+    /// goes on from an older step writes the same again.
+    pub(super) fn keep_best(&self) -> Result<()> {
+        let wanted = self.options.load_best_model_at_end;
+        let Some(found) = self.state.evaluations.last().filter(|last| last.best && wanted) else { return Ok(()) };
+        let folder = self.best_folder(found.step);
         if folder.exists() {
             std::fs::remove_dir_all(&folder)?;
         }

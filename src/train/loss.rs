@@ -88,18 +88,17 @@ pub fn preference_loss(logps: &PairLogps, options: &LossOptions) -> LossMetrics 
 }
 
 /// What the external score gaps of a job are divided by: the number given, or the population standard deviation of the gaps
-/// themselves (1 when they are all equal, or when there are none).
+/// themselves (1 when they are all equal but for rounding, or when there are none).
 pub fn score_scale(option: ScoreScale, gaps: &[f64]) -> f64 {
     match option {
         ScoreScale::Fixed(scale) => scale,
         ScoreScale::Auto => {
-            let Some(first) = gaps.first() else { return 1.0 };
-            if gaps.iter().all(|gap| gap == first) {
-                return 1.0;
-            }
-            let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
-            let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
-            if variance > 0.0 { variance.sqrt() } else { 1.0 }
+            let count = gaps.len().max(1) as f64;
+            let mean = gaps.iter().sum::<f64>() / count;
+            let deviation = (gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / count).sqrt();
+            let largest = gaps.iter().fold(0.0, |largest: f64, gap| largest.max(gap.abs()));
+            // What is less is the rounding of the scores' own differences.
+            if deviation > 1e-9 * largest { deviation } else { 1.0 }
         }
     }
 }
@@ -295,6 +294,7 @@ mod tests {
         assert_eq!(score_scale(ScoreScale::Auto, &[0.0, 4.0]), 2.0);
         assert_eq!(score_scale(ScoreScale::Auto, &[0.1, 0.1, 0.1]), 1.0);
         assert_eq!(score_scale(ScoreScale::Auto, &[]), 1.0);
+        assert_eq!(score_scale(ScoreScale::Auto, &[3.1 - 2.1, 4.1 - 3.1]), 1.0, "equal but for rounding");
         assert_eq!(score_scale(ScoreScale::Fixed(2.5), &[0.0, 4.0]), 2.5);
     }
 }

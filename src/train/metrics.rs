@@ -43,7 +43,7 @@ pub struct StepMetrics {
     pub logps_rejected: f64,
     /// Tokens of prompts and answers trained on so far (prompt counted for each answer, as TRL counts).
     pub num_tokens: usize,
-    /// Of those, tokens that sharing the prompt between a pair's answers did not have to compute.
+    /// Of those, tokens that were not computed: the prompt the second time, and the last of each answer, which nothing follows.
     #[serde(default)]
     pub tokens_saved: usize,
     /// Seconds the step took.

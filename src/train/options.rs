@@ -152,7 +152,7 @@ pub struct TrainingOptions {
     /// LoRA+ (arXiv 2402.12354): B learns at so many times the learning rate of A.
     pub loraplus_lr_ratio: Option<f64>,
     /// Memory for layer graphs kept between forward and backward, e.g. `1GiB`. Layers that do not fit are computed again in the
-    /// backward, with the same result. Also bounds how many pairs one flat step holds.
+    /// backward, with the same result. On a GPU it also bounds how many tokens one flat step holds: on a CPU these are 512.
     pub activation_memory: String,
 }
 

@@ -78,7 +78,7 @@ impl Pass<'_> {
                 layer_bytes += tape.bytes();
             }
             if block == measured + 1 {
-                kept_from = blocks.saturating_sub(2 * self.keep_bytes / layer_bytes.max(1));
+                kept_from = blocks.saturating_sub(self.keep_bytes.saturating_mul(2) / layer_bytes.max(1));
                 passed.iter_mut().take(kept_from).for_each(|left| left.output = None);
             }
             let input = std::mem::replace(&mut x, output.clone());

@@ -29,6 +29,8 @@ pub struct Outcome {
     pub last: Option<StepMetrics>,
     /// Every evaluation.
     pub evaluations: Vec<EvalMetrics>,
+    /// Steps that were skipped because they were not finite.
+    pub nonfinite_steps: usize,
     /// Pairs dropped for length.
     pub dropped_too_long: usize,
 }
@@ -55,6 +57,7 @@ pub fn train(job: &TrainJob<'_>, hooks: &mut dyn Hooks) -> Result<Outcome> {
         evaluations: trainer.evaluations().to_vec(),
         steps: trainer.step(),
         last: trainer.history().last().cloned(),
+        nonfinite_steps: trainer.nonfinite_steps(),
         dropped_too_long: trainer.dropped_too_long(),
     })
 }
@@ -69,7 +72,10 @@ fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hoo
     loop {
         if trainer.eval_is_due() {
             let metrics = trainer.evaluate(&mut || hooks.pace())?;
-            hooks.on_eval(&metrics)?;
+            let heard = hooks.on_eval(&metrics);
+            // Now that the device is not held any more.
+            trainer.keep_best()?;
+            heard?;
         }
         let step = trainer.step();
         let ends = step >= total || trainer.should_stop();
@@ -78,7 +84,7 @@ fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hoo
             hooks.on_checkpoint(step, &adapter)?;
         }
         if ends {
-            return Ok(());
+            return trainer.check_finite();
         }
         for batch in trainer.next_batches() {
             trainer.forward_backward(&batch, &mut || hooks.pace())?;

@@ -269,20 +269,26 @@ impl<'a> Trainer<'a> {
         metrics::publish(&metrics, &self.sums);
         self.state.history.push(metrics);
         self.forget();
-        if self.state.nonfinite_in_a_row >= NONFINITE_LIMIT {
-            let message = format!(
-                "loss or gradient was not finite for {NONFINITE_LIMIT} steps in a row, up to step {}; lower the learning rate or check the pairs.",
-                self.state.step
-            );
-            return Err(Error::new(Code::Unprocessable, message).at("training.learning_rate"));
+        self.check_finite()
+    }
+
+    /// An error where the last steps were not finite: five in a row, or all of a shorter run.
+    pub(super) fn check_finite(&self) -> Result<()> {
+        let limit = NONFINITE_LIMIT.min(self.total_steps());
+        if self.state.nonfinite_in_a_row < limit {
+            return Ok(());
         }
-        Ok(())
+        let message = format!(
+            "loss or gradient was not finite for {limit} steps in a row, up to step {}; lower the learning rate or check the pairs.",
+            self.state.step
+        );
+        Err(Error::new(Code::Unprocessable, message).at("training.learning_rate"))
     }
 
     /// Log-probs of a response under the current adapter (or the base), token by token.
     pub fn sample_logprobs(&self, prompt: &[u32], response: &[u32], adapter: bool) -> Result<Vec<f32>> {
         let lora = if adapter { LoraRows::Train { params: &self.params, dropout_seed: None } } else { LoraRows::Base };
-        token_logprobs_of(self.model, prompt, response, lora)
+        token_logprobs_of(self.model, prompt, response, lora, &mut || Ok(()))
     }
 
     /// Writes adapter, moments, cursor and counters aside, then renames; gives the adapter written.
@@ -333,6 +339,11 @@ impl<'a> Trainer<'a> {
     /// Metrics of every step so far.
     pub fn history(&self) -> &[StepMetrics] {
         &self.state.history
+    }
+
+    /// Steps that were skipped because loss or gradient was not finite.
+    pub fn nonfinite_steps(&self) -> usize {
+        self.state.nonfinite_steps
     }
 
     /// Pairs dropped because their prompt alone is too long.
@@ -449,7 +460,13 @@ impl Drop for Trainer<'_> {
 }
 
 /// Log-probs of `response` after `prompt`, token by token, in nats, without gradients.
-pub fn token_logprobs_of(model: &Decoder, prompt: &[u32], response: &[u32], lora: LoraRows<'_>) -> Result<Vec<f32>> {
+pub fn token_logprobs_of(
+    model: &Decoder,
+    prompt: &[u32],
+    response: &[u32],
+    lora: LoraRows<'_>,
+    pace: &mut Pace<'_>,
+) -> Result<Vec<f32>> {
     if prompt.is_empty() {
         return Err(Error::invalid("prompt", "an empty prompt has no token to predict the response from."));
     }
@@ -458,13 +475,19 @@ pub fn token_logprobs_of(model: &Decoder, prompt: &[u32], response: &[u32], lora
     if response.is_empty() {
         return Ok(Vec::new());
     }
-    logprobs(model, &Pack::single(prompt, response), lora, &mut || Ok(()))
+    logprobs(model, &Pack::single(prompt, response), lora, pace)
 }
 
 /// The same under a stored adapter.
-pub fn adapter_logprobs(model: &Decoder, adapter: &AdapterFile, prompt: &[u32], response: &[u32]) -> Result<Vec<f32>> {
+pub fn adapter_logprobs(
+    model: &Decoder,
+    adapter: &AdapterFile,
+    prompt: &[u32],
+    response: &[u32],
+    pace: &mut Pace<'_>,
+) -> Result<Vec<f32>> {
     let params = LoraParams::from_file(adapter, model)?;
-    token_logprobs_of(model, prompt, response, LoraRows::Train { params: &params, dropout_seed: None })
+    token_logprobs_of(model, prompt, response, LoraRows::Train { params: &params, dropout_seed: None }, pace)
 }
 
 fn check_pairs(field: &str, pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
@@ -475,6 +498,12 @@ fn check_pairs(field: &str, pairs: &[TokenPair], config: &ModelConfig) -> Result
                 return Err(Error::invalid(at(), "has no tokens."));
             }
             check_ids(ids, config, at)?;
+        }
+        if let Some(known) = &pair.reference_rejected
+            && (known.len() != pair.rejected.len() || !known.iter().all(|one| one.is_finite()))
+        {
+            let text = "must be one finite number for each token of `rejected`.";
+            return Err(Error::invalid(format!("{field}[{index}].reference_rejected"), text));
         }
         if !pair.score_chosen.is_finite() || !pair.score_rejected.is_finite() {
             return Err(Error::invalid(format!("{field}[{index}]"), "its scores must be finite numbers."));

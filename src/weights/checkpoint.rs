@@ -1,9 +1,12 @@
 //! A model on disk, whatever its format: configuration, tensors by Hugging Face name, tokenizer, chat template.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::blocks::Blocks;
 use super::gguf::Gguf;
@@ -73,6 +76,26 @@ impl Checkpoint {
             Format::Gguf(_) => Ok(vec![self.path.clone()]),
             Format::Folder(_) => hf::shards(&self.path),
         }
+    }
+
+    /// Tells the tensors from those of other checkpoints: SHA-256 of the configuration, and of each file's length and some of its bytes,
+    /// spread over it. Files are too large to be read whole, and a training run that changes a model changes all of it.
+    pub fn fingerprint(&self) -> Result<String> {
+        const PIECES: u64 = 64;
+        let mut hash = Sha256::new();
+        hash.update(serde_json::to_vec(&self.config)?);
+        for path in self.files()? {
+            let mut file = File::open(&path)?;
+            let length = file.metadata()?.len();
+            hash.update(length.to_le_bytes());
+            for at in 0..PIECES {
+                file.seek(SeekFrom::Start(length / PIECES * at))?;
+                let mut piece = Vec::new();
+                file.by_ref().take(1024).read_to_end(&mut piece)?;
+                hash.update(&piece);
+            }
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The model's configuration in the shape of Hugging Face's `config.json`.

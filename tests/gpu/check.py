@@ -98,9 +98,12 @@ def run_sections(bench, chosen, rows, write):
             text = str(error) if isinstance(error, Failed) else traceback.format_exc()
             bench.notes.append(f"**{name}**\n\n```\n{text.strip()}\n```")
             print(text, flush=True)
+            reason = text.strip().splitlines()[0 if isinstance(error, Failed) else -1]
+            # What was not there yet, or only one side of it.
             for row in rows[name]:
-                if row.result == "not run":
-                    row.result, row.passed = f"failed: {text.strip().splitlines()[0 if isinstance(error, Failed) else -1]}", False
+                if row.passed is None and row.result.endswith("not run"):
+                    found = row.result.removesuffix("not run").rstrip()
+                    row.result, row.passed = f"failed: {reason}{f' ({found} not run)' if found else ''}", False
         print(f"{name}: {time.monotonic() - since:.0f} s", flush=True)
 
 

@@ -5,8 +5,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rdpo::error::Result;
 use rdpo::ops::{
-    Activation, CausalMask, FrozenLinear, Segment, Trained, add, causal_attention, dropout, gated, low_rank, record,
-    reshape, rms_norm, rope, token_logprobs,
+    Activation, CausalMask, FrozenLinear, Segment, Trained, add, causal_attention, dropout, gated, linears, low_rank,
+    record, reshape, rms_norm, rope, token_logprobs,
 };
 
 const STEP: f32 = 1e-2;
@@ -56,6 +56,10 @@ fn linear() {
     let bias = numbers(&[5], 8);
     let frozen = FrozenLinear::new(&numbers(&[5, 7], 7), Some(&bias)).unwrap();
     check("frozen linear", &[&[3, 7]], |x| frozen.forward(&x[0]));
+    check("linears", &[&[3, 7]], |x| {
+        let [y, z] = linears(&x[0], [(&frozen, vec![]), (&frozen, vec![])])?;
+        add(&y, &gated(&z, &z, Activation::Silu)?)
+    });
     let trained = |base, x: &[Tensor]| {
         let [y] = low_rank(&x[0], [Trained { base, a: &x[1], b: &x[2], scale: 1.5 }])?;
         Ok(y)

@@ -237,8 +237,8 @@ fn sampler_and_trainer_give_sampled_tokens_the_same_log_probs() {
                 }
             }
             let trained = match adapted {
-                true => adapter_logprobs(&model, &file, &prompt, &drawn).unwrap(),
-                false => token_logprobs_of(&model, &prompt, &drawn, LoraRows::Base).unwrap(),
+                true => adapter_logprobs(&model, &file, &prompt, &drawn, &mut || Ok(())).unwrap(),
+                false => token_logprobs_of(&model, &prompt, &drawn, LoraRows::Base, &mut || Ok(())).unwrap(),
             };
             seen += drawn.len();
             let gap = trained.iter().zip(&said).fold(0f32, |gap, (a, b)| gap.max((a - b).abs()));

@@ -26,6 +26,11 @@ const HEAD_DIM: usize = 12;
 
 /// A Llama of random weights, large enough that its log-probs differ from token to token.
 pub(crate) fn model() -> Decoder {
+    model_in(DType::F32, 7)
+}
+
+/// The same held in another dtype, or drawn by another seed.
+fn model_in(dtype: DType, seed: u64) -> Decoder {
     let folder = TempDir::new().unwrap();
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
@@ -34,7 +39,7 @@ pub(crate) fn model() -> Decoder {
         "max_position_embeddings": 256, "tie_word_embeddings": true, "hidden_act": "silu", "torch_dtype": "float32",
     });
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut tensors = HashMap::new();
     let mut put = |name: String, shape: &[usize], scale: f32, shift: f32| {
         let data: Vec<f32> =
@@ -57,7 +62,7 @@ pub(crate) fn model() -> Decoder {
     }
     candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(DType::F32) }).unwrap()
+    Decoder::load(&checkpoint, &LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(dtype) }).unwrap()
 }
 
 pub(crate) fn pairs(count: usize) -> Vec<TokenPair> {
@@ -182,7 +187,10 @@ fn step_zero_is_exactly_the_reference() {
         let pair = &pairs[0];
         let with = trainer.sample_logprobs(&pair.prompt, &pair.chosen, true).unwrap();
         assert_eq!(with, trainer.sample_logprobs(&pair.prompt, &pair.chosen, false).unwrap());
-        assert_eq!(with, token_logprobs_of(&model, &pair.prompt, &pair.chosen, LoraRows::Base).unwrap());
+        assert_eq!(
+            with,
+            token_logprobs_of(&model, &pair.prompt, &pair.chosen, LoraRows::Base, &mut || Ok(())).unwrap()
+        );
         assert_eq!(with.len(), pair.chosen.len());
         assert!(with.iter().all(|&v| v < 0.0));
     }
@@ -196,7 +204,7 @@ fn a_reference_that_the_sampler_left_is_the_one_that_would_be_computed() {
         warmed(&job(&model, pairs, folder.path())).adapter().unwrap().generation().unwrap()
     };
     let sampled = |pair: &TokenPair| {
-        let known = token_logprobs_of(&model, &pair.prompt, &pair.rejected, LoraRows::Base).unwrap();
+        let known = token_logprobs_of(&model, &pair.prompt, &pair.rejected, LoraRows::Base, &mut || Ok(())).unwrap();
         TokenPair { reference_rejected: Some(known), ..pair.clone() }
     };
     let mut known: Vec<TokenPair> = pairs.iter().map(sampled).collect();
@@ -402,6 +410,91 @@ fn a_checkpoint_of_another_job_is_refused() {
     let error = train(&first, &mut Listener::default()).unwrap_err();
     assert_eq!(error.code, Code::Conflict);
     assert!(error.message.contains("checkpoint-00000001"), "{error}");
+    first.seed -= 1;
+    // The reference it holds is that of these weights in this dtype.
+    for other in [model_in(DType::BF16, 7), model_in(DType::F32, 8)] {
+        let error = train(&TrainJob { model: &other, ..job(&other, &pairs, folder.path()) }, &mut Listener::default());
+        assert_eq!(error.unwrap_err().code, Code::Conflict);
+    }
+    assert!(train(&job(&model_in(DType::F32, 7), &pairs, folder.path()), &mut Listener::default()).is_ok());
+}
+
+/// How often each step of a run paces, the steps that were done before included.
+fn paces(job: &TrainJob<'_>, stop_at_step: Option<usize>) -> Vec<usize> {
+    struct Counts(Vec<usize>, usize, Option<usize>);
+    impl Hooks for Counts {
+        fn pace(&mut self) -> Result<()> {
+            self.1 += 1;
+            Ok(())
+        }
+        fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+            self.0.push(std::mem::take(&mut self.1));
+            if self.2 == Some(metrics.step) { Err(Error::cancelled()) } else { Ok(()) }
+        }
+        fn on_eval(&mut self, _: &EvalMetrics) -> Result<()> {
+            Ok(())
+        }
+        fn on_checkpoint(&mut self, _: usize, _: &AdapterFile) -> Result<()> {
+            Ok(())
+        }
+    }
+    let mut counts = Counts(Vec::new(), 0, stop_at_step);
+    assert_eq!(train(job, &mut counts).is_err(), stop_at_step.is_some());
+    counts.0
+}
+
+#[test]
+fn a_pair_s_reference_is_read_once_a_run_and_the_walk_paces_in_every_block() {
+    let (model, pairs) = (model(), pairs(4));
+    let job_in = |folder: &Path| {
+        let mut job = job(&model, &pairs, folder);
+        job.options = TrainingOptions { epochs: 3.0, shuffle: false, ..job.options };
+        job
+    };
+    let (straight, resumed) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let steps = paces(&job_in(straight.path()), None);
+    // Two slices a layer, each way, and those of the reference's forward in the first epoch.
+    assert!(steps[1] >= 4 * LAYERS && steps[0] >= steps[1] + 2 * LAYERS, "{steps:?}");
+    assert_eq!(steps[1], steps[2]);
+    assert_eq!(paces(&job_in(resumed.path()), Some(1)), steps[..1]);
+    assert_eq!(paces(&job_in(resumed.path()), None), steps[1..], "what was known when it stopped is known");
+}
+
+#[test]
+fn tokens_saved_are_those_that_were_not_computed() {
+    let (model, folder) = (model(), TempDir::new().unwrap());
+    let pair = |prompt, chosen, rejected| TokenPair {
+        prompt: vec![1; prompt],
+        chosen: vec![2; chosen],
+        rejected: vec![3; rejected],
+        ..pairs(1).remove(0)
+    };
+    let pairs = [pair(10, 4, 6), pair(5, 1, 2)];
+    let outcome = train(&job(&model, &pairs, folder.path()), &mut Listener::default()).unwrap();
+    let last = outcome.last.unwrap();
+    // As TRL counts: 10 + 4 + 10 + 6 and 5 + 1 + 5 + 2. Computed: 10 + 3 + 5 and 5 + 0 + 1.
+    assert_eq!((last.num_tokens, last.tokens_saved), (43, 43 - 24));
+}
+
+#[test]
+fn a_run_whose_steps_were_not_finite_fails_and_still_does_when_it_goes_on() {
+    let (model, pairs) = (model(), pairs(8));
+    let begun = TempDir::new().unwrap();
+    let mut init = warmed(&job(&model, &pairs, begun.path())).adapter().unwrap();
+    for tensor in init.tensors.values_mut() {
+        *tensor = (&*tensor * 1e30).unwrap();
+    }
+    for max_steps in [2, 5, 9] {
+        let folder = TempDir::new().unwrap();
+        let mut job = TrainJob { init: Some(init.clone()), ..job(&model, &pairs, folder.path()) };
+        job.options = TrainingOptions { epochs: 9.0, max_steps: Some(max_steps), ..job.options };
+        let mut heard = Listener::default();
+        let error = train(&job, &mut heard).unwrap_err();
+        assert_eq!((error.code, heard.steps.len()), (Code::Unprocessable, max_steps.min(5)), "{error}");
+        assert_eq!(error.param.as_deref(), Some("training.learning_rate"));
+        let again = train(&job, &mut Listener::default());
+        assert_eq!(again.unwrap_err().code, Code::Unprocessable, "an adapter that nothing was learned in");
+    }
 }
 
 #[test]

@@ -56,6 +56,23 @@ def test_every_reply_says_which_adapter_made_it(tiny, route):
         assert said == {(version, whole.adapter_generation, whole.system_fingerprint)}
 
 
+def test_every_response_says_it_too(tiny):
+    if "heads" not in {model.id for model in tiny.models.list()}:
+        plain(tiny, "/load_lora_adapter", lora_name="heads", lora_path="incoming/first")
+    fields = {"model": "heads", "input": "Hi", "max_output_tokens": 3, "temperature": 0}
+    raw = tiny.responses.with_raw_response.create(**fields)
+    whole = raw.parse()
+    assert whole.adapter_version == 1 and whole.adapter_generation
+    maker = {"x-adapter-version": "1", "x-adapter-generation": whole.adapter_generation}
+    assert maker.items() <= dict(raw.headers).items()
+    with tiny.responses.with_streaming_response.create(**fields, stream=True) as raw:
+        assert maker.items() <= dict(raw.headers).items()
+        carried = [event.response for event in raw.parse() if hasattr(event, "response")]
+    assert len(carried) == 3 and all((one.adapter_version, one.adapter_generation) == (1, whole.adapter_generation) for one in carried)
+    stored = tiny.responses.retrieve(whole.id)
+    assert (stored.adapter_version, stored.adapter_generation) == (1, whole.adapter_generation)
+
+
 def text(client, model):
     reply = client.completions.create(model=model, prompt="Hello there", max_tokens=12, temperature=0)
     return reply.choices[0].text, reply.adapter_version, reply.adapter_generation

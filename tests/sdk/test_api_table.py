@@ -70,6 +70,30 @@ def test_a_row_is_true(real, route, name, says, example, test):
         assert body, f"{test} is not there"
 
 
+def responses_rows():
+    table = (ROOT / "docs/api.md").read_text().partition("\n## `/v1/responses`")[2].partition("\n`GET ")[0]
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            names, _, test = [cell.strip() for cell in line.strip("|").split(" | ")]
+            yield re.findall(r"`([a-z_]+)[^`]*`", names), test.strip("` |")
+
+
+def test_the_table_of_responses_is_complete_and_its_tests_are_there(real):
+    rows = list(responses_rows())
+    named = {name for names, _ in rows for name in names}
+    wanted = set(inspect.signature(real.responses.create).parameters) - {"extra_headers", "extra_query", "extra_body", "timeout"}
+    assert wanted - named == set()
+    for _, test in rows:
+        file, _, function = test.partition("::")
+        assert f"def {function}(" in (HERE / f"{file}.py").read_text(), test
+
+
+def test_responses_ignore_the_rest(real):
+    ask = lambda **fields: real.responses.create(model="student", input="Hi", max_output_tokens=4, temperature=0, extra_body=fields).output_text
+    rest = {"user": "me", "service_tier": "auto", "safety_identifier": "me", "prompt_cache_key": "k", "prompt_cache_options": {}, "max_tool_calls": 1}
+    assert ask(**rest, prompt_cache_retention="24h", context_management=[], moderation={}, no_such_field=1) == ask()
+
+
 def test_the_table_is_complete(real):
     named = {route: {name for name, says, _, _ in ROWS if says[route] != "—"} for route in BODIES}
     transport = {"extra_headers", "extra_query", "extra_body", "timeout"}

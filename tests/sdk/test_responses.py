@@ -43,6 +43,11 @@ def test_it_answers_as_a_chat_does(real):
         assert reply.output_text == chat.choices[0].message.content and reply.usage.input_tokens == chat.usage.prompt_tokens
 
 
+def test_what_the_template_gets_changes_nothing_where_it_is_not_read(real):
+    reply = respond(real, reasoning={"effort": "low"}, extra_body={"chat_template_kwargs": {"mood": "glad"}})
+    assert reply.reasoning.effort == "low" and reply.output_text == ANSWER
+
+
 def test_a_cut_answer_is_incomplete(real):
     reply = respond(real, max_output_tokens=3)
     assert reply.status == "incomplete" and reply.incomplete_details.reason == "max_output_tokens"
@@ -183,6 +188,8 @@ def test_the_reward_role_scores_the_last_turn(tiny, real):
     ({"text": {"format": {"type": "text", "schema": []}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
     ({"best_of": 2}, "best_of"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"return_token_ids": True}, "return_token_ids"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"stream_options": {}}, "stream_options"),

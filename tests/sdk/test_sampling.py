@@ -121,6 +121,11 @@ def test_the_prompts_end_is_kept(real, tiny):
     assert cut.usage.prompt_tokens == most - 2
     done = real.completions.create(model="student", prompt=[1, 2, 3, 4], max_tokens=1, extra_body={"truncate_prompt_tokens": 2, "return_token_ids": True})
     assert done.choices[0].prompt_token_ids == [3, 4]
+    first = ask(real, truncate_prompt_tokens=5, truncation_side="right", return_token_ids=True)
+    assert first.prompt_token_ids == whole.prompt_token_ids[:5]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(real, truncate_prompt_tokens=5, truncation_side="middle")
+    assert "truncation_side" in refused.value.message
     for wrong in [0, -2, 10**6]:
         with pytest.raises(openai.BadRequestError) as refused:
             ask(real, truncate_prompt_tokens=wrong)
@@ -133,12 +138,21 @@ def test_min_tokens_and_ignore_eos(real):
     assert ask(real, max_tokens=40, min_tokens=20).usage.completion_tokens >= 20
     on = ask(real, max_tokens=40, ignore_eos=True)
     assert on.usage.completion_tokens == 40 and on.choices[0].finish_reason == "length"
+    # A stop string that ends among the first tokens is text like any other.
+    stopped = ask(real, max_tokens=40, stop=["capital"])
+    assert text(stopped) == "The " and stopped.choices[0].stop_reason == "capital"
+    later = ask(real, max_tokens=40, stop=["capital"], min_tokens=4)
+    assert text(later).startswith("The capital of France") and later.usage.completion_tokens >= 4
 
 
 def test_stop_tokens(real):
     [paris] = tokens(real, " Paris")
     reply = ask(real, stop_token_ids=[paris], return_token_ids=True)
     assert reply.choices[0].stop_reason == paris and reply.choices[0].token_ids[-1] == paris and text(reply) == "The capital of France is"
+    with_it = ask(real, stop_token_ids=[paris], include_stop_str_in_output=True)
+    assert with_it.choices[0].stop_reason == paris and text(with_it) == "The capital of France is Paris"
+    whole = ask(real, include_stop_str_in_output=True, skip_special_tokens=False)
+    assert text(whole).endswith("<|im_end|>") and text(ask(real, include_stop_str_in_output=True)) == text(ask(real))
 
 
 def test_going_on_with_the_last_message(real):

@@ -25,11 +25,11 @@ PAIRS = [{"prompt": f"Question {n}", "chosen": f"Yes {n}!", "rejected": f"No {n}
 class Server:
     """One of the test's own, in a folder that outlives it."""
 
-    def __init__(self, folder, model, settings="", teacher='{ model = "one" }'):
+    def __init__(self, folder, model, settings="", teacher='{ model = "one" }', cache=""):
         config = folder / "rdpo.toml"
         config.write_text(
             f'{settings}\n[models.one]\npath = "{model}"\n[roles]\nteacher = {teacher}\nstudent = {{ model = "one" }}\n'
-            f'reward = {{ kind = "judge", model = "one" }}\n[kv_cache]\nmemory = "256MiB"\n[store]\npath = "{folder}/rdpo.sqlite"\n'
+            f'reward = {{ kind = "judge", model = "one" }}\n[kv_cache]\nmemory = "256MiB"\n{cache}\n[store]\npath = "{folder}/rdpo.sqlite"\n'
             f'[adapters]\npath = "{folder}/adapters"\n'
         )
         self.process = subprocess.Popen(
@@ -83,6 +83,31 @@ def test_who_leaves_holds_no_block(real):
             assert metric("real", "rdpo_kv_cache_usage_ratio") > 0
         until("all blocks are back", lambda: metric("real", "rdpo_kv_cache_usage_ratio") == 0, seconds=5)
     assert metric("real", "rdpo_requests_running") == 0
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(tmp_path):
+    with Server(tmp_path, REAL, cache="max_sequences = 1\nmax_waiting = 1") as server:
+        with contextlib.ExitStack() as open_streams:
+            begin = lambda: open_streams.enter_context(server.client.chat.completions.create(stream=True, **ENDLESS))
+            threads = [threading.Thread(target=begin) for _ in range(2)]
+            threads[0].start()
+            until("one is answered", lambda: server.value("rdpo_requests_running") == 1)
+            threads[1].start()
+            until("one waits", lambda: server.value("rdpo_requests_waiting") == 1)
+            for path, body in [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "Hello"}), ("/v1/responses", {"input": "Hello"})]:
+                for stream in (False, True):
+                    status, head, said = server.send("POST", path, {"model": "student", "stream": stream, **body})
+                    error = json.loads(said)["error"]
+                    assert (status, head["retry-after"], error["code"]) == (429, "1", "rate_limit_exceeded"), said
+            with pytest.raises(openai.RateLimitError):
+                server.client.chat.completions.create(model="student", messages=HELLO)
+            # One more answer than may ever wait is a wrong request, not a busy server.
+            status, _, said = server.send("POST", "/v1/completions", {"model": "student", "prompt": ["a", "b"], "max_tokens": 1})
+            assert (status, json.loads(said)["error"]["param"]) == (400, "prompt")
+            for thread in threads:
+                thread.join(30)
+        until("both have left", lambda: server.value("rdpo_requests_running") == server.value("rdpo_requests_waiting") == 0)
+        assert server.client.chat.completions.create(model="student", messages=HELLO, max_tokens=3).choices
 
 
 def test_an_answer_that_takes_too_long_ends_and_frees_its_blocks(tmp_path):

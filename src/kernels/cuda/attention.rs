@@ -12,6 +12,8 @@ const SPANS: [usize; 2] = [256, 32];
 const BLOCKS: usize = 512;
 /// Query heads whose outputs are summed at once, as `attention.cu` has it.
 const HEADS: usize = 4;
+/// Bytes that a block of threads may keep on every card since Ampere.
+const MOST_SHARED: usize = 99 << 10;
 /// Bytes of partial sums at most.
 const SCRATCH: usize = 128 << 20;
 
@@ -35,6 +37,16 @@ impl Heads {
         self.query / self.key
     }
 
+    /// Numbers that a thread takes of a row at once.
+    fn wide(&self) -> usize {
+        if self.dim <= 128 { 4 } else { 8 }
+    }
+
+    /// Bytes that a block of threads keeps of the rows of a group, and of a part of `span` keys.
+    fn shared(&self, span: usize) -> usize {
+        4 * (self.group() * (self.dim + span + 2) + THREADS * HEADS * self.wide())
+    }
+
     fn window(&self) -> Arg {
         Arg::Int(self.window.map_or(0, |window| i32::try_from(window).unwrap_or(i32::MAX)))
     }
@@ -43,7 +55,7 @@ impl Heads {
     pub fn fits(&self) -> bool {
         let grouped = self.key > 0 && self.query.is_multiple_of(self.key) && self.group() <= 64;
         let whole = self.dim.is_multiple_of(4) && self.dim <= 128 || self.dim.is_multiple_of(8) && self.dim <= 256;
-        grouped && whole && self.dim > 0 && self.window != Some(0)
+        grouped && whole && self.dim > 0 && self.window != Some(0) && self.shared(SPANS[0]) <= MOST_SHARED
     }
 
     /// Whether the tensor cores take a forward, and a backward, in bf16.
@@ -114,9 +126,8 @@ pub(super) unsafe fn rows(
     lse: u64,
 ) -> Result<()> {
     let (group, dim) = (heads.group(), heads.dim);
-    let wide = if dim <= 128 { 4 } else { 8 };
+    let wide = heads.wide();
     let lanes = dim.div_ceil(wide).next_power_of_two();
-    let shared = 4 * (group * dim + group * split.span + THREADS * HEADS * wide + 2 * group);
     for first in (0..count).step_by(split.rows.max(1)) {
         let some = split.rows.min(count - first);
         let tasks = Arg::At(tasks + 12 * first as u64);
@@ -128,7 +139,7 @@ pub(super) unsafe fn rows(
             kernel: kind.name(&format!("attend_rows_{wide}")),
             grid: [some, heads.key, split.parts],
             threads: THREADS,
-            shared,
+            shared: heads.shared(split.span),
             args,
         };
         // SAFETY: the caller's.

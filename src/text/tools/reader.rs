@@ -1,6 +1,8 @@
 //! An answer read while it comes: what is text, what is a call.
 
-use serde_json::Value;
+use std::collections::HashMap;
+
+use serde_json::value::RawValue;
 
 use super::ToolStyle;
 
@@ -23,8 +25,8 @@ pub enum Said {
 }
 
 /// What the JSON at the beginning of a text is.
-enum Json {
-    Whole(Value, usize),
+enum Json<'a> {
+    Whole(&'a RawValue, usize),
     Unfinished,
     Wrong,
 }
@@ -108,7 +110,7 @@ impl CallReader {
             let at = at - before;
             match json_at(&self.held[at + mark..]) {
                 Json::Unfinished if !end => return said,
-                Json::Whole(value, length) => match calls_in(&value, (mark == 0).then_some(&self.names)) {
+                Json::Whole(value, length) => match calls_in(value, (mark == 0).then_some(&self.names)) {
                     Some(calls) => {
                         self.held.drain(..at + mark + length);
                         let room = self.most.saturating_sub(self.calls);
@@ -164,42 +166,47 @@ impl CallReader {
     }
 }
 
-fn json_at(text: &str) -> Json {
+fn json_at(text: &str) -> Json<'_> {
     match text.trim_start().chars().next() {
         None => return Json::Unfinished,
         Some('{' | '[') => {}
         Some(_) => return Json::Wrong,
     }
-    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<&RawValue>();
     match values.next() {
         Some(Ok(value)) => Json::Whole(value, values.byte_offset()),
-        Some(Err(error)) if !error.is_eof() => Json::Wrong,
+        // A number that is cut there is not told from a wrong one.
+        Some(Err(error)) if !error.is_eof() && !text.ends_with(['-', '+', '.', 'e', 'E']) => Json::Wrong,
         _ => Json::Unfinished,
     }
 }
 
 /// The calls a value stands for: one, or a list of them. `of`: the functions there are, where the value could be anything.
-fn calls_in(value: &Value, of: Option<&Vec<String>>) -> Option<Vec<ToolCall>> {
-    let one = |value: &Value| {
-        let name = value["name"].as_str().filter(|name| !name.is_empty())?;
-        if of.is_some_and(|names| !names.iter().any(|known| known == name)) {
-            return None;
-        }
-        let arguments = match value.get("arguments").or(value.get("parameters")) {
-            None | Some(Value::Null) => "{}".to_owned(),
-            Some(object @ Value::Object(_)) => object.to_string(),
-            Some(Value::String(text)) => {
-                serde_json::from_str::<serde_json::Map<String, Value>>(text).ok().map(|_| text.clone())?
-            }
-            Some(_) => return None,
-        };
-        Some(ToolCall { name: name.to_owned(), arguments })
-    };
-    match value {
-        Value::Array(all) if all.is_empty() => None,
-        Value::Array(all) => all.iter().map(one).collect(),
-        value => Some(vec![one(value)?]),
+fn calls_in(value: &RawValue, of: Option<&Vec<String>>) -> Option<Vec<ToolCall>> {
+    if value.get().starts_with('[') {
+        let all: Vec<&RawValue> = serde_json::from_str(value.get()).ok().filter(|all: &Vec<_>| !all.is_empty())?;
+        return all.into_iter().map(|value| call_in(value, of)).collect();
     }
+    Some(vec![call_in(value, of)?])
+}
+
+/// Arguments are passed on as they are written, so that no number is rounded on its way.
+fn call_in(value: &RawValue, of: Option<&Vec<String>>) -> Option<ToolCall> {
+    let fields: HashMap<String, &RawValue> = serde_json::from_str(value.get()).ok()?;
+    let name: String = serde_json::from_str(fields.get("name")?.get()).ok()?;
+    if name.is_empty() || of.is_some_and(|names| !names.contains(&name)) {
+        return None;
+    }
+    let written = fields.get("arguments").or(fields.get("parameters")).map_or("null", |written| written.get());
+    let arguments = match written.chars().next()? {
+        'n' => "{}".to_owned(),
+        '{' => written.to_owned(),
+        '"' => serde_json::from_str(written)
+            .ok()
+            .filter(|text: &String| serde_json::from_str::<HashMap<String, &RawValue>>(text).is_ok())?,
+        _ => return None,
+    };
+    Some(ToolCall { name, arguments })
 }
 
 #[cfg(test)]
@@ -245,7 +252,7 @@ mod tests {
     /// Every kind of answer with what it means.
     fn answers() -> Vec<(ToolStyle, &'static str, Vec<Said>)> {
         use ToolStyle::{Hermes, Llama, Mistral};
-        let f = || call("f", r#"{"a":1}"#);
+        let f = || call("f", r#"{"a": 1}"#);
         vec![
             (Hermes, "just text\n", vec![text("just text\n")]),
             (Hermes, "", vec![]),
@@ -253,17 +260,17 @@ mod tests {
             (Hermes, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>", vec![f()]),
             (
                 Hermes,
-                "\n Sure.\n\n<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_call>\n",
+                "\n Sure.\n\n<tool_call>{\"name\":\"f\",\"arguments\":{\"a\": 1}}</tool_call>\n",
                 vec![text("\n Sure."), f()],
             ),
             (
                 Hermes,
-                "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_call>\n<tool_call>{\"name\":\"g\"}</tool_call> done",
+                "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\": 1}}</tool_call>\n<tool_call>{\"name\":\"g\"}</tool_call> done",
                 vec![f(), call("g", "{}"), text(" done")],
             ),
             (
                 Hermes,
-                "<tool_call>[{\"name\":\"f\",\"arguments\":{\"a\":1}}, {\"name\":\"g\",\"arguments\":null}]</tool_call>",
+                "<tool_call>[{\"name\":\"f\",\"arguments\":{\"a\": 1}}, {\"name\":\"g\",\"arguments\":null}]</tool_call>",
                 vec![f(), call("g", "{}")],
             ),
             // The mark's end inside a string, arguments as text, no end at all.
@@ -286,11 +293,16 @@ mod tests {
                 "<tool_call>{\"name\":\"f\",\"arguments\":[1]}</tool_call>",
                 vec![text("<tool_call>{\"name\":\"f\",\"arguments\":[1]}</tool_call>")],
             ),
+            (
+                Hermes,
+                "<tool_call>{\"name\": \"f\", \"arguments\": {\"id\": 123456789012345678901, \"x\": 1e400}}",
+                vec![call("f", r#"{"id": 123456789012345678901, "x": 1e400}"#)],
+            ),
             (Hermes, "<tool_call>[]</tool_call>7", vec![text("<tool_call>[]</tool_call>7")]),
             (Hermes, "<tool_call>f(1)</tool_call>", vec![text("<tool_call>f(1)</tool_call>")]),
             (
                 Hermes,
-                "x <tool_call> y <tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_call>",
+                "x <tool_call> y <tool_call>{\"name\":\"f\",\"arguments\":{\"a\": 1}}</tool_call>",
                 vec![text("x <tool_call> y"), f()],
             ),
             (Hermes, "1 <tool_ca", vec![text("1 <tool_ca")]),

@@ -68,16 +68,20 @@ fn turn(level: Level, heads: Heads, slots: &[usize], kv: usize, keys: &[f32], to
     assert!(to.len() >= dim * PANEL && slots.len() <= PANEL);
     let key = |index: usize| &keys[(slots[index.min(slots.len() - 1)] * heads.key + kv) * dim..][..dim];
     #[cfg(target_arch = "x86_64")]
-    if level == Level::Avx512 && dim.is_multiple_of(16) {
-        use crate::kernels::cpu::matmul::turn16;
-        use std::arch::x86_64::_mm512_loadu_ps;
-        for first in (0..slots.len()).step_by(16) {
+    if level != Level::Portable && dim.is_multiple_of(16) {
+        use crate::kernels::cpu::matmul::{turn8, turn16};
+        use std::arch::x86_64::{_mm256_loadu_ps, _mm512_loadu_ps};
+        let side = if level == Level::Avx512 { 16 } else { 8 };
+        for first in (0..slots.len()).step_by(side) {
             let keys: [*const f32; 16] = std::array::from_fn(|index| key(first + index).as_ptr());
-            for at in (0..dim).step_by(16) {
-                // SAFETY: at + 16 ≤ D, so it is inside each key and inside the panel; AVX-512F is there.
+            for at in (0..dim).step_by(side) {
+                // SAFETY: at + side ≤ D, so it is inside each key and inside the panel; the instructions are there.
                 unsafe {
                     let to = to.as_mut_ptr().add(at * PANEL + first);
-                    turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL);
+                    match level {
+                        Level::Avx512 => turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL),
+                        _ => turn8(|index| _mm256_loadu_ps(keys[index].add(at)), to, PANEL),
+                    }
                 }
             }
         }

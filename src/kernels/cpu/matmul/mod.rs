@@ -40,7 +40,7 @@ use tile::ROWS;
 pub(super) use tile::{PANEL, Plain, Tile};
 pub use together::{Adapted, forward_together};
 #[cfg(target_arch = "x86_64")]
-pub(super) use turn::turn16;
+pub(super) use turn::{turn8, turn16};
 
 /// Numbers of a block of activations, so that it stays in cache while panels pass by.
 const BLOCK: usize = 1 << 17;
@@ -206,14 +206,15 @@ impl Packed {
         unsafe { filled(rows.len() * self.n, multiply) }
     }
 
-    /// Activations as this weight takes them. x: (M, K).
-    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode) -> Input<'a> {
+    /// Activations as this weight takes them, made `alone` on this thread. x: (M, K).
+    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode, alone: bool) -> Input<'a> {
         let x = x.into();
         #[cfg(target_arch = "x86_64")]
         if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
-            return Input::Rounded(unsafe { Pairs::new(&x, self.k) });
+            return Input::Rounded(unsafe { Pairs::new(&x, self.k, alone) });
         }
+        let _ = alone;
         Input::Plain(x, mode.level)
     }
 
@@ -347,13 +348,14 @@ impl Packed {
     }
 }
 
-/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, so that no panel is unpacked twice.
+/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, or twice where registers are so few that unpacking twice costs
+/// less than the way through memory.
 fn few_rows(level: Level) -> usize {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => FEW_ROWS,
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => 6,
+        Level::Avx2 => 12,
         Level::Portable => 1,
     }
 }

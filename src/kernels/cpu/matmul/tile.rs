@@ -243,7 +243,9 @@ impl<W: Weights> Tile<W> {
                     1 => firsts.map(|first| tile.avx2::<1, T>(first, to, out_stride)).max(),
                     2 => firsts.map(|first| tile.avx2::<2, T>(first, to, out_stride)).max(),
                     3 => firsts.map(|first| tile.avx2::<3, T>(first, to, out_stride)).max(),
-                    4 | 5 => firsts.map(|first| tile.avx2::<4, T>(first, to, out_stride)).max(),
+                    // Fewer than four wait for each other's sums: what is left of six is evened out.
+                    4 | 7 | 8 => firsts.map(|first| tile.avx2::<4, T>(first, to, out_stride)).max(),
+                    5 | 9 => firsts.map(|first| tile.avx2::<5, T>(first, to, out_stride)).max(),
                     _ => firsts.map(|first| tile.avx2::<6, T>(first, to, out_stride)).max(),
                 }
             }

@@ -55,21 +55,73 @@ pub(in super::super) unsafe fn turn16(
     }
 }
 
+/// [`turn16`] of eight rows of eight numbers.
+/// # Safety
+/// `out` has 8 rows of 8, `out_pitch` apart; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(in super::super) unsafe fn turn8(
+    load: impl Fn(usize) -> std::arch::x86_64::__m256,
+    out: *mut f32,
+    out_pitch: usize,
+) {
+    use std::arch::x86_64::*;
+    let (mut a, mut b) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
+    for (r, a) in a.iter_mut().enumerate() {
+        *a = load(r);
+    }
+    for r in (0..8).step_by(2) {
+        b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for r in [0, 4] {
+        let d = |x: __m256| _mm256_castps_pd(x);
+        a[r] = _mm256_castpd_ps(_mm256_unpacklo_pd(d(b[r]), d(b[r + 2])));
+        a[r + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(d(b[r]), d(b[r + 2])));
+        a[r + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(d(b[r + 1]), d(b[r + 3])));
+        a[r + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(d(b[r + 1]), d(b[r + 3])));
+    }
+    // a[4g + i], lane l: rows 4g..4g+4 of column 4l + i.
+    for i in 0..4 {
+        let columns = [_mm256_permute2f128_ps::<0x20>(a[i], a[i + 4]), _mm256_permute2f128_ps::<0x31>(a[i], a[i + 4])];
+        for (lane, column) in columns.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { _mm256_storeu_ps(out.add((4 * lane + i) * out_pitch), column) };
+        }
+    }
+}
+
 /// The first 32 columns k (past the end they are zeros) of one panel, widened and turned into `to`: (32 rows n, 32 columns k).
 pub(super) fn widened<W: Stored>(level: Level, of_block: &[W], to: &mut [f32]) {
     let rows = (of_block.len() / PANEL).min(PANEL);
     #[cfg(target_arch = "x86_64")]
-    if level == Level::Avx512 && rows == PANEL {
+    if level != Level::Portable && rows == PANEL {
         assert!(to.len() >= PANEL * PANEL);
-        for corner in 0..4 {
-            let (n, k) = (corner / 2 * 16, corner % 2 * 16);
-            // SAFETY: the block has 32 rows of k with 32 columns of n, `to` the same the other way round; AVX-512F is there.
+        let from = |n: usize, k: usize| (of_block[(k / W::STEP * PANEL + n) * W::STEP..].as_ptr(), k % W::STEP);
+        let side = if level == Level::Avx512 { 16 } else { 8 };
+        for (n, k) in (0..PANEL).step_by(side).flat_map(|n| (0..PANEL).step_by(side).map(move |k| (n, k))) {
+            let corner = to[n * PANEL + k..].as_mut_ptr();
+            // SAFETY: the block has 32 rows of k with 32 columns of n, `to` the same the other way round; the instructions are there.
             unsafe {
-                let load = |r: usize| {
-                    let (group, part) = ((k + r) / W::STEP, (k + r) % W::STEP);
-                    W::load16(of_block.as_ptr().add((group * PANEL + n) * W::STEP), part)
-                };
-                turn16(load, to.as_mut_ptr().add(n * PANEL + k), PANEL);
+                match level {
+                    Level::Avx512 => turn16(
+                        |r| {
+                            let (from, part) = from(n, k + r);
+                            W::load16(from, part)
+                        },
+                        corner,
+                        PANEL,
+                    ),
+                    _ => turn8(
+                        |r| {
+                            let (from, part) = from(n, k + r);
+                            W::load8(from, part)
+                        },
+                        corner,
+                        PANEL,
+                    ),
+                }
             }
         }
         return;

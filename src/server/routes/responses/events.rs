@@ -217,8 +217,6 @@ pub(super) fn steps(
                 return;
             }
         }
-        let error = Error::internal("the engine stopped in the middle of an answer");
-        yield Step::Failed(writer.fail(&error), error);
     }
 }
 

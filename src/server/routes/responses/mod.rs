@@ -63,8 +63,6 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let mut params = sampling.params(&target.defaults)?;
     params.max_tokens = request.max_output_tokens.or(params.max_tokens);
     params.logprobs = request.logprobs();
-    // Nobody would see them.
-    params.prompt_logprobs = None;
     let offer =
         Offer::read(flat_functions(request.tools.clone())?, request.tool_choice.as_ref(), request.parallel_tool_calls)?;
     let head = Head::new("resp_", "response", &target);
