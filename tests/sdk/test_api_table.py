@@ -91,7 +91,7 @@ def test_the_table_of_responses_is_complete_and_its_tests_are_there(real):
 def test_responses_ignore_the_rest(real):
     ask = lambda **fields: real.responses.create(model="student", input="Hi", max_output_tokens=4, temperature=0, extra_body=fields).output_text
     rest = {"user": "me", "service_tier": "auto", "safety_identifier": "me", "prompt_cache_key": "k", "prompt_cache_options": {}, "max_tool_calls": 1}
-    assert ask(**rest, prompt_cache_retention="24h", context_management=[], moderation={}, no_such_field=1) == ask()
+    assert ask(**rest, prompt_cache_retention="24h", context_management=[], moderation={}, access_programs=[], background_options={}, image={}, no_such_field=1) == ask()
 
 
 def test_the_table_is_complete(real):

@@ -136,7 +136,7 @@ def test_a_response_can_be_made_to_call(real, remote):
     [
         ({"truncation": "auto"}, "truncation", "`teacher` is remote"),
         ({"input": "Hi " * 9000}, "input", "endpoint refused with status 400"),
-        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "`teacher` is remote"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "a response has no place for them"),
     ],
 )
 def test_what_a_remote_response_cannot_be(remote, fields, param, words):

@@ -18,7 +18,7 @@ def ask(client, messages=QUESTION, **fields):
 
 EXTRA = {"bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority", "best_of", "ignore_eos", "min_tokens", "stop_token_ids", "echo",
          "continue_final_message", "add_generation_prompt", "return_token_ids", "prompt_logprobs", "cache_salt", "documents", "chat_template",
-         "reasoning_effort", "add_special_tokens", "skip_special_tokens", "chat_template_kwargs"}
+         "reasoning_effort", "add_special_tokens", "skip_special_tokens", "chat_template_kwargs", "truncation_side", "include_stop_str_in_output"}
 
 
 def unseen():

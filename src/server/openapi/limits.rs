@@ -247,6 +247,8 @@ pub(super) fn refused_fields() -> Map<String, Value> {
         "logits_processors",
         "logprob_token_ids",
         "prompt_embeds",
+        "repetition_detection",
+        "thinking_token_budget",
         "guided_json",
         "guided_regex",
         "guided_choice",
@@ -262,8 +264,7 @@ pub(super) fn refused_fields() -> Map<String, Value> {
     };
     add("modalities", "Only text.", json!({"type": ["array", "null"], "items": {"type": "string", "enum": ["text"]}}));
     add("suffix", "Only the empty one.", json!({"type": ["string", "null"], "maxLength": 0}));
-    add("max_repetition_pattern_size", "Only 0.", json!({"type": ["integer", "null"], "enum": [0, null]}));
-    for name in ["use_beam_search", "return_tokens_as_token_ids"] {
+    for name in ["use_beam_search", "return_tokens_as_token_ids", "return_weight_versions"] {
         add(name, "Only false.", json!({"type": ["boolean", "null"], "enum": [false, null]}));
     }
     fields
