@@ -3,7 +3,7 @@
 //! Decoding waits for memory and training for arithmetic, and neither keeps all cores busy by itself: side by side on some cores each
 //! they get further than in turns on all.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,9 +28,14 @@ struct Share {
 thread_local! {
     /// Set on a thread that trains.
     static SHARE: RefCell<Option<Arc<Share>>> = const { RefCell::new(None) };
+    /// Whether this thread works on an item.
+    static WORKS: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Hands the items of an operation, one at a time, to the cores that this thread has; those may become more or fewer meanwhile.
+///
+/// Within an item of another operation all items are this thread's: while it waited for others to end theirs it would take up further
+/// items of the outer operation, and one of them may wait for the very item that it is in the middle of.
 pub fn each<T: Send>(items: impl ExactSizeIterator<Item = T> + Send, work: impl Fn(T) + Sync) {
     each_with(items, || (), |(), item| work(item));
 }
@@ -41,6 +46,10 @@ pub fn each_with<T: Send, S>(
     own: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, T) + Sync,
 ) {
+    if WORKS.get() {
+        let mut own = own();
+        return items.for_each(|item| work(&mut own, item));
+    }
     let operation = Operation {
         items: Mutex::new(items),
         own,
@@ -77,7 +86,7 @@ where
                 self.helpers.fetch_add(1, Ordering::Relaxed);
                 scope.spawn(|_| self.help());
             }
-            (self.work)(own.get_or_insert_with(&self.own), item);
+            self.work_on(&mut own, item);
         }
     }
 
@@ -88,8 +97,13 @@ where
         while self.helpers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_err()
             && let Some((item, _)) = self.next()
         {
-            (self.work)(own.get_or_insert_with(&self.own), item);
+            self.work_on(&mut own, item);
         }
+    }
+
+    fn work_on(&self, own: &mut Option<S>, item: T) {
+        let _works = Works(WORKS.replace(true));
+        (self.work)(own.get_or_insert_with(&self.own), item);
     }
 
     /// An item, and how many are left.
@@ -101,6 +115,15 @@ where
     fn wanted(&self) -> usize {
         let few = self.share.as_ref().filter(|share| !share.all_are_lent.load(Ordering::Relaxed));
         few.map_or(self.threads, |share| share.cores) - 1
+    }
+}
+
+/// What [`WORKS`] was before an item; dropped, also by a panic, it is that again.
+struct Works(bool);
+
+impl Drop for Works {
+    fn drop(&mut self) {
+        WORKS.set(self.0);
     }
 }
 
@@ -172,6 +195,29 @@ mod tests {
         );
         assert!(numbers.into_iter().eq(0..1000));
         assert!((1..=rayon::current_num_threads()).contains(&made.into_inner()));
+    }
+
+    #[test]
+    fn an_operation_within_an_item_is_its_threads_own() {
+        let outer = AtomicUsize::new(0);
+        each(0..64, |_| {
+            let here = thread::current().id();
+            each(0..8, |_| {
+                assert_eq!(thread::current().id(), here);
+                outer.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(outer.into_inner(), 64 * 8);
+        let threads = Mutex::new(HashSet::new());
+        each(0..64 * rayon::current_num_threads(), |_| {
+            threads.lock().expect("no panic").insert(thread::current().id());
+            sleep(Duration::from_millis(1));
+        });
+        assert_eq!(
+            threads.into_inner().expect("no panic").len(),
+            rayon::current_num_threads(),
+            "after it they share again"
+        );
     }
 
     #[test]

@@ -141,8 +141,9 @@ fn is_drafted(sequence: &Sequence, at: usize, outcome: &Outcome) -> bool {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::request::{Request, SamplingParams, Task};
+    use super::super::request::{Event, Request, SamplingParams, Task, Usage};
     use super::super::scheduler::{Limits, Scheduler};
+    use super::super::writer::Ending;
     use super::*;
     use crate::kernels::cuda::sampled;
     use crate::text::{Constraint, Grammar, Tokenizer, TokenizerOptions};
@@ -190,6 +191,24 @@ mod tests {
             row
         };
         (0..=text.len()).map(row).collect()
+    }
+
+    #[test]
+    fn who_listens_hears_of_an_end_once_also_of_a_request_that_is_lost() {
+        let tokenizer = letters();
+        for ends in [true, false] {
+            let (events, mut heard) = tokio::sync::mpsc::unbounded_channel();
+            let (prompt, params) = (ids("some-prompt"), SamplingParams::default());
+            let request = Request { prompt, params, adapter: None, task: Task::Generate, role: "student" };
+            let mut live = Live::new(Writer::new(request, events, tokenizer.clone(), 64));
+            if ends {
+                live.writer.end(Ending::Score(1.0), Usage::default());
+            }
+            drop(live);
+            let found = heard.try_recv().unwrap();
+            assert!(matches!(found, Event::Score(..)) == ends && matches!(found, Event::Failed(_)) != ends);
+            assert!(heard.try_recv().is_err());
+        }
     }
 
     #[test]

@@ -226,14 +226,15 @@ impl Engine {
         if scores && request.params.prompt_logprobs.is_some() {
             return Err(Error::invalid("prompt_logprobs", "A sequence classifier has no `prompt_logprobs`."));
         }
-        let role = request.role;
-        self.shared.queue.enter(role)?;
+        let stopped = || Error::new(Code::Overloaded, "the engine has stopped");
+        // What waited when it stopped has its places for ever.
+        if !self.is_alive() {
+            return Err(stopped());
+        }
+        self.shared.queue.enter(request.role)?;
         let (events, stream) = tokio::sync::mpsc::unbounded_channel();
         let writer = Writer::new(request, events, self.shared.tokenizer.clone(), self.shared.max_model_len);
-        self.commands.send(writer).map_err(|_| {
-            self.shared.queue.leave(role);
-            Error::new(Code::Overloaded, "the engine has stopped")
-        })?;
+        self.commands.send(writer).map_err(|_| stopped())?;
         Ok(stream)
     }
 

@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use futures_util::Stream;
-
 use crate::error::{Code, Error, Result};
 use crate::model::Adapter;
 use crate::text::Grammar;
@@ -193,20 +191,6 @@ pub enum Event {
 
 /// Events of one request; dropping it cancels the request.
 pub type EventStream = tokio::sync::mpsc::UnboundedReceiver<Event>;
-
-/// The events of one request, with [`Event::Failed`] at the end where the engine went away before it.
-pub fn to_the_end(mut events: EventStream) -> impl Stream<Item = Event> {
-    async_stream::stream! {
-        let mut ended = false;
-        while let Some(event) = events.recv().await {
-            ended |= !matches!(event, Event::Prompt(_) | Event::Token { .. });
-            yield event;
-        }
-        if !ended {
-            yield Event::Failed(Error::internal("the engine stopped in the middle of an answer"));
-        }
-    }
-}
 
 impl SamplingParams {
     /// Range checks that need no model, each error naming the field as the API does.

@@ -289,7 +289,7 @@ impl Owner {
         let usage = self.usage(id);
         let live = self.finish(id, ending.label());
         self.publish_stats();
-        if let Some(live) = live {
+        if let Some(mut live) = live {
             live.writer.end(ending, usage);
         }
     }

@@ -30,6 +30,7 @@ pub struct Writer {
     matcher: Option<Mutex<Matcher>>,
     seed: u64,
     last_token: Option<Instant>,
+    ended: bool,
 }
 
 /// What a row of logits says.
@@ -124,6 +125,7 @@ impl Writer {
             seed: params.seed.unwrap_or_else(rand::random),
             arrived: Instant::now(),
             last_token: None,
+            ended: false,
             decoder,
             request,
             events,
@@ -261,7 +263,7 @@ impl Writer {
             Outcome::NextToken(values) => return Some(Ending::NextToken(values)),
             Outcome::Score(score) => return Some(Ending::Score(score)),
             Outcome::Failed(error) => return Some(Ending::Failed(error)),
-            Outcome::Complete => return Some(self.stop(None, answered)),
+            Outcome::Complete => return Some(self.finish(FinishReason::Stop { text: None, token: None }, answered)),
             Outcome::PromptRead => return Some(Ending::Done(String::new(), FinishReason::Length)),
         };
         self.observe();
@@ -274,7 +276,10 @@ impl Writer {
         let _ = self.events.send(Event::Token { id, text, logprob });
         match stop {
             Some(stop) => Some(Ending::Done(String::new(), FinishReason::Stop { text: Some(stop), token: None })),
-            None if is_eos || asked || complete => Some(self.stop(asked.then_some(id), answered)),
+            None if is_eos || asked || complete => {
+                let token = asked.then_some(id);
+                Some(self.finish(FinishReason::Stop { text: None, token }, answered))
+            }
             None => (answered >= self.room()).then(|| self.finish(FinishReason::Length, answered)),
         }
     }
@@ -290,10 +295,6 @@ impl Writer {
         metrics.generation_tokens_total.with_label_values(&role).inc();
     }
 
-    fn stop(&mut self, token: Option<u32>, answered: usize) -> Ending {
-        self.finish(FinishReason::Stop { text: None, token }, answered)
-    }
-
     /// The end for this reason, unless what was held back has a stop string.
     fn finish(&mut self, reason: FinishReason, answered: usize) -> Ending {
         let (text, stop) = self.decoder.finish(answered > self.request.params.min_tokens);
@@ -301,7 +302,8 @@ impl Writer {
     }
 
     /// Sends the end.
-    pub fn end(&self, ending: Ending, usage: Usage) {
+    pub fn end(&mut self, ending: Ending, usage: Usage) {
+        self.ended = true;
         let _ = self.events.send(ending.event(usage));
     }
 
@@ -310,6 +312,16 @@ impl Writer {
         let role = self.request.role;
         metrics().request_success_total.with_label_values(&[role, reason]).inc();
         metrics().e2e_request_latency_seconds.with_label_values(&[role]).observe(self.arrived.elapsed().as_secs_f64());
+    }
+}
+
+/// Whoever listens hears of an end, also where the engine goes away before there is one.
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.ended {
+            let error = Error::internal("the engine stopped in the middle of an answer");
+            self.end(Ending::Failed(error), Usage::default());
+        }
     }
 }
 

@@ -37,6 +37,7 @@ pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Hand
     if job.is_done() {
         return job.clear();
     }
+    job.check_student()?;
     // 1–3. The teacher answers, criticizes its answer and revises it.
     job.timed("synthesizing", || job.synthesize())?;
     // 4. The reward role, which is not the teacher's judgement of itself, scores both answers.

@@ -84,12 +84,18 @@ impl Run<'_> {
         let (model, longest) = (base.engine()?.model(), base.engine()?.max_model_len());
         let gate = base.engine()?.gate();
         let (mut largest, mut sum, mut tokens): (f64, f64, usize) = (0.0, 0.0, 0);
-        for pair in pairs.iter().filter(|pair| pair.prompt.len() + pair.chosen.len() < longest).take(PROBE) {
-            // As it trains, and the device is free when it serves.
-            let trained = gate.training(|| {
-                let mut pacing = Pacing::new(self, &gate);
+        let fitting = pairs.iter().filter(|pair| pair.prompt.len() + pair.chosen.len() < longest);
+        let probed: Vec<&TokenPair> = fitting.take(PROBE).collect();
+        // In turns with serving, as training is.
+        let trained: Vec<Vec<f32>> = gate.training(|| {
+            let mut pacing = Pacing::new(self, &gate);
+            let mut of = |pair: &&TokenPair| {
                 adapter_logprobs(model, &outcome.adapter, &pair.prompt, &pair.chosen, &mut || pacing.pace())
-            })?;
+            };
+            probed.iter().map(&mut of).collect::<Result<_>>()
+        })?;
+        for (pair, trained) in probed.iter().zip(&trained) {
+            self.context.check()?;
             let answered = self.runtime.block_on(served.logprobs_of(&pair.prompt, &pair.chosen))?;
             for (one, other) in trained.iter().zip(&answered) {
                 let gap = f64::from((one - other).abs());

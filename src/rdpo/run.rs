@@ -65,16 +65,22 @@ impl<'a> Run<'a> {
             kept(context, "init_from", || Ok(init.as_deref().map(|name| roles.adapters().pinned(name))))?;
         let asked = roles.adapters().pinned(&request.synthesis.respond_with);
         request.synthesis.respond_with = kept(context, "respond_with", || Ok(asked))?;
-        let identity = roles.student_base()?.engine()?.model().identity().to_owned();
-        if kept(context, "student", || Ok(identity.clone()))? != identity {
-            let text = "the student's weights, `dtype` or device are not those this job began with: bring them back, or start a new job";
-            return Err(Error::conflict(text));
-        }
         let held_out = match request.eval_prompts.is_empty() {
             true => held_out(&prompts, request.training.eval_fraction, request.seed),
             false => (prompts.len() - request.eval_prompts.len()..prompts.len()).collect(),
         };
         Ok(Run { context, roles, runtime, request, behavior, prompts, held_out })
+    }
+
+    /// What was sampled and computed so far is of the student that there is. A 409 where its weights are others now.
+    pub(super) fn check_student(&self) -> Result<()> {
+        let base = self.roles.student_base()?;
+        let identity = base.engine()?.model().identity();
+        if kept(self.context, "student", || Ok(identity.to_owned()))? == identity {
+            return Ok(());
+        }
+        let text = "the student's weights, `dtype` or device are not those this job began with: bring them back, or start a new job";
+        Err(Error::conflict(text))
     }
 
     /// Stages 1 to 3: the teacher answers, criticizes, revises.

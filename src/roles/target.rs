@@ -219,5 +219,5 @@ async fn collect(mut stream: EventStream) -> Result<Answer> {
             Event::Failed(error) => return Err(error),
         }
     }
-    Err(Error::internal("the engine stopped in the middle of an answer"))
+    Err(Error::internal("a request's events ended without its last one. This is a bug."))
 }

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use actix_web::HttpResponse;
 use actix_web::http::header::{HeaderName, HeaderValue};
-use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
+use futures_util::stream::{SelectAll, Stream, StreamExt, poll_fn, select_all};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::limits::{timed_out, within};
-use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage, to_the_end};
+use crate::engine::request::{Event, FinishReason, SamplingParams, TokenLogprob, Usage};
 use crate::error::{Error, Result};
 use crate::roles::{Score, Target};
 use crate::text::{Message, Tokenizer};
@@ -203,9 +203,10 @@ impl Choices {
                 // One reads the prompt's log-probabilities for all; the others then find the prompt in the cache.
                 let prompt_logprobs = params.prompt_logprobs.filter(|_| choice == 0);
                 let params = SamplingParams { seed, prompt_logprobs, ..params.clone() };
-                let events = target.generate(prompt.clone(), params)?;
+                let mut events = target.generate(prompt.clone(), params)?;
                 let index = at * n + choice;
-                streams.push(Box::pin(to_the_end(events).map(move |event| (index, event))));
+                let events = poll_fn(move |context| events.poll_recv(context));
+                streams.push(Box::pin(events.map(move |event| (index, event))));
             }
         }
         let expires = limit.map(|limit| (limit, Box::pin(tokio::time::sleep(limit))));

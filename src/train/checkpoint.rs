@@ -16,7 +16,7 @@ use super::metrics::StepMetrics;
 use super::{EvalMetrics, TrainJob};
 use crate::error::{Error, Result};
 use crate::telemetry::metrics;
-use crate::weights::AdapterFile;
+use crate::weights::{AdapterFile, hex};
 
 const PREFIX: &str = "checkpoint-";
 const UNFINISHED: &str = ".unfinished-";
@@ -106,7 +106,7 @@ pub(crate) fn fingerprint(job: &TrainJob<'_>) -> Result<String> {
         hash.update(pair.score_chosen.to_le_bytes());
         hash.update(pair.score_rejected.to_le_bytes());
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(hash))
 }
 
 /// Writes a checkpoint and removes older ones.

@@ -19,5 +19,7 @@ pub use eval::EvalMetrics;
 pub use loss::{LossMetrics, PairLogps, preference_loss, score_scale};
 pub use metrics::StepMetrics;
 pub use options::{BestMetric, LoraOptions, LossKind, LossOptions, Scheduler, ScoreScale, TrainingOptions};
+pub use pack::TokenPair;
+pub use pass::{adapter_logprobs, token_logprobs_of};
 pub use run::{Hooks, Outcome, train};
-pub use trainer::{Pace, TokenPair, TrainJob, Trainer, adapter_logprobs, token_logprobs_of};
+pub use trainer::{Pace, TrainJob, Trainer};

@@ -5,8 +5,26 @@
 
 use std::ops::Range;
 
-use super::TokenPair;
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
 use crate::ops::{CausalMask, Segment};
+
+/// A pair as token ids.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenPair {
+    /// The rendered prompt with its generation prompt.
+    pub prompt: Vec<u32>,
+    /// Response tokens of y_w, end of turn included.
+    pub chosen: Vec<u32>,
+    /// Response tokens of y_l, end of turn included.
+    pub rejected: Vec<u32>,
+    /// Log-prob of each of them under the base, where it was known when they were sampled: the reference then need not read y_l.
+    pub reference_rejected: Option<Vec<f32>>,
+    /// External score of y_w.
+    pub score_chosen: f64,
+    /// External score of y_l.
+    pub score_rejected: f64,
+}
 
 /// One pair's place in a [`Pack`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +113,39 @@ impl Pack {
             self.targets.extend_from_slice(ids);
         }
         first..self.rows.len()
+    }
+}
+
+/// Pairs that a run can learn from; errors name the pair's field under `field`.
+pub(crate) fn check_pairs(field: &str, pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
+    for (index, pair) in pairs.iter().enumerate() {
+        for (name, ids) in [("prompt", &pair.prompt), ("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
+            let at = || format!("{field}[{index}].{name}");
+            if ids.is_empty() {
+                return Err(Error::invalid(at(), "has no tokens."));
+            }
+            check_ids(ids, config, at)?;
+        }
+        if let Some(known) = &pair.reference_rejected
+            && (known.len() != pair.rejected.len() || !known.iter().all(|one| one.is_finite()))
+        {
+            let text = "must be one finite number for each token of `rejected`.";
+            return Err(Error::invalid(format!("{field}[{index}].reference_rejected"), text));
+        }
+        if !pair.score_chosen.is_finite() || !pair.score_rejected.is_finite() {
+            return Err(Error::invalid(format!("{field}[{index}]"), "its scores must be finite numbers."));
+        }
+    }
+    Ok(())
+}
+
+/// Ids of the model's vocabulary.
+pub(crate) fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        Some(id) => {
+            Err(Error::invalid(at(), format!("token id {id} is not below the vocabulary's {}.", config.vocab_size)))
+        }
+        None => Ok(()),
     }
 }
 

@@ -7,11 +7,12 @@
 use candle_core::{Tensor, Var};
 
 use super::optim::Gradients;
-use super::pack::Pack;
+use super::pack::{Pack, check_ids};
 use super::trainer::Pace;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
 use crate::ops::{self, Tape, record, token_logprobs};
+use crate::weights::AdapterFile;
 
 /// A model with the variables that are trained on it.
 pub(crate) struct Pass<'a> {
@@ -152,4 +153,35 @@ fn turn(model: &Decoder, pace: &mut Pace<'_>) -> Result<()> {
 
 fn taken(found: &mut ops::Gradients, leaf: &Tensor, name: &str) -> Result<Tensor> {
     found.remove(leaf).ok_or_else(|| Error::internal(format!("no gradient reached {name}. This is a bug.")))
+}
+
+/// Log-probs of `response` after `prompt`, token by token, in nats, without gradients.
+pub fn token_logprobs_of(
+    model: &Decoder,
+    prompt: &[u32],
+    response: &[u32],
+    lora: LoraRows<'_>,
+    pace: &mut Pace<'_>,
+) -> Result<Vec<f32>> {
+    if prompt.is_empty() {
+        return Err(Error::invalid("prompt", "an empty prompt has no token to predict the response from."));
+    }
+    check_ids(prompt, model.config(), || "prompt".into())?;
+    check_ids(response, model.config(), || "response".into())?;
+    if response.is_empty() {
+        return Ok(Vec::new());
+    }
+    logprobs(model, &Pack::single(prompt, response), lora, pace)
+}
+
+/// The same under a stored adapter.
+pub fn adapter_logprobs(
+    model: &Decoder,
+    adapter: &AdapterFile,
+    prompt: &[u32],
+    response: &[u32],
+    pace: &mut Pace<'_>,
+) -> Result<Vec<f32>> {
+    let params = LoraParams::from_file(adapter, model)?;
+    token_logprobs_of(model, prompt, response, LoraRows::Train { params: &params, dropout_seed: None }, pace)
 }

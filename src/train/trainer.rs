@@ -11,34 +11,17 @@ use rand_chacha::ChaCha8Rng;
 use super::checkpoint::{self, SavedState};
 use super::metrics::{self, StepMetrics, Sums};
 use super::optim::{AdamW, Gradients, schedule, warmup_steps};
-use super::pack::{Pack, PackedPair, packed_tokens, plan, trl_tokens, truncate};
-use super::pass::{Pass, logprobs};
+use super::pack::{Pack, PackedPair, TokenPair, check_pairs, packed_tokens, plan, trl_tokens, truncate};
+use super::pass::{Pass, logprobs, token_logprobs_of};
 use super::{LossOptions, PairLogps, TrainingOptions, preference_loss, score_scale};
 use crate::error::{Code, Error, Result};
-use crate::model::{Decoder, LoraParams, LoraRows, ModelConfig, flat_step_rows};
+use crate::model::{Decoder, LoraParams, LoraRows, flat_step_rows};
 use crate::seed::{STEP, mixed};
 use crate::telemetry;
 use crate::weights::{AdapterFile, LoraConfig};
 
 /// Steps in a row that may fail to be finite before the run is given up.
 const NONFINITE_LIMIT: usize = 5;
-
-/// A pair as token ids.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenPair {
-    /// The rendered prompt with its generation prompt.
-    pub prompt: Vec<u32>,
-    /// Response tokens of y_w, end of turn included.
-    pub chosen: Vec<u32>,
-    /// Response tokens of y_l, end of turn included.
-    pub rejected: Vec<u32>,
-    /// Log-prob of each of them under the base, where it was known when they were sampled: the reference then need not read y_l.
-    pub reference_rejected: Option<Vec<f32>>,
-    /// External score of y_w.
-    pub score_chosen: f64,
-    /// External score of y_l.
-    pub score_rejected: f64,
-}
 
 /// Called between layers: waits for the device, or stops the run with an error (cancel, pause).
 pub type Pace<'a> = dyn FnMut() -> Result<()> + 'a;
@@ -456,68 +439,6 @@ impl Drop for Trainer<'_> {
     fn drop(&mut self) {
         metrics::memory("optimizer", 0);
         metrics::memory("activation", 0);
-    }
-}
-
-/// Log-probs of `response` after `prompt`, token by token, in nats, without gradients.
-pub fn token_logprobs_of(
-    model: &Decoder,
-    prompt: &[u32],
-    response: &[u32],
-    lora: LoraRows<'_>,
-    pace: &mut Pace<'_>,
-) -> Result<Vec<f32>> {
-    if prompt.is_empty() {
-        return Err(Error::invalid("prompt", "an empty prompt has no token to predict the response from."));
-    }
-    check_ids(prompt, model.config(), || "prompt".into())?;
-    check_ids(response, model.config(), || "response".into())?;
-    if response.is_empty() {
-        return Ok(Vec::new());
-    }
-    logprobs(model, &Pack::single(prompt, response), lora, pace)
-}
-
-/// The same under a stored adapter.
-pub fn adapter_logprobs(
-    model: &Decoder,
-    adapter: &AdapterFile,
-    prompt: &[u32],
-    response: &[u32],
-    pace: &mut Pace<'_>,
-) -> Result<Vec<f32>> {
-    let params = LoraParams::from_file(adapter, model)?;
-    token_logprobs_of(model, prompt, response, LoraRows::Train { params: &params, dropout_seed: None }, pace)
-}
-
-fn check_pairs(field: &str, pairs: &[TokenPair], config: &ModelConfig) -> Result<()> {
-    for (index, pair) in pairs.iter().enumerate() {
-        for (name, ids) in [("prompt", &pair.prompt), ("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
-            let at = || format!("{field}[{index}].{name}");
-            if ids.is_empty() {
-                return Err(Error::invalid(at(), "has no tokens."));
-            }
-            check_ids(ids, config, at)?;
-        }
-        if let Some(known) = &pair.reference_rejected
-            && (known.len() != pair.rejected.len() || !known.iter().all(|one| one.is_finite()))
-        {
-            let text = "must be one finite number for each token of `rejected`.";
-            return Err(Error::invalid(format!("{field}[{index}].reference_rejected"), text));
-        }
-        if !pair.score_chosen.is_finite() || !pair.score_rejected.is_finite() {
-            return Err(Error::invalid(format!("{field}[{index}]"), "its scores must be finite numbers."));
-        }
-    }
-    Ok(())
-}
-
-fn check_ids(ids: &[u32], config: &ModelConfig, at: impl Fn() -> String) -> Result<()> {
-    match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
-        Some(id) => {
-            Err(Error::invalid(at(), format!("token id {id} is not below the vocabulary's {}.", config.vocab_size)))
-        }
-        None => Ok(()),
     }
 }
 

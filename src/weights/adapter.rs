@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::hex;
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -275,7 +276,7 @@ impl AdapterFile {
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&config.to_json())?);
         hash.update(self.weights()?);
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(hash))
     }
 
     fn weights(&self) -> Result<Vec<u8>> {

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::blocks::Blocks;
 use super::gguf::Gguf;
+use super::hex;
 use super::hf::{self, Folder};
 use crate::error::{Error, Result};
 use crate::text::TokenizerOptions;
@@ -95,7 +96,7 @@ impl Checkpoint {
                 hash.update(&piece);
             }
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(hash))
     }
 
     /// The model's configuration in the shape of Hugging Face's `config.json`.

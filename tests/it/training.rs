@@ -114,6 +114,7 @@ pub(crate) struct Listener {
     pub(crate) evaluations: Vec<EvalMetrics>,
     pub(crate) checkpoints: Vec<usize>,
     pub(crate) paced: usize,
+    pub(crate) paced_by_step: Vec<usize>,
     pub(crate) stop_at_pace: Option<usize>,
     pub(crate) stop_at_step: Option<usize>,
 }
@@ -126,6 +127,7 @@ impl Hooks for Listener {
 
     fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
         self.steps.push(metrics.clone());
+        self.paced_by_step.push(self.paced);
         if self.stop_at_step == Some(metrics.step) { Err(Error::cancelled()) } else { Ok(()) }
     }
 
@@ -419,28 +421,12 @@ fn a_checkpoint_of_another_job_is_refused() {
     assert!(train(&job(&model_in(DType::F32, 7), &pairs, folder.path()), &mut Listener::default()).is_ok());
 }
 
-/// How often each step of a run paces, the steps that were done before included.
+/// How often each step of a run paces.
 fn paces(job: &TrainJob<'_>, stop_at_step: Option<usize>) -> Vec<usize> {
-    struct Counts(Vec<usize>, usize, Option<usize>);
-    impl Hooks for Counts {
-        fn pace(&mut self) -> Result<()> {
-            self.1 += 1;
-            Ok(())
-        }
-        fn on_step(&mut self, metrics: &StepMetrics) -> Result<()> {
-            self.0.push(std::mem::take(&mut self.1));
-            if self.2 == Some(metrics.step) { Err(Error::cancelled()) } else { Ok(()) }
-        }
-        fn on_eval(&mut self, _: &EvalMetrics) -> Result<()> {
-            Ok(())
-        }
-        fn on_checkpoint(&mut self, _: usize, _: &AdapterFile) -> Result<()> {
-            Ok(())
-        }
-    }
-    let mut counts = Counts(Vec::new(), 0, stop_at_step);
-    assert_eq!(train(job, &mut counts).is_err(), stop_at_step.is_some());
-    counts.0
+    let mut listener = Listener { stop_at_step, ..Default::default() };
+    assert_eq!(train(job, &mut listener).is_err(), stop_at_step.is_some());
+    let starts = std::iter::once(&0).chain(&listener.paced_by_step);
+    listener.paced_by_step.iter().zip(starts).map(|(end, start)| end - start).collect()
 }
 
 #[test]

@@ -5,6 +5,8 @@
 use super::{Block, Heads};
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::matmul::{corner, side};
 use crate::kernels::cpu::places::{Out, in_chunks};
 use crate::kernels::cpu::rowwise::{scale_row, weigh_row};
 
@@ -68,21 +70,13 @@ fn turn(level: Level, heads: Heads, slots: &[usize], kv: usize, keys: &[f32], to
     assert!(to.len() >= dim * PANEL && slots.len() <= PANEL);
     let key = |index: usize| &keys[(slots[index.min(slots.len() - 1)] * heads.key + kv) * dim..][..dim];
     #[cfg(target_arch = "x86_64")]
-    if level != Level::Portable && dim.is_multiple_of(16) {
-        use crate::kernels::cpu::matmul::{turn8, turn16};
-        use std::arch::x86_64::{_mm256_loadu_ps, _mm512_loadu_ps};
-        let side = if level == Level::Avx512 { 16 } else { 8 };
+    if let Some(side) = side(level).filter(|side| dim.is_multiple_of(*side)) {
         for first in (0..slots.len()).step_by(side) {
             let keys: [*const f32; 16] = std::array::from_fn(|index| key(first + index).as_ptr());
             for at in (0..dim).step_by(side) {
-                // SAFETY: at + side ≤ D, so it is inside each key and inside the panel; the instructions are there.
-                unsafe {
-                    let to = to.as_mut_ptr().add(at * PANEL + first);
-                    match level {
-                        Level::Avx512 => turn16(|index| _mm512_loadu_ps(keys[index].add(at)), to, PANEL),
-                        _ => turn8(|index| _mm256_loadu_ps(keys[index].add(at)), to, PANEL),
-                    }
-                }
+                let row = |index: usize| (keys[index].wrapping_add(at), 0);
+                // SAFETY: at + side ≤ D, so it is inside each key and inside the panel; the level is the processor's.
+                unsafe { corner(level, row, to.as_mut_ptr().add(at * PANEL + first), PANEL) };
             }
         }
         return;

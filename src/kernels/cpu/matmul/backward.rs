@@ -38,7 +38,7 @@ impl Packed {
         #[cfg(target_arch = "x86_64")]
         if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
-            let rounded = unsafe { Pairs::new(dy, self.n, false) };
+            let rounded = unsafe { Pairs::new(dy, self.n) };
             let turn = |panel, k, to: &mut [bf16]| match &self.panels {
                 Panels::Codes(panels) => {
                     let mut square = [bf16::ZERO; PANEL * PANEL];

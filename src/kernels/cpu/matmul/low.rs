@@ -71,9 +71,7 @@ impl<'a> Lows<'a> {
         for low in self.of(rows) {
             low.b.send_for(panel);
             if !low.claimed.load(Ordering::Relaxed) && !low.claimed.swap(true, Ordering::Relaxed) {
-                // All of it on this thread: work handed out here would have it take up other work while it waits, such as another
-                // task of this product, which waits for this very part.
-                low.found.get_or_init(|| low.b.input(low.a.some_rows(input, low.rows.clone()), mode, true));
+                low.found.get_or_init(|| low.b.input(low.a.some_rows(input, low.rows.clone()), mode));
             }
         }
     }

@@ -40,7 +40,7 @@ use tile::ROWS;
 pub(super) use tile::{PANEL, Plain, Tile};
 pub use together::{Adapted, forward_together};
 #[cfg(target_arch = "x86_64")]
-pub(super) use turn::{turn8, turn16};
+pub(super) use turn::{corner, side};
 
 /// Numbers of a block of activations, so that it stays in cache while panels pass by.
 const BLOCK: usize = 1 << 17;
@@ -206,15 +206,14 @@ impl Packed {
         unsafe { filled(rows.len() * self.n, multiply) }
     }
 
-    /// Activations as this weight takes them, made `alone` on this thread. x: (M, K).
-    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode, alone: bool) -> Input<'a> {
+    /// Activations as this weight takes them. x: (M, K).
+    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode) -> Input<'a> {
         let x = x.into();
         #[cfg(target_arch = "x86_64")]
         if mode.pairs && self.is_bf16() {
             // SAFETY: `pairs` says that the processor has the instructions.
-            return Input::Rounded(unsafe { Pairs::new(&x, self.k, alone) });
+            return Input::Rounded(unsafe { Pairs::new(&x, self.k) });
         }
-        let _ = alone;
         Input::Plain(x, mode.level)
     }
 

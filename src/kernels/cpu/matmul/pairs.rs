@@ -4,7 +4,6 @@
 //! 2⁻⁹ of each product. The instruction reads subnormal numbers as zero.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use half::bf16;
 
@@ -23,23 +22,19 @@ pub(super) struct Pairs {
 }
 
 impl Pairs {
-    /// Rounds x: (M, K), `alone` on this thread.
+    /// Rounds x: (M, K).
     /// # Safety
     /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
-    pub(super) unsafe fn new(x: &[f32], k: usize, alone: bool) -> Self {
+    pub(super) unsafe fn new(x: &[f32], k: usize) -> Self {
         let width = k.div_ceil(2);
         let mut numbers = Vec::with_capacity(x.len() / k * width);
         let room = numbers.spare_capacity_mut().chunks_mut(TOGETHER * width);
-        let some = |(x, to): (&[f32], &mut [MaybeUninit<u32>])| {
+        each(x.chunks(TOGETHER * k).zip(room), |(x, to)| {
             for (x, to) in x.chunks(k).zip(to.chunks_mut(width)) {
                 // SAFETY: the caller's promise; the spare room of a row is ⌈K/2⌉ pairs.
                 unsafe { round_row(x, to.as_mut_ptr().cast()) };
             }
-        };
-        match alone {
-            true => x.chunks(TOGETHER * k).zip(room).for_each(some),
-            false => each(x.chunks(TOGETHER * k).zip(room), some),
-        }
+        });
         // SAFETY: every row was written.
         unsafe { numbers.set_len(x.len() / k * width) };
         Pairs { numbers, width }

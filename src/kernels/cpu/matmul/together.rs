@@ -41,7 +41,7 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
     // As weights in bf16 take x, and as the others do.
     let [rounded, plain] = [true, false].map(|is_bf16| {
         let taker = products.iter().find(|product| product.weight.is_bf16() == is_bf16);
-        taker.map(|product| product.weight.input(x, mode, false))
+        taker.map(|product| product.weight.input(x, mode))
     });
     let mut found: Vec<Vec<f32>> = products.iter().map(|product| Vec::with_capacity(m * product.weight.n)).collect();
     let products: Vec<Product<'_>> = products

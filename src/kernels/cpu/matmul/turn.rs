@@ -13,11 +13,7 @@ use crate::kernels::cpu::level::Level;
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in super::super) unsafe fn turn16(
-    load: impl Fn(usize) -> std::arch::x86_64::__m512,
-    out: *mut f32,
-    out_pitch: usize,
-) {
+unsafe fn turn16(load: impl Fn(usize) -> std::arch::x86_64::__m512, out: *mut f32, out_pitch: usize) {
     use std::arch::x86_64::*;
     let zero = _mm512_setzero_ps();
     let (mut a, mut b) = ([zero; 16], [zero; 16]);
@@ -61,11 +57,7 @@ pub(in super::super) unsafe fn turn16(
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(in super::super) unsafe fn turn8(
-    load: impl Fn(usize) -> std::arch::x86_64::__m256,
-    out: *mut f32,
-    out_pitch: usize,
-) {
+unsafe fn turn8(load: impl Fn(usize) -> std::arch::x86_64::__m256, out: *mut f32, out_pitch: usize) {
     use std::arch::x86_64::*;
     let (mut a, mut b) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
     for (r, a) in a.iter_mut().enumerate() {
@@ -92,37 +84,61 @@ pub(in super::super) unsafe fn turn8(
     }
 }
 
+/// Rows and columns of a [`corner`], where there are vectors for it.
+#[cfg(target_arch = "x86_64")]
+pub(in super::super) fn side(level: Level) -> Option<usize> {
+    match level {
+        Level::Avx512 => Some(16),
+        Level::Avx2 => Some(8),
+        Level::Portable => None,
+    }
+}
+
+/// A square of numbers, widened and turned: `out[c·out_pitch + r] = row r's c-th number`. `row(r)` is where row r begins, and which of the
+/// rows that lie together there it is.
+/// # Safety
+/// Every row has [`side`] numbers, `out` as many rows of as many, `out_pitch` apart; the processor has the level, which has a side.
+#[cfg(target_arch = "x86_64")]
+pub(in super::super) unsafe fn corner<W: Stored>(
+    level: Level,
+    row: impl Fn(usize) -> (*const W, usize),
+    out: *mut f32,
+    out_pitch: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match level {
+            Level::Avx512 => {
+                let load = |r| {
+                    let (from, part) = row(r);
+                    W::load16(from, part)
+                };
+                turn16(load, out, out_pitch);
+            }
+            _ => {
+                let load = |r| {
+                    let (from, part) = row(r);
+                    W::load8(from, part)
+                };
+                turn8(load, out, out_pitch);
+            }
+        }
+    }
+}
+
 /// The first 32 columns k (past the end they are zeros) of one panel, widened and turned into `to`: (32 rows n, 32 columns k).
 pub(super) fn widened<W: Stored>(level: Level, of_block: &[W], to: &mut [f32]) {
     let rows = (of_block.len() / PANEL).min(PANEL);
     #[cfg(target_arch = "x86_64")]
-    if level != Level::Portable && rows == PANEL {
+    if let Some(side) = side(level).filter(|_| rows == PANEL) {
         assert!(to.len() >= PANEL * PANEL);
-        let from = |n: usize, k: usize| (of_block[(k / W::STEP * PANEL + n) * W::STEP..].as_ptr(), k % W::STEP);
-        let side = if level == Level::Avx512 { 16 } else { 8 };
         for (n, k) in (0..PANEL).step_by(side).flat_map(|n| (0..PANEL).step_by(side).map(move |k| (n, k))) {
-            let corner = to[n * PANEL + k..].as_mut_ptr();
-            // SAFETY: the block has 32 rows of k with 32 columns of n, `to` the same the other way round; the instructions are there.
-            unsafe {
-                match level {
-                    Level::Avx512 => turn16(
-                        |r| {
-                            let (from, part) = from(n, k + r);
-                            W::load16(from, part)
-                        },
-                        corner,
-                        PANEL,
-                    ),
-                    _ => turn8(
-                        |r| {
-                            let (from, part) = from(n, k + r);
-                            W::load8(from, part)
-                        },
-                        corner,
-                        PANEL,
-                    ),
-                }
-            }
+            let row = |r: usize| {
+                let (group, part) = ((k + r) / W::STEP, (k + r) % W::STEP);
+                (of_block.as_ptr().wrapping_add((group * PANEL + n) * W::STEP), part)
+            };
+            // SAFETY: the block has 32 rows of k with 32 columns of n, `to` the same the other way round; the level is the processor's.
+            unsafe { corner(level, row, to.as_mut_ptr().add(n * PANEL + k), PANEL) };
         }
         return;
     }

@@ -104,17 +104,12 @@ impl ResponseRequest {
         if self.prompt.is_some() {
             return unsupported("prompt", "`prompt` templates are not supported");
         }
-        if sampling.prompt_logprobs.is_some() {
-            return unsupported(
-                "prompt_logprobs",
-                "`prompt_logprobs` is not supported: a response has no place for them",
-            );
-        }
-        if sampling.return_token_ids == Some(true) {
-            return unsupported(
-                "return_token_ids",
-                "`return_token_ids` is not supported: a response has no place for them",
-            );
+        let placeless = [
+            ("prompt_logprobs", sampling.prompt_logprobs.is_some()),
+            ("return_token_ids", sampling.return_token_ids == Some(true)),
+        ];
+        if let Some((field, _)) = placeless.iter().find(|(_, asked)| *asked) {
+            return unsupported(field, &format!("`{field}` is not supported: a response has no place for them"));
         }
         for (field, count) in [("n", sampling.n()?), ("best_of", sampling.best_of(1)?)] {
             if count != 1 {
