@@ -347,14 +347,13 @@ impl Packed {
     }
 }
 
-/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, or twice where registers are so few that unpacking twice costs
-/// less than the way through memory.
+/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, so that no panel is unpacked twice.
 fn few_rows(level: Level) -> usize {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => FEW_ROWS,
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => 12,
+        Level::Avx2 => 6,
         Level::Portable => 1,
     }
 }
