@@ -217,8 +217,10 @@ mod tests {
         let Some(found) = sampled(&rows, 100, &[wanted.clone(), wanted.clone(), wanted]) else { return };
         assert_eq!(found.iter().map(|row| row.finite).collect::<Vec<_>>(), [false, false, true]);
         let of = sampler::logprob_of(&rows[200..], 99, 3);
-        assert_close(found[2].asked[0], of.logprob);
-        assert_close(found[2].asked[1], sampler::logprob_of(&rows[200..], 0, 0).logprob);
+        for ((rank, logprob), of) in found[2].asked.iter().zip([&of, &sampler::logprob_of(&rows[200..], 0, 0)]) {
+            assert_close(*logprob, of.logprob);
+            assert_eq!(Some(*rank as usize), of.rank);
+        }
         assert_eq!(found[2].top.len(), 3);
         found[2].top.iter().zip(&of.top).for_each(|(found, wanted)| {
             assert_eq!(found.0, wanted.0);

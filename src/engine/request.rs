@@ -127,7 +127,7 @@ pub struct TokenLogprob {
     pub logprob: f32,
     /// `(id, logprob)`.
     pub top: Vec<(u32, f32)>,
-    /// Place in the vocabulary, from 1 on, where it was looked for: of a prompt's tokens, on a CPU.
+    /// Place in the vocabulary, from 1 on, where it was looked for: of a prompt's tokens.
     pub rank: Option<usize>,
 }
 

@@ -334,8 +334,10 @@ fn logprobs(logits: &Tensor, targets: &[u32], top: usize) -> Result<Vec<TokenLog
     if logits.device().is_cuda() {
         let row = |target: &u32| SampleRow { top, asked: vec![*target], ..SampleRow::default() };
         let found = sample(logits, &targets.iter().map(row).collect::<Vec<_>>())?.into_iter().zip(targets);
-        let one =
-            |(row, id): (Sampled, &u32)| TokenLogprob { id: *id, logprob: row.asked[0], top: row.top, rank: None };
+        let one = |(row, id): (Sampled, &u32)| {
+            let (rank, logprob) = row.asked[0];
+            TokenLogprob { id: *id, logprob, top: row.top, rank: Some(rank as usize) }
+        };
         return Ok(found.map(one).collect());
     }
     let rows = logits.to_vec2::<f32>()?;

@@ -228,7 +228,7 @@ impl Writer {
             return not_finite();
         }
         match &self.request.task {
-            Task::NextToken(_) => Outcome::NextToken(sampled.asked),
+            Task::NextToken(_) => Outcome::NextToken(sampled.asked.into_iter().map(|(_, logprob)| logprob).collect()),
             Task::Score | Task::Generate if self.reads_only() => Outcome::PromptRead,
             Task::Score | Task::Generate => {
                 let Sampled { id, logprob, top, .. } = sampled;

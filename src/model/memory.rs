@@ -63,11 +63,12 @@ impl Decoder {
         let rows = pair.max((pair * size.batch_size).min(flat_step_rows(self, size.keep_bytes)));
         let layers = config.num_hidden_layers;
         let input = rows * config.hidden_size * self.compute_dtype().size_in_bytes();
-        let [attention, mlp] = kept_values(config).map(|values| self.compute_dtype().size_in_bytes() * values * rows);
+        let [attention, mlp] =
+            kept_values(config, on_cpu).map(|values| self.compute_dtype().size_in_bytes() * values * rows);
         let graphs = (layers * (attention + mlp)).min(size.keep_bytes);
         // What the block under way keeps and the gradients along it are alike in size. The head works on the rows of the answers,
         // which are nearly all: its input, normed and as gradients, and what comes back.
-        let block = 2 * attention.max(mlp);
+        let block = 2 * attention.max(mlp) + if on_cpu { 0 } else { input };
         let head = 6 * input + logprobs_scratch_bytes(rows, config.vocab_size, on_cpu);
         // The first two layers are held to be measured before it is known how many may stay.
         let measured = (layers.min(2) * (attention + mlp)).saturating_sub(graphs) + 5 * input;
@@ -92,14 +93,15 @@ fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
 }
 
 /// Numbers that the way back through a layer's attention and through its MLP reads of a row, but for the blocks' inputs: what linears,
-/// attention, the gate and norms within the block were given.
-fn kept_values(config: &ModelConfig) -> [usize; 2] {
+/// attention, the gate and norms within the block were given. On a GPU what norms and the gate made is made again.
+fn kept_values(config: &ModelConfig, on_cpu: bool) -> [usize; 2] {
     let heads = config.num_attention_heads * config.head_dim;
     let kv_heads = config.num_key_value_heads * config.head_dim;
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let after = if config.gemma_norms { hidden } else { 0 };
     let normed = if config.qk_norm { heads + kv_heads } else { 0 };
-    [hidden + 2 * heads + 2 * kv_heads + normed + after, hidden + 3 * inner + after]
+    let again = if on_cpu { [hidden, hidden + inner] } else { [0, 0] };
+    [again[0] + 2 * heads + 2 * kv_heads + normed + after, again[1] + 2 * inner + after]
 }
 
 /// Rows of a flat step whose layers' tapes fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
@@ -109,7 +111,7 @@ pub(crate) fn flat_step_rows(model: &Decoder, bytes: usize) -> usize {
 }
 
 fn rows_within(bytes: usize, config: &ModelConfig, dtype: DType, on_cpu: bool) -> usize {
-    let per_row = dtype.size_in_bytes() * kept_values(config).iter().sum::<usize>() * config.num_hidden_layers;
+    let per_row = dtype.size_in_bytes() * kept_values(config, on_cpu).iter().sum::<usize>() * config.num_hidden_layers;
     (bytes / per_row.max(1)).clamp(LEAST_ROWS, if on_cpu { LEAST_ROWS } else { MOST_ROWS })
 }
 
@@ -146,7 +148,7 @@ mod tests {
 
     #[test]
     fn flat_steps_grow_with_the_memory_on_a_gpu_only() {
-        let per_row = 2 * (32 + 2 * 32 + 2 * 16 + 32 + 3 * 80) * 3;
+        let per_row = 2 * (2 * 32 + 2 * 16 + 2 * 80) * 3;
         let rows = |bytes, on_cpu| rows_within(bytes, &config(3), DType::BF16, on_cpu);
         assert_eq!(rows(700 * per_row, false), 700);
         assert_eq!(rows(700 * per_row, true), LEAST_ROWS);

@@ -6,8 +6,24 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor,
 };
 
-use crate::kernels::cuda::View;
 pub use crate::kernels::cuda::device as gpu;
+use crate::kernels::cuda::{Mark, View, mark};
+
+/// Keeps a GPU from being further behind the thread that feeds it than one turn: what is asked next finds it at work, and who has it next
+/// waits for no more than that.
+#[derive(Default)]
+pub struct Lag(Option<Mark>);
+
+impl Lag {
+    /// Ends a turn: waits until the one before it is done. Nothing on a CPU.
+    pub fn turn(&mut self, device: &Device) -> Result<()> {
+        let Device::Cuda(device) = device else { return Ok(()) };
+        match self.0.replace(mark(device)?) {
+            Some(before) => before.wait(),
+            None => Ok(()),
+        }
+    }
+}
 
 /// Whether there are kernels for the numbers of a tensor.
 pub(super) fn takes(x: &Tensor) -> bool {

@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::linear::{few_rows, takes_few};
 use super::tape::{self, Gradients};
-use super::{FrozenLinear, cpu, cuda};
+use super::{FrozenLinear, cpu, cuda, trained};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{self as kernels, Adapted, Left, Packed, Width, forward_together, multiply};
 use crate::kernels::cuda::{self as gpu, LowRows};
@@ -43,35 +43,58 @@ pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Ten
         let ids = [a.id(), b.id()];
         sites.push(Site { base: base.cloned(), ids, a: a.contiguous()?, b: b.contiguous()?, scale, packed_a });
     }
-    let outputs = match x.device().is_cpu() {
-        true => forward_on_cpu(&plain, &sites, &packed_b)?,
-        false => sites.iter().map(|site| site.forward(&plain)).collect::<Result<Vec<_>>>()?,
-    };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(of.iter().flat_map(|of| [of.a, of.b])).collect();
     let id = x.id();
-    tape::push_all(&inputs, &outputs.iter().collect::<Vec<_>>(), &[&plain.clone()], move |all, gradients| {
-        for (site, dy) in sites.iter().zip(all) {
-            if let Some(dy) = dy {
-                let dy = dy.tensor.contiguous()?;
-                match &site.packed_a {
-                    Some(a) => site.backward_on_cpu(&plain, a, &dy, id, gradients)?,
-                    None => site.backward(&plain, &dy, id, gradients)?,
+    let outputs = if trained::takes(&plain, &sites) {
+        let (outputs, together) = trained::forward(&plain, &sites)?;
+        // What is cheap to make again is not kept.
+        let again = tape::recipe(x);
+        let plain = Some(plain).filter(|_| again.is_none());
+        let kept = [together.kept(), plain.iter().cloned().collect()].concat();
+        tape::push_all(
+            &inputs,
+            &outputs.iter().collect::<Vec<_>>(),
+            &kept.iter().collect::<Vec<_>>(),
+            move |all, gradients| {
+                let x = plain.map_or_else(|| again.ok_or_else(lost).and_then(|make| make()), Ok)?;
+                together.backward(&x, &sites, all, id, gradients)
+            },
+        );
+        outputs
+    } else {
+        let outputs = match x.device().is_cpu() {
+            true => forward_on_cpu(&plain, &sites, &packed_b)?,
+            false => sites.iter().map(|site| site.forward(&plain)).collect::<Result<Vec<_>>>()?,
+        };
+        tape::push_all(&inputs, &outputs.iter().collect::<Vec<_>>(), &[&plain.clone()], move |all, gradients| {
+            for (site, dy) in sites.iter().zip(all) {
+                if let Some(dy) = dy {
+                    let dy = dy.tensor.contiguous()?;
+                    match &site.packed_a {
+                        Some(a) => site.backward_on_cpu(&plain, a, &dy, id, gradients)?,
+                        None => site.backward(&plain, &dy, id, gradients)?,
+                    }
                 }
             }
-        }
-        Ok(())
-    });
+            Ok(())
+        });
+        outputs
+    };
     outputs.try_into().map_err(|_| Error::internal("a product for every linear. This is a bug."))
 }
 
+fn lost() -> Error {
+    Error::internal("a linear's input is neither kept nor made again. This is a bug.")
+}
+
 /// One linear of [`low_rank`].
-struct Site {
-    base: Option<FrozenLinear>,
+pub(super) struct Site {
+    pub(super) base: Option<FrozenLinear>,
     /// Of A and B.
-    ids: [TensorId; 2],
+    pub(super) ids: [TensorId; 2],
     a: Tensor,
-    b: Tensor,
-    scale: f64,
+    pub(super) b: Tensor,
+    pub(super) scale: f64,
     /// A as a published adapter holds it on a CPU.
     packed_a: Option<Packed>,
 }
@@ -112,7 +135,7 @@ fn forward_on_cpu(x: &Tensor, sites: &[Site], packed_b: &[Packed]) -> Result<Vec
 impl Site {
     /// A and the scaled B in what they are multiplied in: beside a bf16 weight in bf16, as a published adapter holds them. They are small; x
     /// and dy are not, and stay as they are then.
-    fn beside(&self, x: &Tensor) -> Result<[Tensor; 2]> {
+    pub(super) fn beside(&self, x: &Tensor) -> Result<[Tensor; 2]> {
         let dtype = if x.dtype() == DType::BF16 { DType::BF16 } else { DType::F32 };
         Ok([self.a.detach().to_dtype(dtype)?, (self.b.detach() * self.scale)?.to_dtype(dtype)?])
     }

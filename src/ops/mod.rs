@@ -17,10 +17,11 @@ mod paged;
 mod pointwise;
 mod sample;
 mod tape;
+mod trained;
 
 pub use adamw::{AdamWUpdate, adamw};
 pub use attention::{CausalMask, Segment, causal_attention};
-pub use cuda::gpu;
+pub use cuda::{Lag, gpu};
 pub use linear::{Codes, FrozenLinear};
 pub(crate) use logprobs::logprobs_scratch_bytes;
 pub use logprobs::{RowLogprobs, token_logprobs};

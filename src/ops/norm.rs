@@ -24,6 +24,10 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let norm =
         RmsNorm { x: x.contiguous()?, weight: weight.detach().to_dtype(DType::F32)?.contiguous()?, eps: eps as f32 };
     let (y, id) = (norm.forward()?, x.id());
+    if cuda::takes(&y) {
+        let norm = norm.clone();
+        tape::push_recipe(&y, move || norm.forward());
+    }
     tape::push(&[x], &y, &[&norm.x.clone()], move |dy, gradients| {
         let before = gradients.take(id);
         let dx = norm.backward(&dy.tensor.contiguous()?, before.as_ref())?;
@@ -32,6 +36,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     Ok(y)
 }
 
+#[derive(Clone)]
 struct RmsNorm {
     x: Tensor,
     weight: Tensor,
@@ -59,15 +64,14 @@ impl RmsNorm {
     /// The gradient of x, on top of what it has `before`.
     fn backward(&self, dy: &Tensor, before: Option<&Tensor>) -> Result<Tensor> {
         let inputs = [&self.x, &self.weight, dy];
-        if !self.x.device().is_cpu() {
-            let dx = cuda::with_views(inputs, |[x, weight, dy]| gpu::rms_norm_backward(x, weight, dy, self.eps))?;
-            let dx = cuda::tensor(dx, self.x.shape(), &self.x)?;
-            return Ok(match before {
-                Some(before) => (before + dx)?,
-                None => dx,
-            });
-        }
         let before = before.map(Tensor::contiguous).transpose()?;
+        if !self.x.device().is_cpu() {
+            let all: Vec<&Tensor> = inputs.into_iter().chain(&before).collect();
+            let dx = cuda::with_all(&all, |all| {
+                gpu::rms_norm_backward(all[0], all[1], all[2], all.get(3).copied(), self.eps)
+            })?;
+            return Ok(cuda::tensor(dx, self.x.shape(), &self.x)?);
+        }
         let write = |before: Option<&[f32]>| {
             cpu::with_floats(inputs, |[x, weight, dy]| {
                 let c = weight.len();

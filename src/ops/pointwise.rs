@@ -31,6 +31,10 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
     let ids = [gate.id(), up.id()];
     let inputs = [gate.contiguous()?, up.contiguous()?];
     let out = gated_forward(&inputs, activation)?;
+    if cuda::takes(&out) {
+        let inputs = inputs.clone();
+        tape::push_recipe(&out, move || gated_forward(&inputs, activation));
+    }
     tape::push(&[gate, up], &out, &[&inputs[0].clone(), &inputs[1].clone()], move |dout, gradients| {
         for (id, gradient) in ids.into_iter().zip(gated_backward(&inputs, &dout.tensor.contiguous()?, activation)?) {
             gradients.add(id, gradient)?;
@@ -143,8 +147,10 @@ fn dropped(x: &Tensor, mask: Dropout) -> Result<Tensor> {
 
 /// `x + y`, of one shape. Differentiable in both.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let sum = match x.device().is_cpu() && x.dims() == y.dims() && x.is_contiguous() && y.is_contiguous() {
-        true => {
+    let plain = x.dims() == y.dims() && x.dtype() == y.dtype() && x.is_contiguous() && y.is_contiguous();
+    let sum = match plain {
+        true if cuda::takes(x) => cuda::tensor(cuda::with_views([x, y], |[x, y]| gpu::sum(x, y))?, x.shape(), x)?,
+        true if x.device().is_cpu() => {
             let sum = cpu::with_floats([x, y], |[x, y]| {
                 let [sum] = cpu::in_chunks(x.len(), CHUNK, |at, [sum]| {
                     sum.copy_from_slice(&x[at..at + sum.len()]);
@@ -154,7 +160,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
             })?;
             cpu::tensor(sum, x.shape())?
         }
-        false => (x.detach() + y.detach())?,
+        _ => (x.detach() + y.detach())?,
     };
     let ids = [x.id(), y.id()];
     tape::push(&[x, y], &sum, &[], move |dy, gradients| {

@@ -5,13 +5,15 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 use candle_core::{Shape, Tensor, TensorId, Var};
 
-use super::cpu;
+use super::{cpu, cuda};
 use crate::cores::each;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::add_row;
+use crate::kernels::cuda as gpu;
 
 /// Numbers a task adds at once.
 const CHUNK: usize = 4096;
@@ -26,7 +28,11 @@ pub struct Tape {
     /// The leaves, and what depends on one.
     wanted: HashSet<TensorId>,
     steps: Vec<Step>,
+    recipes: HashMap<TensorId, Recipe>,
 }
+
+/// How to make a tensor again out of what is kept in any case.
+pub(super) type Recipe = Rc<dyn Fn() -> Result<Tensor>>;
 
 struct Step {
     outputs: Vec<TensorId>,
@@ -67,7 +73,7 @@ pub fn record<'a, T>(
         return Err(Error::internal("A recording inside another. This is a bug."));
     }
     let leaves: HashSet<TensorId> = leaves.into_iter().map(Tensor::id).collect();
-    RECORDING.set(Some(Tape { wanted: leaves.clone(), leaves, steps: Vec::new() }));
+    RECORDING.set(Some(Tape { wanted: leaves.clone(), leaves, steps: Vec::new(), recipes: HashMap::new() }));
     let recording = Recording;
     let result = work()?;
     let tape = RECORDING.take();
@@ -83,6 +89,20 @@ pub(super) fn tracked(tensors: &[&Tensor]) -> bool {
     RECORDING.with_borrow(|tape| {
         tape.as_ref().is_some_and(|tape| tensors.iter().any(|tensor| tape.wanted.contains(&tensor.id())))
     })
+}
+
+/// Says how to make a tensor again, for who would else have to keep it. Cheap ones only: nothing of a product.
+pub(super) fn push_recipe(of: &Tensor, make: impl Fn() -> Result<Tensor> + 'static) {
+    RECORDING.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.recipes.insert(of.id(), Rc::new(make));
+        }
+    });
+}
+
+/// What [`push_recipe`] was told of that tensor.
+pub(super) fn recipe(of: &Tensor) -> Option<Recipe> {
+    RECORDING.with_borrow(|tape| tape.as_ref()?.recipes.get(&of.id()).cloned())
 }
 
 /// Records an op of several outputs, if one of its inputs is [`tracked`]. `kept` are the tensors that `back` holds.
@@ -240,7 +260,12 @@ impl Gradients {
 
 fn summed(a: Gradient, b: Gradient) -> Result<Gradient> {
     let (to, other) = if a.shared { (b, a) } else { (a, b) };
-    if to.shared || !to.tensor.device().is_cpu() || !to.tensor.is_contiguous() {
+    let (own, like) = (!to.shared && to.tensor.is_contiguous(), to.tensor.dtype() == other.tensor.dtype());
+    if own && like && cuda::takes(&to.tensor) {
+        cuda::with_views([&to.tensor, &other.tensor.contiguous()?], |[to, other]| gpu::add_onto(to, other))?;
+        return Ok(to);
+    }
+    if !own || !to.tensor.device().is_cpu() {
         return Ok(Gradient { tensor: (to.tensor.detach() + other.tensor.detach())?, shared: false });
     }
     let other = other.tensor.contiguous()?;

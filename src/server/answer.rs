@@ -128,7 +128,7 @@ pub(super) fn chat_logprob(tokenizer: &Tokenizer, logprob: &TokenLogprob) -> Val
 }
 
 /// vLLM's `prompt_logprobs`: for each prompt token its alternatives by id.
-/// The `most` likeliest, and the token itself, whose rank is null where nobody counted.
+/// The `most` likeliest, and the token itself.
 pub(super) fn prompt_logprobs_json(tokenizer: &Tokenizer, prompt: &[Option<TokenLogprob>], most: usize) -> Value {
     let one = |token: &TokenLogprob| {
         let mut map = Map::new();

@@ -11,7 +11,7 @@ use super::pack::{Pack, check_ids};
 use super::trainer::Pace;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
-use crate::ops::{self, Tape, record, token_logprobs};
+use crate::ops::{self, Lag, Tape, record, token_logprobs};
 use crate::weights::AdapterFile;
 
 /// A model with the variables that are trained on it.
@@ -69,29 +69,37 @@ impl Pass<'_> {
         let mut x = model.embed(&pack.ids)?.detach();
         let mut passed: Vec<Left> = Vec::with_capacity(blocks);
         let measured = blocks.min(4) - 2;
-        let mut kept_from = 0;
-        let mut layer_bytes = 0;
+        let (mut tape_bytes, mut kept) = ([0; 2], [blocks / 2; 2]);
+        let mut lag = Lag::default();
         for (block, variables) in of_blocks.iter().enumerate() {
-            turn(model, pace)?;
+            turn(model, &mut lag, pace)?;
             let (output, tape) = run(block, &x, variables)?;
             // The first block's tape has no way to its input, so the second layer is the measure of all.
             if (measured..measured + 2).contains(&block) {
-                layer_bytes += tape.bytes();
-            }
-            if block == measured + 1 {
-                kept_from = blocks.saturating_sub(self.keep_bytes.saturating_mul(2) / layer_bytes.max(1));
-                passed.iter_mut().take(kept_from).for_each(|left| left.output = None);
+                tape_bytes[block % 2] = tape.bytes();
             }
             let input = std::mem::replace(&mut x, output.clone());
-            passed.push(Left { input, output: (block >= kept_from).then_some((output, tape)) });
+            passed.push(Left { input, output: Some((output, tape)) });
+            if block <= measured {
+                continue;
+            }
+            let mut new = block;
+            if block == measured + 1 {
+                (kept, new) = (most_kept(tape_bytes, blocks / 2, self.keep_bytes), 0);
+            }
+            for (at, left) in passed.iter_mut().enumerate().skip(new) {
+                if at / 2 + kept[at % 2] < blocks / 2 {
+                    left.output = None;
+                }
+            }
         }
-        let kept_blocks = blocks - kept_from;
         let input_bytes = x.elem_count() * x.dtype().size_in_bytes();
-        let stats = PassStats { kept_blocks, activation_bytes: kept_blocks * layer_bytes / 2 + blocks * input_bytes };
+        let activation_bytes = kept[0] * tape_bytes[0] + kept[1] * tape_bytes[1] + blocks * input_bytes;
+        let stats = PassStats { kept_blocks: kept[0] + kept[1], activation_bytes };
 
         let mut dy = self.head_backward(&x, pack, upstream, pace)?;
         for (block, variables) in of_blocks.iter().enumerate().rev() {
-            turn(model, pace)?;
+            turn(model, &mut lag, pace)?;
             let left = passed.pop().expect("the forward left something of every block. This is a bug.");
             let (output, tape) = match left.output {
                 Some(kept) => kept,
@@ -135,8 +143,9 @@ impl Pass<'_> {
 pub(crate) fn logprobs(model: &Decoder, pack: &Pack, lora: LoraRows<'_>, pace: &mut Pace<'_>) -> Result<Vec<f32>> {
     let rotary = model.rotary(&pack.mask.positions)?;
     let mut x = model.embed(&pack.ids)?.detach();
+    let mut lag = Lag::default();
     for block in 0..model.num_blocks() {
-        turn(model, pace)?;
+        turn(model, &mut lag, pace)?;
         x = model.block(block, &x, &rotary, Attend::Causal(&pack.mask), lora)?.detach();
     }
     let rows = Tensor::from_slice(&pack.rows, pack.rows.len(), model.device())?;
@@ -144,11 +153,17 @@ pub(crate) fn logprobs(model: &Decoder, pack: &Pack, lora: LoraRows<'_>, pace: &
     Ok(token_logprobs(&normed, model.head()?, &pack.targets, pace)?.to_vec1::<f32>()?)
 }
 
-/// The end of a turn on the device. A GPU runs behind the thread that feeds it, so what was asked of it is done first: else the next
-/// to have the device would wait behind a queue of this one's work.
-fn turn(model: &Decoder, pace: &mut Pace<'_>) -> Result<()> {
-    model.device().synchronize()?;
+/// The end of a turn on the device.
+fn turn(model: &Decoder, lag: &mut Lag, pace: &mut Pace<'_>) -> Result<()> {
+    lag.turn(model.device())?;
     pace()
+}
+
+/// Of how many layers, from the last on, the tapes of attention and of the MLP may stay, where they take so many bytes each: an MLP's
+/// first, which spares more work a byte.
+fn most_kept(tape_bytes: [usize; 2], layers: usize, keep_bytes: usize) -> [usize; 2] {
+    let mlps = layers.min(keep_bytes / tape_bytes[1].max(1));
+    [layers.min((keep_bytes - mlps * tape_bytes[1]) / tape_bytes[0].max(1)), mlps]
 }
 
 fn taken(found: &mut ops::Gradients, leaf: &Tensor, name: &str) -> Result<Tensor> {

@@ -20,17 +20,26 @@ const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
 const LOGIT_TOLERANCE: f32 = 1e-4;
 /// Largest difference of a gradient as a share of the largest value of its tensor.
 const GRADIENT_TOLERANCE: f32 = 1e-3;
-/// In bf16, which keeps 8 bits, and with a GPU's order of additions: of a logit or log-prob as a share of the largest one of its tensor.
-const LOGIT_TOLERANCE_BF16: f32 = 0.03;
-/// Of a gradient in bf16, again as a share of the largest value.
-const GRADIENT_TOLERANCE_BF16: f32 = 0.1;
+/// In bf16, which keeps 8 bits, and with a GPU's order of additions: the root mean square of what a tensor's logits or log-probs are off, as a
+/// share of their own. PyTorch's bf16 is off by up to 0.035 on these fixtures.
+const LOGIT_TOLERANCE_BF16: f32 = 0.07;
+/// Of gradients in bf16, likewise. PyTorch's are off by up to 0.12.
+const GRADIENT_TOLERANCE_BF16: f32 = 0.24;
 
-/// Largest difference allowed beside `wanted`.
-fn logit_tolerance(wanted: &Tensor) -> f32 {
-    match dtype() {
-        DType::F32 => LOGIT_TOLERANCE,
-        _ => LOGIT_TOLERANCE_BF16 * largest(wanted).max(1.0),
+/// How far off numbers are, and how far they may be: the largest difference in f32, the root mean square as a share of what is wanted in bf16.
+fn off_by(got: &Tensor, wanted: &Tensor, tolerances: [f32; 2]) -> (f32, f32) {
+    if dtype() == DType::F32 {
+        return (largest_gap(got, wanted), tolerances[0]);
     }
+    let (got, wanted) = (flat(got), flat(wanted));
+    assert_eq!(got.len(), wanted.len());
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
+    let gap = norm(&mut got.iter().zip(&wanted).map(|(a, b)| a - b));
+    (gap / norm(&mut wanted.iter().copied()), tolerances[1])
+}
+
+fn logits_off_by(got: &Tensor, wanted: &Tensor) -> (f32, f32) {
+    off_by(got, wanted, [LOGIT_TOLERANCE, LOGIT_TOLERANCE_BF16])
 }
 
 fn largest(tensor: &Tensor) -> f32 {
@@ -39,7 +48,8 @@ fn largest(tensor: &Tensor) -> f32 {
 
 /// Bit for bit on the CPU, whose rows do not depend on each other; else as near as the rest must be.
 fn same(a: &Tensor, b: &Tensor) -> bool {
-    if device().is_cpu() { bits(a) == bits(b) } else { largest_gap(a, b) < logit_tolerance(b) }
+    let (gap, most) = logits_off_by(a, b);
+    if device().is_cpu() { bits(a) == bits(b) } else { gap < most }
 }
 
 struct Fixture {
@@ -93,8 +103,8 @@ impl Fixture {
     }
 
     fn check(&self, key: &str, got: &Tensor) {
-        let gap = largest_gap(got, &self.tensors[key]);
-        assert!(gap < logit_tolerance(&self.tensors[key]), "{} {key}: off by {gap}", self.name);
+        let (gap, most) = logits_off_by(got, &self.tensors[key]);
+        assert!(gap < most, "{} {key}: off by {gap}", self.name);
     }
 }
 
@@ -312,10 +322,9 @@ fn every_lora_gradient_is_that_of_peft() {
         for (tensor, variable) in variables {
             let got = gradients.get(variable.as_tensor()).unwrap_or_else(|| panic!("{name} {tensor}: no gradient"));
             let wanted = &fixture.tensors[&format!("grad.{tensor}")];
-            let largest = largest(wanted);
-            let gap = largest_gap(got, wanted) / largest;
-            let most = if dtype() == DType::F32 { GRADIENT_TOLERANCE } else { GRADIENT_TOLERANCE_BF16 };
-            assert!(gap < most, "{name} {tensor}: off by {gap} of the largest value {largest}");
+            let most = GRADIENT_TOLERANCE * largest(wanted);
+            let (gap, most) = off_by(got, wanted, [most, GRADIENT_TOLERANCE_BF16]);
+            assert!(gap < most, "{name} {tensor}: off by {gap} of {most}");
         }
     }
 }
@@ -324,13 +333,14 @@ fn every_lora_gradient_is_that_of_peft() {
 fn classifier_scores_are_those_of_transformers() {
     let model = load("classifier", dtype());
     let (expected, sequences) = expected("classifier");
-    for (index, ids) in sequences.iter().enumerate() {
+    let scores = sequences.iter().map(|ids| {
         let hidden = hidden(&model, ids, &mask(&[ids.len()]), LoraRows::Base);
-        let got = *model.scores(&hidden).unwrap().last().unwrap();
-        let wanted = expected["scores"][index].as_f64().unwrap() as f32;
-        let most = if dtype() == DType::F32 { LOGIT_TOLERANCE } else { LOGIT_TOLERANCE_BF16 * wanted.abs().max(1.0) };
-        assert!((got - wanted).abs() < most, "{got}, transformers {wanted}");
-    }
+        *model.scores(&hidden).unwrap().last().unwrap()
+    });
+    let got = Tensor::new(scores.collect::<Vec<f32>>(), &Device::Cpu).unwrap();
+    let wanted: Vec<f32> = serde_json::from_value(expected["scores"].clone()).unwrap();
+    let (gap, most) = logits_off_by(&got, &Tensor::new(wanted, &Device::Cpu).unwrap());
+    assert!(gap < most, "{got}: off by {gap}");
     assert_eq!(model.head().err().unwrap().status(), 422);
     let language = load("llama", DType::F32);
     let hidden = hidden(&language, &[5], &mask(&[1]), LoraRows::Base);

@@ -10,8 +10,8 @@ __device__ inline int64_t slot_of(const uint32_t *table, int size, int at) {
 }
 __device__ inline int first_seen(int end, int window) { return window > 0 && end > window ? end - window : 0; }
 
-// Query heads whose outputs are summed at once.
-constexpr int HEADS = 4;
+// Query heads whose outputs are summed at once, and rows of keys or values that a thread has asked for at once.
+constexpr int HEADS = 4, AHEAD = 4;
 
 // One block a (query, key head, part of its list): scores of all heads of the group, their weights, their sums of values.
 // q, out: (n, k·group, d); tasks: row, list, end of each query. Parts are `span` keys; with more than one, sums and their maxima go to
@@ -37,18 +37,24 @@ __device__ void attend_rows(
     for (int at = threadIdx.x; at < group * d; at += blockDim.x) queries[at] = to_float(q[(row * all + kv * group) * d + at]);
     __syncthreads();
 
-    for (int base = first; base < last; base += subs) {
-        const int at = base + sub;
-        float key[VEC] = {};
-        if (at < last && column < d) read<VEC>(k + (slot_of(list, size, at) * heads + kv) * d + column, key);
-        for (int head = 0; head < group; head++) {
-            float score = 0;
-            if (column < d)
+    for (int base = first; base < last; base += subs * AHEAD) {
+        float keys[AHEAD][VEC] = {};
 #pragma unroll
-                for (int i = 0; i < VEC; i++) score += key[i] * queries[head * d + column + i];
-            score = sum_of(score, lanes);
-            if (at < last && lane == 0) scores[head * span + at - first] = score * scale;
+        for (int next = 0; next < AHEAD; next++) {
+            const int at = base + next * subs + sub;
+            if (at < last && column < d) read<VEC>(k + (slot_of(list, size, at) * heads + kv) * d + column, keys[next]);
         }
+        for (int head = 0; head < group; head++)
+#pragma unroll
+            for (int next = 0; next < AHEAD; next++) {
+                const int at = base + next * subs + sub;
+                float score = 0;
+                if (column < d)
+#pragma unroll
+                    for (int i = 0; i < VEC; i++) score += keys[next][i] * queries[head * d + column + i];
+                score = sum_of(score, lanes);
+                if (at < last && lane == 0) scores[head * span + at - first] = score * scale;
+            }
     }
     __syncthreads();
 
@@ -69,15 +75,22 @@ __device__ void attend_rows(
 
     for (int from = 0; from < group; from += HEADS) {
         float mine[HEADS][VEC] = {};
-        for (int at = first + sub; at < last && column < d; at += subs) {
-            float value[VEC];
-            read<VEC>(v + (slot_of(list, size, at) * heads + kv) * d + column, value);
+        for (int base = first + sub; base < last && column < d; base += subs * AHEAD) {
+            float values[AHEAD][VEC] = {};
 #pragma unroll
-            for (int head = 0; head < HEADS; head++) {
-                const float weight = from + head < group ? scores[(from + head) * span + at - first] : 0.0f;
-#pragma unroll
-                for (int i = 0; i < VEC; i++) mine[head][i] += weight * value[i];
+            for (int next = 0; next < AHEAD; next++) {
+                const int at = base + next * subs;
+                if (at < last) read<VEC>(v + (slot_of(list, size, at) * heads + kv) * d + column, values[next]);
             }
+#pragma unroll
+            for (int next = 0; next < AHEAD; next++)
+#pragma unroll
+                for (int head = 0; head < HEADS; head++) {
+                    const int at = base + next * subs;
+                    const float weight = from + head < group && at < last ? scores[(from + head) * span + at - first] : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < VEC; i++) mine[head][i] += weight * values[next][i];
+                }
         }
 #pragma unroll
         for (int head = 0; head < HEADS; head++)
@@ -224,9 +237,10 @@ __device__ void attend_dkv(
 }
 
 #define ROWS_OF(T, VEC) \
-    extern "C" __global__ void __launch_bounds__(128) attend_rows_##VEC##_##T( \
+    extern "C" __global__ void __launch_bounds__(256) attend_rows_##VEC##_##T( \
         const T *q, const T *k, const T *v, const uint32_t *tasks, const uint32_t *table, int size, int group, int d, int lanes, \
         float scale, int window, int span, T *out, float *partial, float *stats, float *lse) { \
+        begin(); \
         attend_rows<T, VEC>(q, k, v, tasks, table, size, group, d, lanes, scale, window, span, out, partial, stats, lse); \
     }
 #define ATTENTION(T) \
@@ -234,19 +248,23 @@ __device__ void attend_dkv(
     ROWS_OF(T, 8) \
     extern "C" __global__ void attend_combine_##T( \
         const float *partial, const float *stats, const uint32_t *tasks, int parts, int d, int window, int span, T *out, float *lse) { \
+        begin(); \
         attend_combine<T>(partial, stats, tasks, parts, d, window, span, out, lse); \
     } \
     extern "C" __global__ void attend_pull_##T(const T *out, const T *dout, int64_t rows, int d, float *pull) { \
+        begin(); \
         attend_pull<T>(out, dout, rows, d, pull); \
     } \
     extern "C" __global__ void __launch_bounds__(128) attend_dq_##T( \
         const T *q, const T *k, const T *v, const T *dout, const float *lse, const float *pull, const uint32_t *tasks, \
         const uint32_t *table, int size, int64_t count, int all, int group, int d, float scale, int window, T *dq) { \
+        begin(); \
         attend_dq<T>(q, k, v, dout, lse, pull, tasks, table, size, count, all, group, d, scale, window, dq); \
     } \
     extern "C" __global__ void __launch_bounds__(128) attend_dkv_##T( \
         const T *q, const T *k, const T *v, const T *dout, const float *lse, const float *pull, const uint32_t *tiles, \
         const uint32_t *views, int group, int d, float scale, int window, T *dk, T *dv) { \
+        begin(); \
         attend_dkv<T>(q, k, v, dout, lse, pull, tiles, views, group, d, scale, window, dk, dv); \
     }
 ATTENTION(float)

@@ -4,10 +4,11 @@ use candle_core::Result;
 
 use super::launch::{Arg, Kind, Launch, Queue};
 
-/// Threads of every attention block.
+/// Threads of an attention block, and of one that has a few rows' whole lists.
 const THREADS: usize = 128;
+const ROW_THREADS: usize = 256;
 /// Keys of a part of a list, at most and at least: short where there are few rows, so that one long sequence still fills a GPU.
-const SPANS: [usize; 2] = [256, 32];
+const SPANS: [usize; 2] = [256, 64];
 /// Blocks that fill a GPU: some for each of a large card's processors.
 const BLOCKS: usize = 512;
 /// Query heads whose outputs are summed at once, as `attention.cu` has it.
@@ -39,12 +40,12 @@ impl Heads {
 
     /// Numbers that a thread takes of a row at once.
     fn wide(&self) -> usize {
-        if self.dim <= 128 { 4 } else { 8 }
+        if self.dim.is_multiple_of(8) { 8 } else { 4 }
     }
 
     /// Bytes that a block of threads keeps of the rows of a group, and of a part of `span` keys.
     fn shared(&self, span: usize) -> usize {
-        4 * (self.group() * (self.dim + span + 2) + THREADS * HEADS * self.wide())
+        4 * (self.group() * (self.dim + span + 2) + ROW_THREADS * HEADS * self.wide())
     }
 
     fn window(&self) -> Arg {
@@ -138,7 +139,7 @@ pub(super) unsafe fn rows(
         let launch = Launch {
             kernel: kind.name(&format!("attend_rows_{wide}")),
             grid: [some, heads.key, split.parts],
-            threads: THREADS,
+            threads: ROW_THREADS,
             shared: heads.shared(split.span),
             args,
         };
@@ -250,8 +251,9 @@ pub(super) unsafe fn backward(
         args: Vec::new(),
     });
     if work.tiled {
-        let rows = tile_bytes(2 * 64 + 2 * 32, dim);
-        (q.shared, kv.shared) = (rows, rows + 2 * 32 * 4);
+        // What a tile meets is there twice: this turn's and the next one's.
+        let rows = tile_bytes(2 * 64 + 2 * 2 * 32, dim);
+        (q.shared, kv.shared) = (rows, rows + 2 * 2 * 32 * 4);
         (q.kernel, kv.kernel) = (format!("attend_dq_tiles_{dim}"), format!("attend_dkv_tiles_{dim}"));
         for_q.push(Arg::int(group));
     } else {

@@ -7,6 +7,7 @@ const FOLDER: &str = "src/kernels/cuda";
 
 fn main() {
     println!("cargo::rerun-if-changed={FOLDER}/build.rs");
+    println!("cargo::rustc-check-cfg=cfg(overlapping_launches)");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
@@ -21,6 +22,10 @@ fn main() {
     }
     // Every card since Ampere runs code made for 8.0; its driver does the rest.
     let capability = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".into()).replace('.', "");
+    // Since 9.0 a launch may begin before the one before it has ended; device.cuh says when that is done.
+    if capability.trim_end_matches('a').parse::<u32>().is_ok_and(|number| number >= 90) {
+        println!("cargo::rustc-cfg=overlapping_launches");
+    }
     let out = Path::new(&std::env::var_os("OUT_DIR").expect("cargo names the folder")).join("kernels.ptx");
     let nvcc = nvcc();
     let ran = Command::new(&nvcc)

@@ -12,6 +12,15 @@ typedef unsigned long long Whole; // what atomics take
 typedef __nv_bfloat16 bf16;
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
+// The first words of every kernel: what earlier launches do is done from here on, and the next launch may get ready, which begins before
+// this one ends. Before it a kernel reads nothing that another writes.
+__device__ inline void begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 __device__ inline float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 __device__ inline Whole shuffle_xor(Whole value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
@@ -25,10 +34,36 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The b of multiply_add out of shared memory whose rows, `pitch` apart and 16 bytes aligned, are the rows of b.
-__device__ inline void turned_operand(uint32_t (&b)[2], const bf16 *rows, int pitch) {
-    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(rows + (threadIdx.x & 15) * pitch));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n" : "=r"(b[0]), "=r"(b[1]) : "r"(at) : "memory");
+// Four matrices of (8, 8) out of shared memory. Lanes 8i .. 8i + 7 name the rows of matrix i, 16 bytes aligned; lane 4g + t gets, of
+// each, columns 2t and 2t + 1 of row g, or of the transpose's row g. Every lane of the warp must call it.
+__device__ inline void load_matrices(uint32_t (&to)[4], const bf16 *row) {
+    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+__device__ inline void load_turned(uint32_t (&to)[4], const bf16 *row) {
+    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+
+// BYTES (4 or 16, and aligned so) to shared memory, zeros where there are none. They are there once a wait leaves no more groups than came
+// after theirs, and for other threads after a barrier behind that.
+template <int BYTES> __device__ inline void copy_later(void *to, const void *from, bool some) {
+    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const int bytes = some ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int LEFT> __device__ inline void wait_for_groups() { asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT) : "memory"); }
+
+__device__ inline float power_of_two(float exponent) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(exponent));
+    return power;
 }
 #else
 #include "emulate/device.h"
@@ -62,13 +97,29 @@ template <int VEC> __device__ inline void read(const bf16 *from, float (&to)[VEC
             for (int pair = 0; pair < 4; pair++)
                 to[at + 2 * pair] = __uint_as_float(pairs[pair] << 16), to[at + 2 * pair + 1] = __uint_as_float(pairs[pair] & 0xffff0000u);
         }
-        return;
+    } else {
+        for (int at = 0; at < VEC; at += 4) {
+            uint2 four = *reinterpret_cast<const uint2 *>(from + at);
+            to[at] = __uint_as_float(four.x << 16), to[at + 1] = __uint_as_float(four.x & 0xffff0000u);
+            to[at + 2] = __uint_as_float(four.y << 16), to[at + 3] = __uint_as_float(four.y & 0xffff0000u);
+        }
     }
-    for (int at = 0; at < VEC; at += 4) {
-        uint2 four = *reinterpret_cast<const uint2 *>(from + at);
-        to[at] = __uint_as_float(four.x << 16), to[at + 1] = __uint_as_float(four.x & 0xffff0000u);
-        to[at + 2] = __uint_as_float(four.y << 16), to[at + 3] = __uint_as_float(four.y & 0xffff0000u);
-    }
+}
+
+// Eight numbers that lie on a multiple of 16 bytes, written at once.
+__device__ inline void put(float *to, const float (&from)[8]) {
+    for (int at = 0; at < 8; at += 4)
+        *reinterpret_cast<float4 *>(to + at) = {from[at], from[at + 1], from[at + 2], from[at + 3]};
+}
+__device__ inline void put(bf16 *to, const float (&from)[8]) {
+    *reinterpret_cast<uint4 *>(to) = {pack(from[0], from[1]), pack(from[2], from[3]), pack(from[4], from[5]), pack(from[6], from[7])};
+}
+
+// What a thread has of `count` numbers: eight, or one after the other where they lie on no multiples of 16 bytes or end within.
+template <class Eight, class One> __device__ inline void each_of(int64_t count, int vectors, Eight eight, One one) {
+    const int64_t first = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+    if (vectors && first + 8 <= count) return eight(first);
+    for (int64_t at = first; at < min(first + 8, count); at++) one(at);
 }
 
 // Sum and maximum over `lanes` neighbours, a power of two. Every lane of the warp must call it.

@@ -34,9 +34,9 @@ pub(super) unsafe fn products(
 ) -> Result<()> {
     let (kernel, outs) = match rows {
         0 => return Ok(()),
-        1 => ("few_rows_1", 2),
-        2 => ("few_rows_2", 2),
-        3..=4 => ("few_rows_4", 4),
+        1 => ("few_rows_1", 1),
+        2 => ("few_rows_2", 1),
+        3..=4 => ("few_rows_4", 2),
         _ => ("few_rows_8", 4),
     };
     for products in products.chunks(PRODUCTS) {

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::launch::{Arg, Kind, Launch, Queue};
-use super::rows::each;
+use super::rows::{each, vectors};
 
 /// Threads of a row of logits.
 const THREADS: usize = 512;
@@ -19,8 +19,8 @@ pub(super) unsafe fn token_logprobs(
     wanted: bool,
     [logits, targets, logprobs]: [u64; 3],
 ) -> Result<()> {
-    let args =
-        vec![Arg::At(logits), Arg::At(targets), Arg::Long(v as i64), Arg::Int(i32::from(wanted)), Arg::At(logprobs)];
+    let mut args = vec![Arg::At(logits), Arg::At(targets), Arg::Long(v as i64), Arg::Int(i32::from(wanted))];
+    args.extend([vectors(&[v], &[logits]), Arg::At(logprobs)]);
     let (kernel, shared) = (kind.name("token_logprobs"), THREADS / 32 * 4);
     // SAFETY: the caller's.
     unsafe { queue.launch(Launch { kernel, grid: [rows, 1, 1], threads: THREADS, shared, args }) }

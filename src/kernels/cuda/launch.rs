@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Result};
 
+use super::product::Gemm;
+
 /// Words of a table that comes with a launch: less than the 4 KiB that all its arguments may have.
 pub(super) const WORDS: usize = 320;
 
@@ -66,4 +68,8 @@ pub(super) trait Queue {
     /// # Safety
     /// Every address must be that of an array as long as the kernel takes it to be, and none that is written may be in use.
     unsafe fn launch(&self, launch: Launch) -> Result<()>;
+
+    /// # Safety
+    /// As [`Queue::launch`], for the matrices.
+    unsafe fn multiply(&self, gemm: Gemm) -> Result<()>;
 }

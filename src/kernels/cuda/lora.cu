@@ -121,9 +121,11 @@ template <class T> __device__ void lora_up(const float *low, int most, int vecto
 
 #define LORA(T) \
     extern "C" __global__ void lora_down_##T(const T *x, int c, int most, int vectors, float *low, const __grid_constant__ Lows lows) { \
+        begin(); \
         lora_down<T>(x, c, most, vectors, low, lows); \
     } \
     extern "C" __global__ void lora_up_##T(const float *low, int most, int vectors, const __grid_constant__ Lows lows) { \
+        begin(); \
         lora_up<T>(low, most, vectors, lows); \
     }
 LORA(float)

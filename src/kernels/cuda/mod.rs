@@ -12,6 +12,7 @@ mod head;
 mod launch;
 mod lora;
 mod plan;
+mod product;
 mod rows;
 mod sample;
 #[cfg(feature = "cuda")]
@@ -29,12 +30,13 @@ pub use few::MOST_ROWS;
 pub use lora::MOST_RANK;
 pub use plan::Plan;
 pub use sample::{Edit, Pick, SamplePlan, SampleRow, Sampled};
-pub use stream::device;
+pub(crate) use stream::fresh;
 #[cfg(feature = "cuda")]
 pub use stream::idle_bytes;
+pub use stream::{Mark, device, mark};
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{
-    LowRows, View, adamw, add_low_rank, dropout, few_rows, gated, gated_backward, kv_write, rms_norm,
-    rms_norm_backward, rope, sample_rows, scale_rows, token_logprobs,
+    LowRows, Matrix, View, adamw, add_low_rank, add_onto, dropout, few_rows, gated, gated_backward, kv_write, multiply,
+    rms_norm, rms_norm_backward, rope, sample_rows, scale_rows, sum, token_logprobs,
 };

@@ -5,17 +5,30 @@ use candle_core::Result;
 use super::launch::{Arg, Kind, Launch, Queue};
 use crate::kernels::cpu::{Activation, AdamWUpdate, Dropout};
 
-/// Threads of a block where each has one number.
+/// Threads of a block where each has its own numbers.
 const THREADS: usize = 256;
+/// Most threads of a block that has a row.
+const MOST_THREADS: usize = 512;
 
 /// One thread for each of `count`.
 pub(super) fn each(kernel: String, count: usize, args: Vec<Arg>) -> Launch {
     Launch { kernel, grid: [count.div_ceil(THREADS).max(1), 1, 1], threads: THREADS, shared: 0, args }
 }
 
+/// One thread for each eight of `count`.
+fn eights(kernel: String, count: usize, args: Vec<Arg>) -> Launch {
+    each(kernel, count.div_ceil(8), args)
+}
+
+/// Whether arrays lie, and their rows of so many numbers end, where eight numbers can be read at once.
+pub(super) fn vectors(lengths: &[usize], places: &[u64]) -> Arg {
+    let whole = lengths.iter().all(|len| len.is_multiple_of(8)) && places.iter().all(|at| at.is_multiple_of(16));
+    Arg::Int(i32::from(whole))
+}
+
 /// A block for each row of `c`.
 fn by_row(kernel: String, rows: usize, c: usize, args: Vec<Arg>) -> Launch {
-    let threads = if c <= 256 { 32 } else { THREADS };
+    let threads = c.div_ceil(8).next_multiple_of(32).clamp(32, MOST_THREADS);
     Launch { kernel, grid: [rows, 1, 1], threads, shared: threads / 32 * 4, args }
 }
 
@@ -35,21 +48,23 @@ pub(super) unsafe fn rms_norm(
     eps: f32,
     [x, weight, y]: [u64; 3],
 ) -> Result<()> {
-    let args = vec![Arg::At(x), Arg::At(weight), Arg::Float(eps), Arg::int(c), Arg::At(y)];
+    let vectors = vectors(&[c], &[x, weight, y]);
+    let args = vec![Arg::At(x), Arg::At(weight), Arg::Float(eps), Arg::int(c), vectors, Arg::At(y)];
     // SAFETY: the caller's.
     unsafe { queue.launch(by_row(kind.name("rms_norm"), rows, c, args)) }
 }
 
 /// # Safety
-/// As [`Queue::launch`]: x, dy, dx: (rows, c) of `kind`; weight: (c), f32.
+/// As [`Queue::launch`]: x, dy, before, dx: (rows, c) of `kind`, where `before` may be zero for none; weight: (c), f32.
 pub(super) unsafe fn rms_norm_backward(
     queue: &impl Queue,
     kind: Kind,
     (rows, c): (usize, usize),
     eps: f32,
-    [x, weight, dy, dx]: [u64; 4],
+    [x, weight, dy, before, dx]: [u64; 5],
 ) -> Result<()> {
-    let args = vec![Arg::At(x), Arg::At(weight), Arg::At(dy), Arg::Float(eps), Arg::int(c), Arg::At(dx)];
+    let mut args = vec![Arg::At(x), Arg::At(weight), Arg::At(dy), Arg::At(before), Arg::Float(eps), Arg::int(c)];
+    args.extend([vectors(&[c], &[x, weight, dy, before, dx]), Arg::At(dx)]);
     // SAFETY: the caller's.
     unsafe { queue.launch(by_row(kind.name("rms_norm_backward"), rows, c, args)) }
 }
@@ -65,9 +80,19 @@ pub(super) unsafe fn rope(
 ) -> Result<()> {
     let pairs = n * h * (d / 2);
     let mut args = vec![Arg::At(x), Arg::At(cos), Arg::At(sin), Arg::Float(sign), Arg::Long(pairs as i64)];
-    args.extend([Arg::int(h), Arg::int(d / 2), Arg::At(y)]);
+    args.extend([Arg::int(h), Arg::int(d / 2), vectors(&[d / 2], &[x, cos, sin, y]), Arg::At(y)]);
     // SAFETY: the caller's.
-    unsafe { queue.launch(each(kind.name("rope"), pairs, args)) }
+    unsafe { queue.launch(eights(kind.name("rope"), pairs, args)) }
+}
+
+/// `y = a + b`; y may be either.
+///
+/// # Safety
+/// As [`Queue::launch`]: `count` numbers of `kind` each.
+pub(super) unsafe fn sum(queue: &impl Queue, kind: Kind, count: usize, [a, b, y]: [u64; 3]) -> Result<()> {
+    let args = vec![Arg::At(a), Arg::At(b), Arg::Long(count as i64), vectors(&[], &[a, b, y]), Arg::At(y)];
+    // SAFETY: the caller's.
+    unsafe { queue.launch(eights(kind.name("sum"), count, args)) }
 }
 
 /// # Safety
@@ -79,9 +104,10 @@ pub(super) unsafe fn gated(
     count: usize,
     [gate, up, out]: [u64; 3],
 ) -> Result<()> {
-    let args = vec![Arg::At(gate), Arg::At(up), code(activation), Arg::Long(count as i64), Arg::At(out)];
+    let vectors = vectors(&[], &[gate, up, out]);
+    let args = vec![Arg::At(gate), Arg::At(up), code(activation), Arg::Long(count as i64), vectors, Arg::At(out)];
     // SAFETY: the caller's.
-    unsafe { queue.launch(each(kind.name("gated"), count, args)) }
+    unsafe { queue.launch(eights(kind.name("gated"), count, args)) }
 }
 
 /// # Safety
@@ -94,9 +120,9 @@ pub(super) unsafe fn gated_backward(
     [gate, up, dout, dgate, dup]: [u64; 5],
 ) -> Result<()> {
     let mut args = vec![Arg::At(gate), Arg::At(up), Arg::At(dout), code(activation), Arg::Long(count as i64)];
-    args.extend([Arg::At(dgate), Arg::At(dup)]);
+    args.extend([vectors(&[], &[gate, up, dout, dgate, dup]), Arg::At(dgate), Arg::At(dup)]);
     // SAFETY: the caller's.
-    unsafe { queue.launch(each(kind.name("gated_backward"), count, args)) }
+    unsafe { queue.launch(eights(kind.name("gated_backward"), count, args)) }
 }
 
 /// # Safety
@@ -108,9 +134,9 @@ pub(super) unsafe fn kv_write(
     [k, v, slots, k_cache, v_cache]: [u64; 5],
 ) -> Result<()> {
     let mut args = vec![Arg::At(k), Arg::At(v), Arg::At(slots), Arg::Long((n * width) as i64), Arg::int(width)];
-    args.extend([Arg::At(k_cache), Arg::At(v_cache)]);
+    args.extend([vectors(&[width], &[k, v, k_cache, v_cache]), Arg::At(k_cache), Arg::At(v_cache)]);
     // SAFETY: the caller's.
-    unsafe { queue.launch(each(kind.name("kv_write"), n * width, args)) }
+    unsafe { queue.launch(eights(kind.name("kv_write"), n * width, args)) }
 }
 
 /// # Safety

@@ -140,8 +140,10 @@ template <class Of, class Aim> __device__ inline void cut(Kept &kept, int v, Of 
 }
 
 // logits: (rows, v), f32, changed in place; words: a Wanted a row and what they point to, changed in place. A row's result: the id; TAKEN
-// where it may come and BROKEN where a logit is not finite; its log-probability; `top` ids and log-probabilities; those asked for.
+// where it may come and BROKEN where a logit is not finite; its log-probability; `top` ids and log-probabilities; ranks and log-probabilities of
+// those asked for.
 extern "C" __global__ void __launch_bounds__(1024) sample_rows(float *all, int v, uint32_t *words, uint32_t *results) {
+    begin();
     SHARED(bytes);
     Whole *scratch = reinterpret_cast<Whole *>(bytes), *bins = scratch + 32; // (32), (BINS)
     const Wanted wanted = reinterpret_cast<const Wanted *>(words)[blockIdx.x];
@@ -188,8 +190,16 @@ extern "C" __global__ void __launch_bounds__(1024) sample_rows(float *all, int v
                 result[4 + 2 * place] = logprob(logits[id_of(before)]);
             }
         }
-        for (int at = threadIdx.x; at < static_cast<int>(wanted.asked_count); at += blockDim.x)
-            result[3 + 2 * wanted.top + at] = logprob(logits[words[wanted.asked + at]]);
+        for (int place = 0; place < static_cast<int>(wanted.asked_count); place++) {
+            const float logit = logits[words[wanted.asked + place]];
+            Whole larger = 0;
+            for (int at = threadIdx.x; at < v; at += blockDim.x) larger += logits[at] > logit;
+            larger = block_total(larger, scratch);
+            if (threadIdx.x == 0) {
+                uint32_t *to = result + 3 + 2 * (wanted.top + place);
+                to[0] = 1 + larger, to[1] = logprob(logit);
+            }
+        }
     }
     if (!(wanted.flags & DRAW)) {
         if (threadIdx.x == 0) result[0] = 0, result[1] = 0, result[2] = 0;

@@ -29,7 +29,7 @@ pub struct SampleRow {
     pub logprob: bool,
     /// How many of the most likely tokens of the raw distribution.
     pub top: usize,
-    /// Tokens whose log-probabilities in the raw distribution are wanted.
+    /// Tokens whose ranks and log-probabilities in the raw distribution are wanted.
     pub asked: Vec<u32>,
 }
 
@@ -82,8 +82,8 @@ pub struct Sampled {
     pub logprob: f32,
     /// `(id, log-probability)`, most likely first.
     pub top: Vec<(u32, f32)>,
-    /// In the order they were asked.
-    pub asked: Vec<f32>,
+    /// `(rank, log-probability)` in the order they were asked; the most likely has rank 1.
+    pub asked: Vec<(u32, f32)>,
 }
 
 /// A step's requests in the words that the kernel reads.
@@ -117,7 +117,7 @@ impl SamplePlan {
     fn row(&mut self, row: &SampleRow, v: usize) -> [u32; WANTED] {
         let (top, result) = (row.top.min(v), self.results);
         self.rows.push([result, top, row.asked.len()]);
-        self.results += RESULT + 2 * top + row.asked.len();
+        self.results += RESULT + 2 * (top + row.asked.len());
         let mut wanted = [0; WANTED];
         let raw = row.logprob || top > 0 || !row.asked.is_empty();
         wanted[0] = if raw { LOGPROBS } else { 0 };
@@ -160,20 +160,21 @@ impl SamplePlan {
     /// What the kernel wrote, [`SamplePlan::results`] words, row by row.
     pub fn read(&self, results: &[u32]) -> Vec<Sampled> {
         let row = |[at, top, asked]: &[usize; 3]| {
-            let (head, rest) = results[*at..at + RESULT + 2 * top + asked].split_at(RESULT);
+            let (head, rest) = results[*at..at + RESULT + 2 * (top + asked)].split_at(RESULT);
             let (tops, asked) = rest.split_at(2 * top);
             if head[1] & BROKEN != 0 {
                 // The rest was not written.
-                let asked = vec![f32::NAN; asked.len()];
+                let asked = vec![(0, f32::NAN); asked.len() / 2];
                 return Sampled { finite: false, id: 0, possible: false, logprob: f32::NAN, top: Vec::new(), asked };
             }
+            let pairs = |words: &[u32]| words.chunks_exact(2).map(|pair| (pair[0], f32::from_bits(pair[1]))).collect();
             Sampled {
                 finite: true,
                 id: head[0],
                 possible: head[1] & TAKEN != 0,
                 logprob: f32::from_bits(head[2]),
-                top: tops.chunks_exact(2).map(|pair| (pair[0], f32::from_bits(pair[1]))).collect(),
-                asked: asked.iter().map(|bits| f32::from_bits(*bits)).collect(),
+                top: pairs(tops),
+                asked: pairs(asked),
             }
         };
         self.rows.iter().map(row).collect()

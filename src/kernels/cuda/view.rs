@@ -8,6 +8,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape};
 use super::few::{MOST_ROWS, Product};
 use super::launch::Kind;
 use super::lora::{self, MOST_RANK, Part};
+use super::product::{self, Place};
 use super::sample::SamplePlan;
 use super::{few, head, rows, sample, stream};
 use crate::kernels::cpu::{Activation, AdamWUpdate, Dropout};
@@ -78,13 +79,21 @@ pub fn rms_norm(x: View<'_>, weight: View<'_>, eps: f32) -> Result<CudaStorage> 
     Ok(y)
 }
 
-/// Gradient of [`rms_norm`] in x. dy: as x.
-pub fn rms_norm_backward(x: View<'_>, weight: View<'_>, dy: View<'_>, eps: f32) -> Result<CudaStorage> {
+/// Gradient of [`rms_norm`] in x, on top of what it has `before`. dy, before: as x.
+pub fn rms_norm_backward(
+    x: View<'_>,
+    weight: View<'_>,
+    dy: View<'_>,
+    before: Option<View<'_>>,
+    eps: f32,
+) -> Result<CudaStorage> {
     let (kind, c, dtype) = (x.kind()?, weight.len(), x.dtype());
     let (dx, to) = new(x.device(), x.len(), dtype)?;
     let rows = rows_of(x, c)?;
     let len = rows * c;
-    let places = [x.at("x", len, dtype)?, weight.at("weight", c, DType::F32)?, dy.at("dy", len, dtype)?, to];
+    let before = before.map_or(Ok(0), |before| before.at("before", len, dtype))?;
+    let inputs = [x.at("x", len, dtype)?, weight.at("weight", c, DType::F32)?, dy.at("dy", len, dtype)?];
+    let places = [inputs[0], inputs[1], inputs[2], before, to];
     // SAFETY: the lengths were checked; `dx` is new.
     unsafe { rows::rms_norm_backward(x.device(), kind, (rows, c), eps, places) }?;
     Ok(dx)
@@ -110,6 +119,23 @@ pub fn rope(x: View<'_>, shape: (usize, usize, usize), [cos, sin]: [View<'_>; 2]
     // SAFETY: the lengths were checked; `y` is new.
     unsafe { rows::rope(x.device(), kind, shape, sign, places) }?;
     Ok(y)
+}
+
+/// `a + b`, of one length and dtype.
+pub fn sum(a: View<'_>, b: View<'_>) -> Result<CudaStorage> {
+    let (y, to) = new(a.device(), a.len(), a.dtype())?;
+    let places = [a.at("a", a.len(), a.dtype())?, b.at("b", a.len(), a.dtype())?, to];
+    // SAFETY: the lengths were checked; the result is new.
+    unsafe { rows::sum(a.device(), a.kind()?, a.len(), places) }?;
+    Ok(y)
+}
+
+/// `y += x`, in place: nobody else may hold `y`.
+pub fn add_onto(y: View<'_>, x: View<'_>) -> Result<()> {
+    let to = y.at("y", y.len(), y.dtype())?;
+    let places = [to, x.at("x", y.len(), y.dtype())?, to];
+    // SAFETY: the lengths were checked, the owner by the caller.
+    unsafe { rows::sum(y.device(), y.kind()?, y.len(), places) }
 }
 
 /// `act(gate) ⊙ up`.
@@ -255,4 +281,60 @@ pub fn sample_rows(logits: View<'_>, words: View<'_>, plan: &SamplePlan) -> Resu
     // SAFETY: the lengths were checked, the ids when the plan was made, the logits' owner by the caller; the results are new.
     unsafe { sample::sample(logits.device(), (plan.len(), v), places) }?;
     Ok(results)
+}
+
+/// A matrix on a GPU: some columns of a view's rows.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    of: View<'a>,
+    first: usize,
+    width: usize,
+    pitch: usize,
+    turned: bool,
+}
+
+impl<'a> Matrix<'a> {
+    /// Rows of `pitch` numbers.
+    pub fn new(of: View<'a>, pitch: usize) -> Self {
+        Matrix { of, first: 0, width: pitch, pitch, turned: false }
+    }
+
+    /// Columns of that.
+    pub fn columns(self, of: Range<usize>) -> Self {
+        Matrix { first: self.first + of.start, width: of.len(), ..self }
+    }
+
+    /// Its transpose.
+    pub fn t(self) -> Self {
+        Matrix { turned: !self.turned, ..self }
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        let rows = self.of.len() / self.pitch.max(1);
+        if self.turned { (self.width, rows) } else { (rows, self.width) }
+    }
+
+    fn place(&self, what: &str) -> Result<Place> {
+        let (len, dtype) = (self.of.len(), self.of.dtype());
+        if len == 0 || len % self.pitch != 0 || self.first + self.width > self.pitch {
+            candle_core::bail!("{what}: {len} numbers are no rows of {}", self.pitch);
+        }
+        let at = self.of.at(what, len, dtype)? + (self.first * dtype.size_in_bytes()) as u64;
+        Ok(Place { at, kind: self.of.kind()?, pitch: self.pitch, turned: self.turned })
+    }
+}
+
+/// `y = scale·left·right`, added to what is there where it is `onto` that; y is written in place: nobody else may hold it.
+/// left: (m, k), right: (k, n), of the same numbers; y: (m, n), of the same or f32.
+pub fn multiply(y: Matrix<'_>, left: Matrix<'_>, right: Matrix<'_>, scale: f32, onto: bool) -> Result<()> {
+    let ((m, k), (rows, n)) = (left.shape(), right.shape());
+    if rows != k || y.shape() != (m, n) || y.turned {
+        candle_core::bail!("a product of {m} by {k} and {rows} by {n} does not make {:?}", y.shape());
+    }
+    let places = [left.place("left")?, right.place("right")?, y.place("y")?];
+    if places[0].kind != places[1].kind {
+        candle_core::bail!("a product of {:?} and {:?}", places[0].kind, places[1].kind);
+    }
+    // SAFETY: the shapes were checked, the owner of `y` by the caller.
+    unsafe { product::multiply(y.of.device(), (m, n, k), places, scale, onto) }
 }

@@ -170,9 +170,8 @@ pub(super) struct Alternative {
 pub(super) struct PromptLogprob {
     /// Natural log of its probability.
     pub(super) logprob: f64,
-    /// Place in the vocabulary, by likelihood; on a GPU unknown of a token that is not among the alternatives.
-    #[schema(required)]
-    pub(super) rank: Option<usize>,
+    /// Place in the vocabulary, by likelihood.
+    pub(super) rank: usize,
     /// Its text.
     pub(super) decoded_token: String,
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -49,7 +50,11 @@ using std::log;
 namespace emulated {
 extern unsigned char *shared;
 // Shown to the other lanes of the warp, twice so that the next exchange does not overwrite what is still read.
-struct Shown { float value; Whole whole; uint32_t a[4], b[2]; };
+struct Shown { float value; Whole whole; uint32_t a[4], b[2]; const bf16 *row; };
+// What a thread has asked to be copied, and, with no place, the ends of its groups.
+struct Later { void *to; const void *from; int bytes; };
+std::vector<Later> &later();
+void copy_now(int left);
 Shown &mine(int turn);
 const Shown &lane(int turn, int index);
 int next_turn();
@@ -60,6 +65,8 @@ void wait_for_warp();
 #define SHARED(name) unsigned char *name = emulated::shared
 inline void __syncthreads() { emulated::wait_for_block(); }
 inline void __syncwarp() { emulated::wait_for_warp(); }
+
+inline void begin() {}
 
 inline float shuffle_xor(float value, int lanes) {
     int turn = emulated::next_turn();
@@ -93,10 +100,22 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     }
 }
 
-inline void turned_operand(uint32_t (&b)[2], const bf16 *rows, int pitch) {
-    int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-    for (int at = 0; at < 2; at++) {
-        const bf16 *first = rows + (8 * at + 2 * pair) * pitch + group;
-        b[at] = first[0].bits | static_cast<uint32_t>(first[pitch].bits) << 16;
-    }
+inline void load_four(uint32_t (&to)[4], const bf16 *row, bool turned) {
+    int turn = emulated::next_turn(), group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    emulated::mine(turn).row = row;
+    emulated::wait_for_warp();
+    auto number = [&](int matrix, int row, int column) -> uint32_t { return emulated::lane(turn, 8 * matrix + row).row[column].bits; };
+    for (int at = 0; at < 4; at++)
+        to[at] = turned ? number(at, 2 * pair, group) | number(at, 2 * pair + 1, group) << 16
+                        : number(at, group, 2 * pair) | number(at, group, 2 * pair + 1) << 16;
 }
+inline void load_matrices(uint32_t (&to)[4], const bf16 *row) { load_four(to, row, false); }
+inline void load_turned(uint32_t (&to)[4], const bf16 *row) { load_four(to, row, true); }
+
+// As late as may be: what is read before its wait is still what was there.
+template <int BYTES> inline void copy_later(void *to, const void *from, bool some) {
+    emulated::later().push_back({to, some ? from : nullptr, BYTES});
+}
+inline void end_group() { emulated::later().push_back({nullptr, nullptr, 0}); }
+template <int LEFT> inline void wait_for_groups() { emulated::copy_now(LEFT); }
+inline float power_of_two(float exponent) { return std::exp2(exponent); }

@@ -3,6 +3,7 @@
 BOTH(rms_norm)
 BOTH(rms_norm_backward)
 BOTH(rope)
+BOTH(sum)
 BOTH(gated)
 BOTH(gated_backward)
 BOTH(kv_write)

@@ -23,6 +23,7 @@ struct Fiber {
     bool begun;
     int turn;
     Shown shown[2];
+    std::vector<Later> later;
 };
 static Fiber fibers[MOST];
 static char *stacks;
@@ -34,6 +35,19 @@ static void *argument;
 
 int next_turn() { return fibers[current].turn ^= 1; }
 Shown &mine(int turn) { return fibers[current].shown[turn]; }
+std::vector<Later> &later() { return fibers[current].later; }
+void copy_now(int left) {
+    std::vector<Later> &all = later();
+    size_t end = all.size();
+    for (int groups = 0; end > 0; end--)
+        if (!all[end - 1].to && groups++ == left) break;
+    for (size_t at = 0; at < end; at++) {
+        if (!all[at].to) continue;
+        if (all[at].from) memcpy(all[at].to, all[at].from, all[at].bytes);
+        else memset(all[at].to, 0, all[at].bytes);
+    }
+    all.erase(all.begin(), all.begin() + end);
+}
 const Shown &lane(int turn, int index) { return fibers[current / 32 * 32 + index].shown[turn]; }
 
 static void wait(State state) {
@@ -77,7 +91,7 @@ static bool all(int from, int to, State wanted) {
 
 // Runs one block to its end; false where its threads wait for each other in vain.
 static bool run_block(int threads) {
-    for (int at = 0; at < threads; at++) fibers[at].state = READY, fibers[at].begun = false, fibers[at].turn = 0;
+    for (int at = 0; at < threads; at++) fibers[at].state = READY, fibers[at].begun = false, fibers[at].turn = 0, fibers[at].later.clear();
     bool first = true;
     for (;;) {
         bool moved = false;

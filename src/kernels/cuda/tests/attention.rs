@@ -119,13 +119,13 @@ fn parts_are_as_long_as_fills_a_gpu() {
         let Split { span, parts, rows } = Split::new(heads, rows, longest);
         (span, parts, rows)
     };
-    assert_eq!(of(1, 300, None), (32, 10, 1));
+    assert_eq!(of(1, 300, None), (64, 5, 1));
     assert_eq!(of(1, 4096, None), (64, 64, 1));
     assert_eq!(of(4, 2000, None), (128, 16, 4));
     assert_eq!(of(64, 2000, None), (256, 8, 64));
     assert_eq!(of(64, 200, None), (256, 1, 64));
-    assert_eq!(of(1, 4000, Some(100)), (32, 4, 1));
-    assert_eq!(of(1, 20, None), (32, 1, 1));
+    assert_eq!(of(1, 4000, Some(100)), (64, 2, 1));
+    assert_eq!(of(1, 20, None), (64, 1, 1));
     // No more at once than there is room for partial sums.
     let (_, parts, rows) = of(1000, 128_000, None);
     assert!(parts == 500 && rows * 32 * parts * 130 * 4 <= 128 << 20, "{rows} rows");
@@ -149,7 +149,9 @@ fn parts_of_any_length_are_put_together() {
             run(&plan, kind, heads, n, [&q, &k, &v], &split)
         });
         for part in &parts {
-            assert_near("sums", &part.out, &whole.out.numbers(), 2e-6);
+            // Sums that differ in their last bit may be rounded to neighbours in bf16.
+            let most = if kind == Kind::F32 { 2e-6 } else { 1e-3 };
+            assert_near("sums", &part.out, &whole.out.numbers(), most);
             assert_near("logarithms", &part.lse, &whole.lse.numbers(), 2e-6);
         }
         // Some rows at a time, as where there is little room.

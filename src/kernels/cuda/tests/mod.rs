@@ -7,6 +7,7 @@ mod attention;
 mod few;
 mod head;
 mod lora;
+mod product;
 mod rows;
 mod sample;
 
@@ -23,6 +24,7 @@ use candle_core::{CpuStorage, CudaDevice, CudaStorage, Device, Result};
 use half::bf16;
 
 use super::launch::{Arg, Kind, Launch, Queue};
+use super::product::{Gemm, Place};
 use super::stream;
 
 type Run = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, c_int, *mut *mut c_void) -> *const c_char;
@@ -111,6 +113,14 @@ impl Queue for Runner {
             Runner::Device(device) => unsafe { device.launch(launch) },
         }
     }
+
+    unsafe fn multiply(&self, gemm: Gemm) -> Result<()> {
+        // SAFETY: the caller's.
+        match self {
+            Runner::Emulated(emulator) => unsafe { emulator.multiply(gemm) },
+            Runner::Device(device) => unsafe { device.multiply(gemm) },
+        }
+    }
 }
 
 /// What stands in memory behind an argument of four bytes.
@@ -144,6 +154,31 @@ impl Queue for Emulator {
         };
         // SAFETY: a fault is a string of the library's.
         assert!(fault.is_null(), "{}: {}", launch.kernel, unsafe { CStr::from_ptr(fault) }.to_string_lossy());
+        Ok(())
+    }
+
+    unsafe fn multiply(&self, gemm: Gemm) -> Result<()> {
+        let Gemm { size: [m, n, k], a, b, c, alpha, beta } = gemm;
+        // SAFETY: the caller's.
+        let read = |of: &Place, row: usize, column: usize| unsafe {
+            let (row, column) = if of.turned { (column, row) } else { (row, column) };
+            let at = column * of.pitch + row;
+            match of.kind {
+                Kind::F32 => *(of.at as *const f32).add(at),
+                Kind::Bf16 => (*(of.at as *const bf16).add(at)).to_f32(),
+            }
+        };
+        for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
+            let sum: f32 = (0..k).map(|at| read(&a, row, at) * read(&b, at, column)).sum();
+            let value = alpha * sum + if beta == 0.0 { 0.0 } else { beta * read(&c, row, column) };
+            // SAFETY: the caller's.
+            unsafe {
+                match c.kind {
+                    Kind::F32 => *(c.at as *mut f32).add(column * c.pitch + row) = value,
+                    Kind::Bf16 => *(c.at as *mut bf16).add(column * c.pitch + row) = bf16::from_f32(value),
+                }
+            }
+        }
         Ok(())
     }
 }

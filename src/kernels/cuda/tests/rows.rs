@@ -12,11 +12,13 @@ fn rms_norm_and_its_gradient() {
             let ((x, xs), (dy, dys)) = (given(kind, count * c, 1), given(kind, count * c, 2));
             let weights: Vec<f32> = random(c, 3).iter().map(|value| 1.0 + value / 2.0).collect();
             let weight = Array::of(super::Kind::F32, &weights);
-            let (y, dx) = (Array::blank(kind, count * c), Array::blank(kind, count * c));
+            let [y, dx, onto] = [(); 3].map(|()| Array::blank(kind, count * c));
             // SAFETY: the arrays have these sizes.
             unsafe {
                 rows::rms_norm(queue, kind, (count, c), 1e-5, [x.at(), weight.at(), y.at()]).unwrap();
-                let places = [x.at(), weight.at(), dy.at(), dx.at()];
+                let places = [x.at(), weight.at(), dy.at(), 0, dx.at()];
+                rows::rms_norm_backward(queue, kind, (count, c), 1e-5, places).unwrap();
+                let places = [x.at(), weight.at(), dy.at(), dy.at(), onto.at()];
                 rows::rms_norm_backward(queue, kind, (count, c), 1e-5, places).unwrap();
             }
             let (mut ys, mut dxs) = (vec![0f32; count * c], vec![0f32; count * c]);
@@ -28,6 +30,8 @@ fn rms_norm_and_its_gradient() {
             }
             assert_near("norm", &y, &ys, 1e-6);
             assert_near("gradient of the norm", &dx, &dxs, 1e-6);
+            let sums: Vec<f32> = dxs.iter().zip(&dys).map(|(dx, before)| dx + before).collect();
+            assert_near("gradient of the norm on top of another", &onto, &sums, 1e-6);
         }
     }
 }
@@ -52,6 +56,23 @@ fn rope_both_ways() {
                 assert_near("rotation", &y, &ys, 1e-6);
             }
         }
+    }
+}
+
+#[test]
+fn sums_beside_and_onto() {
+    let Some(queue) = queue() else { return };
+    for (kind, count) in KINDS.into_iter().flat_map(|kind| [(kind, 8), (kind, 1003)]) {
+        let ((a, left), (b, right)) = (given(kind, count, 1), given(kind, count, 2));
+        let y = Array::blank(kind, count);
+        let wanted: Vec<f32> = left.iter().zip(&right).map(|(a, b)| a + b).collect();
+        // SAFETY: the arrays have these sizes.
+        unsafe {
+            rows::sum(queue, kind, count, [a.at(), b.at(), y.at()]).unwrap();
+            rows::sum(queue, kind, count, [a.at(), b.at(), a.at()]).unwrap();
+        }
+        assert_near("sum", &y, &wanted, 1e-6);
+        assert_eq!(a.bytes(), y.bytes());
     }
 }
 
