@@ -1,6 +1,7 @@
 //! A frozen linear with a low-rank part: `x·Wᵀ + b + (x·Aᵀ)·(s·B)ᵀ`, trained and served with the same bits.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use candle_core::{DType, Shape, Tensor, TensorId};
 use half::bf16;
@@ -47,18 +48,17 @@ pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Ten
     let id = x.id();
     let outputs = if trained::takes(&plain, &sites) {
         let (outputs, together) = trained::forward(&plain, &sites)?;
+        let mut kept = together.kept();
         // What is cheap to make again is not kept.
-        let again = tape::recipe(x);
-        let plain = Some(plain).filter(|_| again.is_none());
-        let kept = [together.kept(), plain.iter().cloned().collect()].concat();
+        let again = tape::recipe(x).unwrap_or_else(|| {
+            kept.push(plain.clone());
+            Rc::new(move || Ok(plain.clone()))
+        });
         tape::push_all(
             &inputs,
             &outputs.iter().collect::<Vec<_>>(),
             &kept.iter().collect::<Vec<_>>(),
-            move |all, gradients| {
-                let x = plain.map_or_else(|| again.ok_or_else(lost).and_then(|make| make()), Ok)?;
-                together.backward(&x, &sites, all, id, gradients)
-            },
+            move |all, gradients| together.backward(&again()?, &sites, all, id, gradients),
         );
         outputs
     } else {
@@ -81,10 +81,6 @@ pub fn low_rank<const L: usize>(x: &Tensor, of: [Trained<'_>; L]) -> Result<[Ten
         outputs
     };
     outputs.try_into().map_err(|_| Error::internal("a product for every linear. This is a bug."))
-}
-
-fn lost() -> Error {
-    Error::internal("a linear's input is neither kept nor made again. This is a bug.")
 }
 
 /// One linear of [`low_rank`].

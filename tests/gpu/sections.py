@@ -37,6 +37,8 @@ def tests(bench, until, rows):
     """The twins of the kernels and the fixtures of Hugging Face, in bf16 and in f32."""
     if bench.on_cpu:
         rows[0].result = "not run: activations on a CPU are f32"
+    # The first process finds libraries on a cold disk, and has the driver compile the kernels: not in the time of a test.
+    test_process(bench, "unit", ["kernels::cuda::tests::rows"], "f32", until)
     todo = [(row, dtype) for row, dtype in zip(rows, ("bf16", "f32")) if not (bench.on_cpu and dtype == "bf16")]
     for index, (row, dtype) in enumerate(todo):
         # One that hangs leaves the other its half.
