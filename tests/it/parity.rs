@@ -23,7 +23,7 @@ const GRADIENT_TOLERANCE: f32 = 1e-3;
 /// In bf16, which keeps 8 bits, and with a GPU's order of additions: the root mean square of what a tensor's logits or log-probs are off, as a
 /// share of their own. PyTorch's bf16 is off by up to 0.035 on these fixtures.
 const LOGIT_TOLERANCE_BF16: f32 = 0.07;
-/// Of gradients in bf16, likewise. PyTorch's are off by up to 0.12.
+/// Of gradients in bf16, likewise. PyTorch's are off by up to 0.18 (Qwen2's, whose first layer is ill-conditioned).
 const GRADIENT_TOLERANCE_BF16: f32 = 0.24;
 
 /// How far off numbers are, and how far they may be: the largest difference in f32, the root mean square as a share of what is wanted in bf16.
