@@ -38,7 +38,10 @@ impl FrozenLinear {
         if !weight.device().is_cpu() {
             // A deep copy: nobody else's variable shows through.
             let bias = bias.map(Tensor::copy).transpose()?;
-            return Ok(FrozenLinear { weight: Weight::Dense(weight.detach().copy()?, bias) });
+            let weight = weight.detach().copy()?;
+            // The kernel of few rows reads weights before it waits for what was asked earlier: they are whole from here on.
+            weight.device().synchronize()?;
+            return Ok(FrozenLinear { weight: Weight::Dense(weight, bias) });
         }
         let flat = weight.flatten_all()?;
         let width = match weight.dtype() {

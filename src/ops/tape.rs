@@ -180,6 +180,8 @@ impl Tape {
 
     /// Gradients of `Σ y ⊙ dy` by the leaves, for pairs of an output y and its dy of the same shape.
     pub fn backward<'a>(self, seeds: impl IntoIterator<Item = (&'a Tensor, Tensor)>) -> Result<Gradients> {
+        // Who needs one holds it: what it is made of goes with the last of them.
+        drop(self.recipes);
         let mut gradients = Gradients { wanted: self.wanted, found: HashMap::new() };
         for (y, dy) in seeds {
             gradients.put(y.id(), Gradient { tensor: dy.reshape(y.shape())?.to_dtype(y.dtype())?, shared: true })?;

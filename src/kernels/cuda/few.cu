@@ -35,7 +35,7 @@ template <class T, int ROWS, int OUTS, int AHEAD> __device__ void few_rows(const
             for (int out = 0; out < OUTS; out++)
                 if (start + turn * TURN < k) read<8>(w + static_cast<int64_t>(min(out, outs - 1)) * k + start + turn * TURN, weights[turn][out]);
     };
-    // Nobody writes weights: the first are on their way before the input is there.
+    // Weights are whole before anybody has them (FrozenLinear waits): the first are on their way before the input is there.
     fetch(8 * lane);
     begin();
     for (int start = 8 * lane; start < k; start += AHEAD * TURN) {
