@@ -15,6 +15,7 @@ use std::time::Instant;
 use candle_core::Device;
 use rdpo::error::{Error, Result};
 use rdpo::model::{Decoder, LoadOptions, ModelConfig, WeightFormat};
+use rdpo::ops::device_peak;
 use rdpo::text::{Message, RenderOptions, Tokenizer};
 use rdpo::train::{
     EvalMetrics, Hooks, LoraOptions, LossKind, LossOptions, StepMetrics, TokenPair, TrainJob, Trainer, TrainingOptions,
@@ -117,6 +118,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let options = LoadOptions { device: super::device(text("device"))?, weights: dtype };
     let (model, pairs) = load_with(Path::new(text("model")), &options, &words, shape)?;
     let loaded = peak_megabytes();
+    let device_loaded = device_peak(model.device()).map(|bytes| bytes.map(|bytes| bytes >> 20));
     let folder = tempfile::tempdir()?;
     let epochs: f64 = arguments.parse("epochs")?;
     let job = TrainJob {
@@ -170,6 +172,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         "dtype": text("dtype"), "pairs": pairs.len(), "seconds": seconds, "tokens": last.num_tokens,
         "tokens_saved": last.tokens_saved, "tokens_per_s": last.num_tokens as f64 / seconds,
         "gflop_per_s": gflop / seconds, "pairs_per_s": pairs.len() as f64 * epochs / seconds, "cpu_seconds": cpu_seconds().zip(before).map(|(after, before)| after - before), "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
+        "device_mb": device_peak(model.device()).map(|bytes| bytes.map(|bytes| bytes >> 20)), "device_mb_loaded": device_loaded,
     });
     println!("{line}");
     Ok(())

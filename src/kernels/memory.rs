@@ -29,6 +29,15 @@ pub fn device_memory(device: &Device) -> candle_core::Result<DeviceMemory> {
     }
 }
 
+/// Most bytes that the process had of a GPU's memory for tensors, and most of them in use at one time; `None` where nobody counts.
+pub fn device_peak(device: &Device) -> Option<[u64; 2]> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu) => super::cuda::peak_bytes(gpu),
+        _ => None,
+    }
+}
+
 /// `MemAvailable` and `MemTotal`, or what the tightest control group above the process leaves where that is less.
 fn main_memory(proc: &Path, groups: &Path) -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string(proc.join("meminfo"))?;

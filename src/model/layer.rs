@@ -9,7 +9,7 @@ use super::lora::SITES;
 use super::{Attend, LoadOptions, LoraRows, ModelConfig, Rotary, WeightFormat};
 use crate::error::Result;
 use crate::ops::{
-    Codes, FrozenLinear, add, causal_attention, gated, kv_write, paged_attention, reshape, rms_norm, rope,
+    Codes, FrozenLinear, add, causal_attention, gated, kv_write, only_added, paged_attention, reshape, rms_norm, rope,
 };
 use crate::weights::{Blocks, Checkpoint};
 
@@ -173,8 +173,7 @@ impl Layer {
         } else {
             let normed = rms_norm(x, &self.before_mlp, eps)?;
             let [gate, up] = self.linears([GATE, UP], &normed, lora)?;
-            let [y] = self.linears([DOWN], &gated(&gate, &up, config.activation)?, lora)?;
-            (y, &self.after_mlp)
+            (self.last(DOWN, &gated(&gate, &up, config.activation)?, lora)?, &self.after_mlp)
         };
         match after {
             Some(weight) => add(x, &rms_norm(&y, weight, eps)?),
@@ -184,6 +183,14 @@ impl Layer {
 
     fn linears<const L: usize>(&self, sites: [usize; L], x: &Tensor, lora: LoraRows<'_>) -> Result<[Tensor; L]> {
         lora.linears(self.index, sites.map(|site| (site, &self.linears[site])), x)
+    }
+
+    /// The last linear of a block, at `site`.
+    fn last(&self, site: usize, x: &Tensor, lora: LoraRows<'_>) -> Result<Tensor> {
+        let run = || self.linears([site], x, lora);
+        let after = if site == O { &self.after_attention } else { &self.after_mlp };
+        let [y] = if after.is_some() { run()? } else { only_added(run)? };
+        Ok(y)
     }
 
     /// x: (N, C), normed → (N, C).
@@ -217,8 +224,7 @@ impl Layer {
                 paged_attention(&q, cache, batch, scale, window)?
             }
         };
-        let [y] = self.linears([O], &reshape(&y, (rows, config.num_attention_heads * config.head_dim))?, lora)?;
-        Ok(y)
+        self.last(O, &reshape(&y, (rows, config.num_attention_heads * config.head_dim))?, lora)
     }
 }
 

@@ -27,7 +27,8 @@ enum Weight {
 impl FrozenLinear {
     /// Takes a weight `(out, in)` in f32, f16 or bf16 (kept in that width; on the CPU products accumulate in f32, and
     /// with a bf16 weight the input is rounded to bf16 where the processor multiplies bf16) and an optional
-    /// bias `(out)`.
+    /// bias `(out)`. On a GPU it shares their memory: a second copy of each while a checkpoint is loaded would leave holes behind that
+    /// little fits in. Whoever goes on to change them gives a copy.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
         let (n, k) = weight.dims2()?;
         if let Some(bias) = bias
@@ -36,9 +37,8 @@ impl FrozenLinear {
             return Err(Error::internal(format!("bias {:?} of a weight with {n} rows", bias.dims())));
         }
         if !weight.device().is_cpu() {
-            // A deep copy: nobody else's variable shows through.
-            let bias = bias.map(Tensor::copy).transpose()?;
-            let weight = weight.detach().copy()?;
+            let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
+            let weight = weight.detach().contiguous()?;
             // The kernel of few rows reads weights before it waits for what was asked earlier: they are whole from here on.
             weight.device().synchronize()?;
             return Ok(FrozenLinear { weight: Weight::Dense(weight, bias) });
@@ -95,7 +95,10 @@ impl FrozenLinear {
     /// `x·Wᵀ + b`. x: (N, in) → (N, out). Differentiable in `x` only. Each output row depends on its input row alone, bit for bit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x)?;
-        let y = self.product(&x.contiguous()?)?;
+        let y = match tape::is_unread() {
+            true => Tensor::zeros((x.dim(0)?, self.out_features()), x.dtype(), x.device())?,
+            false => self.product(&x.contiguous()?)?,
+        };
         let (linear, id) = (self.clone(), x.id());
         tape::push(&[x], &y, &[], move |dy, gradients| linear.pull_back(&dy.tensor, None, id, gradients));
         Ok(y)

@@ -112,6 +112,10 @@ fn pack(base: Option<&FrozenLinear>, of: &Tensor, scale: f32) -> Result<Packed> 
 
 fn forward_on_cpu(x: &Tensor, sites: &[Site], packed_b: &[Packed]) -> Result<Vec<Tensor>> {
     let rows = x.dim(0)?;
+    if tape::is_unread() {
+        let zeros = |site: &Site| Ok(Tensor::zeros((rows, site.b.dim(0)?), DType::F32, x.device())?);
+        return sites.iter().map(zeros).collect();
+    }
     let parts = sites.iter().zip(packed_b).filter_map(|(site, b)| Some((site.packed_a.as_ref()?, b)));
     let parts: Vec<_> = parts.map(|(a, b)| [kernels::LowRank { rows: 0..rows, a, b }]).collect();
     let products = cpu::with_floats([x], |[x]| {
@@ -303,8 +307,9 @@ fn composed(base: &FrozenLinear, x: &Tensor, parts: &[ServedRows<'_>]) -> Result
 #[allow(clippy::unwrap_used)]
 mod tests {
     use candle_core::Device;
+    use half::f16;
 
-    use super::super::record;
+    use super::super::{Codes, only_added, record, record_again};
     use super::*;
 
     fn numbers(shape: (usize, usize), seed: usize) -> Tensor {
@@ -335,6 +340,71 @@ mod tests {
             let most = |of: &Tensor| of.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(most(&(narrow - wide).unwrap()) < 0.02 * most(wide), "{narrow} {wide}");
         }
+    }
+
+    /// Beside weights of 16 bits and of codes: what plain products of the same numbers give, as near as the weight's products are.
+    #[test]
+    fn gradients_beside_narrow_weights() {
+        let (rows, inputs, out) = (7, 64, 40);
+        let codes: Vec<i8> = (0..out * inputs).map(|index| (index * 7919 % 255) as i8).collect();
+        let scales: Vec<_> =
+            (0..out * inputs / 32).map(|index| f16::from_f32(0.001 * (1 + index % 9) as f32)).collect();
+        let decoded = codes.iter().enumerate().map(|(at, code)| f32::from(*code) * scales[at / 32].to_f32());
+        let decoded = Tensor::from_vec(decoded.collect::<Vec<_>>(), (out, inputs), &Device::Cpu).unwrap();
+        let codes = Codes { four_bits: false, group: 32, codes, scales, offsets: None };
+        let plain = numbers((out, inputs), 1);
+        let narrow = |dtype: DType| plain.to_dtype(dtype).unwrap();
+        let bases = [
+            (FrozenLinear::new(&narrow(DType::BF16), None).unwrap(), narrow(DType::BF16)),
+            (FrozenLinear::new(&narrow(DType::F16), None).unwrap(), narrow(DType::F16)),
+            (FrozenLinear::from_codes(codes, (out, inputs), None).unwrap(), decoded),
+        ];
+        let [x, dy] = [numbers((rows, inputs), 2), numbers((rows, out), 3)];
+        let [a, b] = [numbers((3, inputs), 4), numbers((out, 3), 5)];
+        for (base, weight) in bases {
+            // Eight bits of what is multiplied, where the processor multiplies bf16.
+            let most = if base.low_rank_dtype() == DType::BF16 { 0.01 } else { 1e-5 };
+            let run = || low_rank(&x, [Trained { base: Some(&base), a: &a, b: &b, scale: 1.5 }]);
+            let ([y], tape) = record([&x, &a, &b], run).unwrap();
+            let mut found = tape.backward([(&y, dy.clone())]).unwrap();
+            let product = |left: &Tensor, right: &Tensor| left.matmul(right).unwrap();
+            let weight = weight.to_dtype(DType::F32).unwrap();
+            let [scaled, at] = [(&b * 1.5).unwrap(), a.t().unwrap()];
+            let [low, dlow] = [product(&x, &at), product(&dy, &scaled)];
+            let wanted = [
+                (product(&x, &weight.t().unwrap()) + product(&low, &scaled.t().unwrap())).unwrap(),
+                (product(&dy, &weight) + product(&dlow, &a)).unwrap(),
+                product(&dlow.t().unwrap(), &x),
+                (product(&dy.t().unwrap(), &low) * 1.5).unwrap(),
+            ];
+            let got = [y].into_iter().chain([&x, &a, &b].map(|leaf| found.remove(leaf).unwrap()));
+            for (index, (got, wanted)) in got.zip(&wanted).enumerate() {
+                let largest = |of: &Tensor| of.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                let gap = largest(&(&got - wanted).unwrap()) / largest(wanted);
+                assert!(gap < most, "{index} beside {:?}: off by {gap}", base.low_rank_dtype());
+            }
+        }
+    }
+
+    /// What is only added is left out where a tape is made again; the gradients are the same bits.
+    #[test]
+    fn a_tape_made_again_leaves_out_what_is_only_added() {
+        let linear = FrozenLinear::new(&numbers((6, 9), 1), None).unwrap();
+        let (x, a, b, dy) = (numbers((5, 9), 3), numbers((2, 9), 4), numbers((6, 2), 5), numbers((5, 6), 6));
+        let leaves = [&x, &a, &b];
+        let adapted = || low_rank(&x, [Trained { base: Some(&linear), a: &a, b: &b, scale: 1.5 }]);
+        let work = || only_added(|| Ok([adapted()?[0].clone(), linear.forward(&x)?]));
+        let [first, second] = [record(leaves, work).unwrap(), record_again(leaves, work).unwrap()];
+        let largest = |y: &Tensor| y.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(first.0.iter().all(|y| largest(y) > 0.1) && second.0.iter().all(|y| largest(y) == 0.0));
+        // A recording that is over leaves nothing behind, and what is not marked is computed.
+        assert!(largest(&only_added(|| linear.forward(&x)).unwrap()) > 0.1);
+        assert!(largest(&record_again(leaves, adapted).unwrap().0[0]) > 0.1);
+        let [first, second] = [first, second].map(|([y, z], tape)| {
+            let found = tape.backward([(&y, dy.clone()), (&z, dy.clone())]).unwrap();
+            leaves.map(|leaf| found.get(leaf).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        });
+        assert_eq!(first, second);
     }
 
     /// What a GPU runs gives on a CPU what the kernels give.

@@ -3,7 +3,7 @@
 //! candle's own backward makes zeros for every gradient and adds the gradient to them, on one thread. Here a tensor's first gradient is
 //! kept as it is, and an op may add its own to it in the same pass over memory.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
@@ -20,6 +20,7 @@ const CHUNK: usize = 4096;
 
 thread_local! {
     static RECORDING: RefCell<Option<Tape>> = const { RefCell::new(None) };
+    static UNREAD: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The ops that ran between some leaves and what was made of them.
@@ -29,6 +30,8 @@ pub struct Tape {
     wanted: HashSet<TensorId>,
     steps: Vec<Step>,
     recipes: HashMap<TensorId, Recipe>,
+    /// Whether all of it ran before, and only the way back is wanted.
+    again: bool,
 }
 
 /// How to make a tensor again out of what is kept in any case.
@@ -62,6 +65,41 @@ pub fn record<'a, T>(
     leaves: impl IntoIterator<Item = &'a Tensor>,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Tape)> {
+    recorded(leaves, work, false)
+}
+
+/// [`record`] of work that ran before, for its tape: what [`only_added`] marks has any numbers.
+pub fn record_again<'a, T>(
+    leaves: impl IntoIterator<Item = &'a Tensor>,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, Tape)> {
+    recorded(leaves, work, true)
+}
+
+/// Runs `work`, which makes linears of something whose outputs are read by nothing but sums: no way back needs their numbers.
+pub fn only_added<T>(work: impl FnOnce() -> T) -> T {
+    /// Ends it, also where `work` panics.
+    struct Unread;
+    impl Drop for Unread {
+        fn drop(&mut self) {
+            UNREAD.set(false);
+        }
+    }
+    UNREAD.set(RECORDING.with_borrow(|tape| tape.as_ref().is_some_and(|tape| tape.again)));
+    let _unread = Unread;
+    work()
+}
+
+/// Whether nobody reads the output of the linear at hand.
+pub(super) fn is_unread() -> bool {
+    UNREAD.get()
+}
+
+fn recorded<'a, T>(
+    leaves: impl IntoIterator<Item = &'a Tensor>,
+    work: impl FnOnce() -> Result<T>,
+    again: bool,
+) -> Result<(T, Tape)> {
     /// Ends the recording, also where `work` panics.
     struct Recording;
     impl Drop for Recording {
@@ -73,7 +111,7 @@ pub fn record<'a, T>(
         return Err(Error::internal("A recording inside another. This is a bug."));
     }
     let leaves: HashSet<TensorId> = leaves.into_iter().map(Tensor::id).collect();
-    RECORDING.set(Some(Tape { wanted: leaves.clone(), leaves, steps: Vec::new(), recipes: HashMap::new() }));
+    RECORDING.set(Some(Tape { wanted: leaves.clone(), leaves, steps: Vec::new(), recipes: HashMap::new(), again }));
     let recording = Recording;
     let result = work()?;
     let tape = RECORDING.take();

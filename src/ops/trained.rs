@@ -6,7 +6,8 @@ use candle_core::{DType, Tensor, TensorId};
 
 use super::cuda;
 use super::lora::Site;
-use super::tape::{Gradient, Gradients};
+use super::tape::{self, Gradient, Gradients};
+
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{self as gpu, Matrix};
 
@@ -42,9 +43,12 @@ pub(super) fn forward(x: &Tensor, sites: &[Site]) -> Result<(Vec<Tensor>, Togeth
     let low = x.detach().matmul(&a.t()?)?;
     let outputs = sites.iter().zip(&parts).map(|(site, (b, columns))| {
         let y = match &site.base {
-            Some(base) => base.product(x)?,
-            None => fresh(x, (x.dim(0)?, b.dim(0)?), x.dtype())?,
+            Some(base) if !tape::is_unread() => base.product(x)?,
+            _ => fresh(x, (x.dim(0)?, b.dim(0)?), x.dtype())?,
         };
+        if tape::is_unread() {
+            return Ok(y);
+        }
         add([&y, &low, b], |[y, low, b]| [y, low.columns(columns.clone()), b.t()], 1.0, site.base.is_some())?;
         Ok(y)
     });

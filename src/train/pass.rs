@@ -11,7 +11,7 @@ use super::pack::{Pack, check_ids};
 use super::trainer::Pace;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Decoder, LoraParams, LoraRows};
-use crate::ops::{self, Lag, Tape, record, token_logprobs};
+use crate::ops::{self, Lag, Tape, record, record_again, token_logprobs};
 use crate::weights::AdapterFile;
 
 /// A model with the variables that are trained on it.
@@ -60,10 +60,11 @@ impl Pass<'_> {
         let of_block = |count: usize| variables.by_ref().take(count).collect::<Vec<_>>();
         let of_blocks: Vec<_> = self.params.counts(blocks).into_iter().map(of_block).collect();
         // Nothing below the first block is trained: its input wants no gradient.
-        let run = |block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
-            let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());
-            record(leaves.chain((block > 0).then_some(input)), || model.block(block, input, &rotary, attend, lora))
+        let leaves = |block: usize, input: &'_ Tensor, variables: &[(usize, &Var)]| {
+            let variables = variables.iter().map(|(_, variable)| variable.as_tensor().clone());
+            variables.chain((block > 0).then(|| input.clone())).collect::<Vec<_>>()
         };
+        let run = |block: usize, input: &Tensor| model.block(block, input, &rotary, attend, lora);
 
         // (N, C)
         let mut x = model.embed(&pack.ids)?.detach();
@@ -73,7 +74,7 @@ impl Pass<'_> {
         let mut lag = Lag::default();
         for (block, variables) in of_blocks.iter().enumerate() {
             turn(model, &mut lag, pace)?;
-            let (output, tape) = run(block, &x, variables)?;
+            let (output, tape) = record(&leaves(block, &x, variables), || run(block, &x))?;
             // The first block's tape has no way to its input, so the second layer is the measure of all.
             if (measured..measured + 2).contains(&block) {
                 tape_bytes[block % 2] = tape.bytes();
@@ -103,7 +104,7 @@ impl Pass<'_> {
             let left = passed.pop().expect("the forward left something of every block. This is a bug.");
             let (output, tape) = match left.output {
                 Some(kept) => kept,
-                None => run(block, &left.input, variables)?,
+                None => record_again(&leaves(block, &left.input, variables), || run(block, &left.input))?,
             };
             let mut found = tape.backward([(&output, dy)])?;
             for (index, variable) in variables {

@@ -30,7 +30,7 @@ PAIRS, LENGTH, STEPS = 8, 1024, 3
 TEXT = ROOT / "LICENSE"
 # Of the peer's memory beside the weights, which both hold; what a training run takes beside weights and kept activations, and the least for
 # those, bytes.
-SHARE, BESIDE, LEAST_MEMORY = 0.6, 11 << 29, 1 << 30
+SHARE, BESIDE, LEAST_MEMORY = 0.6, 5 << 30, 1 << 30
 
 
 def tests(bench, until, rows):

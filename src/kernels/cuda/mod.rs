@@ -31,9 +31,9 @@ pub use lora::MOST_RANK;
 pub use plan::Plan;
 pub use sample::{Edit, Pick, SamplePlan, SampleRow, Sampled};
 pub(crate) use stream::fresh;
-#[cfg(feature = "cuda")]
-pub use stream::idle_bytes;
 pub use stream::{Mark, device, mark};
+#[cfg(feature = "cuda")]
+pub use stream::{idle_bytes, peak_bytes};
 #[cfg(test)]
 pub(crate) use tests::sampled;
 pub use view::{

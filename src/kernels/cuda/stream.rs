@@ -70,15 +70,23 @@ fn keep_memory(device: &CudaDevice) {
 
 /// Bytes that the pool has of the driver and nobody uses; none where there is no pool.
 pub fn idle_bytes(device: &CudaDevice) -> u64 {
-    let Some(pool) = pool(device) else { return 0 };
-    let read = |attribute| {
-        let mut bytes = 0u64;
-        // SAFETY: the pool is there for as long as the device, and both attributes are a u64.
-        unsafe { mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast()) }.ok().map(|()| bytes)
-    };
-    let held = read(PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
-    let used = read(PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
-    held.zip(used).map_or(0, |(held, used)| held.saturating_sub(used))
+    let of_pool =
+        [PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT];
+    read(device, of_pool).map_or(0, |[held, used]| held.saturating_sub(used))
+}
+
+/// Most bytes that the pool had of the driver, and most of them in use; `None` where there is no pool.
+pub fn peak_bytes(device: &CudaDevice) -> Option<[u64; 2]> {
+    read(device, [PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH])
+}
+
+fn read(device: &CudaDevice, attributes: [PoolAttribute; 2]) -> Option<[u64; 2]> {
+    let (pool, mut found) = (pool(device)?, [0u64; 2]);
+    for (attribute, bytes) in attributes.into_iter().zip(&mut found) {
+        // SAFETY: the pool is there for as long as the device, and these attributes are a u64 each.
+        unsafe { mem_pool::get_attribute(pool, attribute, std::ptr::from_mut(bytes).cast()) }.ok()?;
+    }
+    Some(found)
 }
 
 impl Queue for CudaDevice {
