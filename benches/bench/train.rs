@@ -118,7 +118,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let options = LoadOptions { device: super::device(text("device"))?, weights: dtype };
     let (model, pairs) = load_with(Path::new(text("model")), &options, &words, shape)?;
     let loaded = peak_megabytes();
-    let device_loaded = device_peak(model.device()).map(|bytes| bytes.map(|bytes| bytes >> 20));
+    // Held by the driver's pool, and in tensors.
+    let device_megabytes = || device_peak(model.device()).map(|bytes| bytes.map(|bytes| bytes >> 20));
+    let device_loaded = device_megabytes();
     let folder = tempfile::tempdir()?;
     let epochs: f64 = arguments.parse("epochs")?;
     let job = TrainJob {
@@ -172,7 +174,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         "dtype": text("dtype"), "pairs": pairs.len(), "seconds": seconds, "tokens": last.num_tokens,
         "tokens_saved": last.tokens_saved, "tokens_per_s": last.num_tokens as f64 / seconds,
         "gflop_per_s": gflop / seconds, "pairs_per_s": pairs.len() as f64 * epochs / seconds, "cpu_seconds": cpu_seconds().zip(before).map(|(after, before)| after - before), "peak_mb_loaded": loaded, "peak_mb": peak_megabytes(),
-        "device_mb": device_peak(model.device()).map(|bytes| bytes.map(|bytes| bytes >> 20)), "device_mb_loaded": device_loaded,
+        "device_mb": device_megabytes(), "device_mb_loaded": device_loaded,
     });
     println!("{line}");
     Ok(())

@@ -7,7 +7,6 @@ use candle_core::{DType, Tensor, TensorId};
 use super::cuda;
 use super::lora::Site;
 use super::tape::{self, Gradient, Gradients};
-
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{self as gpu, Matrix};
 
@@ -41,15 +40,15 @@ pub(super) fn forward(x: &Tensor, sites: &[Site]) -> Result<(Vec<Tensor>, Togeth
     });
     let parts: Vec<_> = columns.collect::<Vec<_>>().into_iter().zip(all_b).map(|(columns, b)| (b, columns)).collect();
     let low = x.detach().matmul(&a.t()?)?;
+    let unread = tape::is_unread();
     let outputs = sites.iter().zip(&parts).map(|(site, (b, columns))| {
         let y = match &site.base {
-            Some(base) if !tape::is_unread() => base.product(x)?,
+            Some(base) if !unread => base.product(x)?,
             _ => fresh(x, (x.dim(0)?, b.dim(0)?), x.dtype())?,
         };
-        if tape::is_unread() {
-            return Ok(y);
+        if !unread {
+            add([&y, &low, b], |[y, low, b]| [y, low.columns(columns.clone()), b.t()], 1.0, site.base.is_some())?;
         }
-        add([&y, &low, b], |[y, low, b]| [y, low.columns(columns.clone()), b.t()], 1.0, site.base.is_some())?;
         Ok(y)
     });
     Ok((outputs.collect::<Result<_>>()?, Together { low, a, parts }))

@@ -60,11 +60,12 @@ impl Pass<'_> {
         let of_block = |count: usize| variables.by_ref().take(count).collect::<Vec<_>>();
         let of_blocks: Vec<_> = self.params.counts(blocks).into_iter().map(of_block).collect();
         // Nothing below the first block is trained: its input wants no gradient.
-        let leaves = |block: usize, input: &'_ Tensor, variables: &[(usize, &Var)]| {
-            let variables = variables.iter().map(|(_, variable)| variable.as_tensor().clone());
-            variables.chain((block > 0).then(|| input.clone())).collect::<Vec<_>>()
+        let run = |again: bool, block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
+            let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());
+            let leaves = leaves.chain((block > 0).then_some(input));
+            let work = || model.block(block, input, &rotary, attend, lora);
+            if again { record_again(leaves, work) } else { record(leaves, work) }
         };
-        let run = |block: usize, input: &Tensor| model.block(block, input, &rotary, attend, lora);
 
         // (N, C)
         let mut x = model.embed(&pack.ids)?.detach();
@@ -74,7 +75,7 @@ impl Pass<'_> {
         let mut lag = Lag::default();
         for (block, variables) in of_blocks.iter().enumerate() {
             turn(model, &mut lag, pace)?;
-            let (output, tape) = record(&leaves(block, &x, variables), || run(block, &x))?;
+            let (output, tape) = run(false, block, &x, variables)?;
             // The first block's tape has no way to its input, so the second layer is the measure of all.
             if (measured..measured + 2).contains(&block) {
                 tape_bytes[block % 2] = tape.bytes();
@@ -104,7 +105,7 @@ impl Pass<'_> {
             let left = passed.pop().expect("the forward left something of every block. This is a bug.");
             let (output, tape) = match left.output {
                 Some(kept) => kept,
-                None => record_again(&leaves(block, &left.input, variables), || run(block, &left.input))?,
+                None => run(true, block, &left.input, variables)?,
             };
             let mut found = tape.backward([(&output, dy)])?;
             for (index, variable) in variables {
