@@ -10,6 +10,15 @@ pub(super) enum Level {
     Portable,
 }
 
+impl Level {
+    pub(super) fn is_avx512(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Level::Avx512;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+}
+
 /// The level of this processor.
 pub(super) fn level() -> Level {
     #[cfg(target_arch = "x86_64")]

@@ -111,6 +111,36 @@ impl CodePanels {
         &self.lines[(panel * self.blocks + block) * self.block_lines()..][..self.block_lines()]
     }
 
+    /// The scales and offsets of a block's group, for any processor.
+    #[inline(always)]
+    pub(super) fn heads_of(&self, panel: usize, block: usize, group: usize) -> ([f32; PANEL], [f32; PANEL]) {
+        let lines = &self.block(panel, block)[group * self.heads() / self.groups..];
+        let numbers = |line: &Line| -> [f32; PANEL] {
+            std::array::from_fn(|at| f16::from_le_bytes([line.0[2 * at], line.0[2 * at + 1]]).to_f32())
+        };
+        (numbers(&lines[0]), if self.has_offsets { numbers(&lines[1]) } else { [0.0; PANEL] })
+    }
+
+    /// The codes of a block by rows, for any processor.
+    #[inline(always)]
+    pub(super) fn codes(&self, panel: usize, block: usize) -> [[i16; PANEL]; BLOCK] {
+        let mut found = [[0; PANEL]; BLOCK];
+        let per_line = BLOCK / self.bits;
+        for (line, Line(bytes)) in self.block(panel, block)[self.heads()..].iter().enumerate() {
+            let word = |at: usize| u32::from_le_bytes(bytes.as_chunks().0[at]);
+            let words: [[u32; 8]; 2] = [0, 1].map(|row| std::array::from_fn(|c| word(2 * c + row)));
+            for (at, row) in (0..per_line).flat_map(|at| [(at, 0), (at, 1)]) {
+                let codes: [i16; 8] = match self.bits {
+                    4 => words[row].map(|word| (word >> (4 * at) & 15) as i16),
+                    _ => std::array::from_fn(|c| i16::from(bytes[at * 16 + 2 * c + row] as i8)),
+                };
+                let column = line % 2 * 16 + at % 2 * 8;
+                found[line / 2 * per_line + at / 2 * 2 + row][column..][..8].copy_from_slice(&codes);
+            }
+        }
+        found
+    }
+
     /// Row `n` of W, rounded to bf16 or not.
     pub(super) fn row(&self, n: usize, rounds: bool, out: &mut [f32]) {
         let (panel, column) = (n / PANEL, n % PANEL);
@@ -141,7 +171,7 @@ impl CodePanels {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Level::Avx2 => unsafe { self.widen_by_halves(panel, block, to.as_mut_ptr()) },
-                Level::Portable => widen_plain(self, self.block(panel, block), to),
+                Level::Portable => widen_plain(self, panel, block, to),
             }
         }
     }
@@ -149,32 +179,12 @@ impl CodePanels {
 
 at_every_level! {
     /// One block in f32, for any processor.
-    fn widen_plain(panels: &CodePanels, lines: &[Line], to: &mut [f32]) {
-        let (heads, codes) = lines.split_at(panels.heads());
-        let numbers = |line: &Line| -> [f32; PANEL] {
-            std::array::from_fn(|at| f16::from_le_bytes([line.0[2 * at], line.0[2 * at + 1]]).to_f32())
-        };
-        let (per_group, per_line) = (2 * panels.bits / panels.groups, BLOCK / panels.bits);
-        for (group, codes) in codes.chunks_exact(per_group).enumerate() {
-            let heads = &heads[group * heads.len() / panels.groups..];
-            let scales = numbers(&heads[0]);
-            let offsets = if panels.has_offsets { numbers(&heads[1]) } else { [0.0; PANEL] };
-            for (line, Line(bytes)) in codes.iter().enumerate() {
-                let first = (group * per_group + line) / 2 * per_line;
-                let word = |at: usize| u32::from_le_bytes(bytes.as_chunks().0[at]);
-                let words: [[u32; 8]; 2] = [0, 1].map(|row| std::array::from_fn(|c| word(2 * c + row)));
-                for (at, row) in (0..per_line).flat_map(|at| [(at, 0), (at, 1)]) {
-                    let column = line % 2 * 16 + at % 2 * 8;
-                    let codes: [i32; 8] = match panels.bits {
-                        4 => words[row].map(|word| (word >> (4 * at) & 15) as i32),
-                        _ => std::array::from_fn(|c| i32::from(bytes[at * 16 + 2 * c + row] as i8)),
-                    };
-                    let to = &mut to[(first + at / 2 * 2 + row) * PANEL + column..][..8];
-                    let (scales, offsets) = (&scales[column..][..8], &offsets[column..][..8]);
-                    for c in 0..8 {
-                        to[c] = codes[c] as f32 * scales[c] + offsets[c];
-                    }
-                }
+    fn widen_plain(panels: &CodePanels, panel: usize, block: usize, to: &mut [f32]) {
+        let rows = BLOCK / panels.groups;
+        for (row, (codes, to)) in panels.codes(panel, block).iter().zip(to.as_chunks_mut::<PANEL>().0).enumerate() {
+            let (scales, offsets) = panels.heads_of(panel, block, row / rows);
+            for column in 0..PANEL {
+                to[column] = f32::from(codes[column]) * scales[column] + offsets[column];
             }
         }
     }
@@ -224,7 +234,7 @@ impl super::tile::Weights for CodedPanel<'_> {
     unsafe fn each(self, _columns: usize, k: usize, mut emit: impl FnMut(usize, &[f32; PANEL])) {
         let mut numbers = [0f32; BLOCK * PANEL];
         for block in 0..k / BLOCK {
-            widen_plain(self.0, self.0.block(self.1, block), &mut numbers);
+            widen_plain(self.0, self.1, block, &mut numbers);
             for (row, numbers) in numbers.as_chunks::<PANEL>().0.iter().enumerate() {
                 emit(block * BLOCK + row, numbers);
             }

@@ -71,7 +71,9 @@ impl<'a> Lows<'a> {
         for low in self.of(rows) {
             low.b.send_for(panel);
             if !low.claimed.load(Ordering::Relaxed) && !low.claimed.swap(true, Ordering::Relaxed) {
-                low.found.get_or_init(|| low.b.input(low.a.some_rows(input, low.rows.clone()), mode));
+                low.found.get_or_init(|| {
+                    Input::new(low.a.some_rows(input, low.rows.clone()), low.b.k, mode, [low.b].into_iter())
+                });
             }
         }
     }

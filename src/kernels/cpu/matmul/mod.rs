@@ -2,8 +2,8 @@
 //!
 //! Every output number is summed over the inner dimension in order by one chain, so it does not depend on how many rows the call has,
 //! nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the processor has it, which rounds
-//! the activations (and what codes stand for) to bf16; elsewhere it is widened and multiplied in f32, so the two differ by bf16's
-//! rounding.
+//! the activations (and what codes stand for) to bf16. Elsewhere a weight in bf16 is widened and multiplied in f32, a quantized one too
+//! with AVX-512; without it codes are multiplied with activations of 16 bits (`sixteen.rs`). So processors differ by such roundings.
 
 mod backward;
 mod coded;
@@ -11,6 +11,7 @@ mod low;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod plain;
+mod sixteen;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,7 @@ pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
 pub use plain::{Left, multiply};
+use sixteen::{SixteenTile, Sixteens};
 use stored::Stored;
 use tile::ROWS;
 pub(super) use tile::{PANEL, Plain, Tile};
@@ -90,24 +92,50 @@ pub struct Packed {
     bias: Option<Vec<f32>>,
 }
 
-/// Activations on their way into a product.
-enum Input<'a> {
-    Plain(Cow<'a, [f32]>, Level),
+/// Activations on their way into products, in every form that one of the weights takes.
+struct Input<'a> {
+    plain: Cow<'a, [f32]>,
+    level: Level,
     #[cfg(target_arch = "x86_64")]
-    Rounded(Pairs),
+    rounded: Option<Pairs>,
+    sixteens: Option<Sixteens>,
+}
+
+impl<'a> Input<'a> {
+    /// x: (M, K), K as wide as all of the weights.
+    fn new<'w>(
+        x: impl Into<Cow<'a, [f32]>>,
+        k: usize,
+        mode: Mode,
+        weights: impl Iterator<Item = &'w Packed> + Clone,
+    ) -> Self {
+        let plain = x.into();
+        let codes = weights.clone().any(|weight| matches!(weight.panels, Panels::Codes(_)));
+        Input {
+            level: mode.level,
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `pairs` says that the processor has the instructions.
+            rounded: (mode.pairs && weights.clone().any(Packed::is_bf16)).then(|| unsafe { Pairs::new(&plain, k) }),
+            sixteens: (mode.sixteens && codes).then(|| Sixteens::new(&plain, k)),
+            plain,
+        }
+    }
 }
 
 /// How a call multiplies.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
     level: Level,
-    /// bf16 weights by `vdpbf16ps`.
+    /// bf16 and quantized weights by `vdpbf16ps`.
     pairs: bool,
+    /// Quantized weights by whole numbers.
+    sixteens: bool,
 }
 
 impl Mode {
     fn best() -> Self {
-        Mode { level: level(), pairs: has_bf16_products() }
+        let (level, pairs) = (level(), has_bf16_products());
+        Mode { level, pairs, sixteens: !pairs && !level.is_avx512() }
     }
 }
 
@@ -206,17 +234,6 @@ impl Packed {
         unsafe { filled(rows.len() * self.n, multiply) }
     }
 
-    /// Activations as this weight takes them. x: (M, K).
-    fn input<'a>(&self, x: impl Into<Cow<'a, [f32]>>, mode: Mode) -> Input<'a> {
-        let x = x.into();
-        #[cfg(target_arch = "x86_64")]
-        if mode.pairs && self.is_bf16() {
-            // SAFETY: `pairs` says that the processor has the instructions.
-            return Input::Rounded(unsafe { Pairs::new(&x, self.k) });
-        }
-        Input::Plain(x, mode.level)
-    }
-
     /// One panel's columns of some rows of the input.
     /// # Safety
     /// `to` has room for them, rows N apart, and nobody else uses it.
@@ -229,19 +246,25 @@ impl Packed {
         add: bool,
         to: *mut f32,
     ) {
-        let len = rows.len();
+        let (len, level) = (rows.len(), input.level);
         // SAFETY: the caller's promise; the tiles say what is there.
         unsafe {
-            let (x, level) = match input {
-                #[cfg(target_arch = "x86_64")]
-                Input::Rounded(x) => return self.panel_of_pairs(x, panel, rows, columns, add, to),
-                Input::Plain(x, level) => (x[rows.start * self.k..].as_ptr(), *level),
-            };
+            #[cfg(target_arch = "x86_64")]
+            if let Some(x) = &input.rounded
+                && self.is_bf16()
+            {
+                return self.panel_of_pairs(x, panel, rows, columns, add, to);
+            }
+            let x = input.plain[rows.start * self.k..].as_ptr();
             match &self.panels {
                 Panels::F32(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::Bf16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::F16(panels) => self.widened(panels, panel, x, columns, add).run(level, len, to, self.n),
                 Panels::Codes(panels) => {
+                    if let Some(x) = &input.sixteens {
+                        let tile = SixteenTile { x, row: rows.start, panels, panel, columns, add };
+                        return tile.run(level, len, to, self.n);
+                    }
                     let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, add };
                     if len <= few_rows(level) {
                         return tile.of(CodedPanel(panels, panel)).run(level, len, to, self.n);

@@ -37,14 +37,14 @@ fn turned(x: &[f32], columns: usize) -> Vec<f32> {
 }
 
 fn modes() -> Vec<Mode> {
-    let mut modes = vec![Mode { level: Level::Portable, pairs: false }];
+    let mut levels = vec![Level::Portable];
     #[cfg(target_arch = "x86_64")]
     if level() == Level::Avx512 {
-        modes.push(Mode { level: Level::Avx2, pairs: false });
+        levels.push(Level::Avx2);
     }
-    modes.push(Mode { level: level(), pairs: false });
-    modes.push(Mode::best());
-    modes
+    levels.push(level());
+    let of_level = |level| [false, true].map(|sixteens| Mode { level, pairs: false, sixteens });
+    levels.into_iter().flat_map(of_level).chain([Mode::best()]).collect()
 }
 
 #[test]
@@ -210,7 +210,8 @@ fn codes_have_the_bits_of_their_numbers() {
                 rows
             };
             assert_eq!(rows(&coded), rows(read(Mode::best())), "{layout:?}");
-            for (mode, m) in modes().into_iter().flat_map(|mode| [1, 2, 3, 4, 5, 8, 13, 100].map(|m| (mode, m))) {
+            let modes = modes().into_iter().filter(|mode| !mode.sixteens);
+            for (mode, m) in modes.flat_map(|mode| [1, 2, 3, 4, 5, 8, 13, 100].map(|m| (mode, m))) {
                 let (x, dy) = (numbers(m * k, 4), numbers(m * n, 5));
                 let products = |packed: &Packed| {
                     let y = forward(packed, &x, &[], mode);
@@ -224,13 +225,64 @@ fn codes_have_the_bits_of_their_numbers() {
 }
 
 #[test]
+fn codes_times_sixteen_bits_are_off_by_half_a_step_at_most() {
+    for (n, k) in [(70, 32), (33, 576), (16, 288)] {
+        for (codes, weights) in coded(n, k) {
+            let layout = (codes.four_bits, codes.group, codes.offsets.is_some());
+            let packed = Packed::new(&Width::Codes(codes), n, k).with_bias(numbers(n, 9));
+            let (a, b) = (numbers(4 * k, 6), numbers(n * 4, 7));
+            let halves = |numbers: &[f32]| Width::Bf16(numbers.iter().map(|x| bf16::from_f32(*x)).collect());
+            let (a, b) = (Packed::new(&halves(&a), 4, k), Packed::new(&halves(&b), n, 4));
+            let modes = modes().into_iter().filter(|mode| mode.sixteens);
+            for (mode, m) in modes.flat_map(|mode| [1, 2, 3, 4, 5, 6, 8, 13, 250].map(|m| (mode, m))) {
+                // Blocks of all sizes, one of zeros among them.
+                let sized = |(at, x): (usize, f32)| x * [1.0, 1e3, 0.0, 1e-4, 1e-35][at / 32 % 5];
+                let x: Vec<f32> = numbers(m * k, 4).into_iter().enumerate().map(sized).collect();
+                let part = [LowRank { rows: m / 2..m, a: &a, b: &b }];
+                let (y, low) = (forward(&packed, &x, &part, mode), forward(&a, &x, &[], mode));
+                let low = forward(&b, &low, &[], mode);
+                for (at, exact) in plain(&x, &weights, (m, n, k)).into_iter().enumerate() {
+                    let (row, column) = (at / n, at % n);
+                    let blocks = x[row * k..][..k].chunks(32).zip(weights[column * k..][..k].chunks(32));
+                    let (mut bound, mut size) = (0.0, 1.0);
+                    for (x, w) in blocks {
+                        let of_w: f32 = w.iter().map(|w| w.abs()).sum();
+                        let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+                        (bound, size) = (bound + 0.5 / 32767.0 * most * of_w, size + most * of_w);
+                    }
+                    let extra = numbers(n, 9)[column] + if row >= m / 2 { low[at] } else { 0.0 };
+                    let off = (f64::from(y[at]) - exact - f64::from(extra)).abs() as f32;
+                    assert!(
+                        off <= bound + 1e-6 * size + 1e-6 * extra.abs(),
+                        "{layout:?} {mode:?} {m} rows: {off}, {bound}"
+                    );
+                }
+                for row in [0, m / 2, m - 1] {
+                    let x = &x[row * k..][..k];
+                    let part = [LowRank { rows: 0..1, a: &a, b: &b }];
+                    let alone = forward(&packed, x, if row >= m / 2 { &part } else { &[] }, mode);
+                    assert_eq!(alone, y[row * n..][..n], "{layout:?} {mode:?} row {row} of {m} stands alone");
+                }
+                for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut x = x.clone();
+                    x[m / 2 * k + 3] = broken;
+                    let y = forward(&packed, &x, &[], mode);
+                    let lost = |row: usize| y[row * n..][..n].iter().all(|y| y.is_nan());
+                    assert!((0..m).all(|row| lost(row) == (row == m / 2)), "{broken} is seen in its row alone");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn avx2_has_the_bits_of_avx512() {
     #[cfg(target_arch = "x86_64")]
     if level() == Level::Avx512 {
         let (m, n, k) = (7, 33, 20);
         let packed = Packed::new(&Width::F32(numbers(n * k, 4)), n, k);
         let x = numbers(m * k, 5);
-        let of = |level| forward(&packed, &x, &[], Mode { level, pairs: false });
+        let of = |level| forward(&packed, &x, &[], Mode { level, pairs: false, sixteens: false });
         assert_eq!(of(Level::Avx512), of(Level::Avx2), "one chain of fused multiply-adds each");
     }
 }

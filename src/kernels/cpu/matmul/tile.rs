@@ -96,6 +96,39 @@ pub(super) fn send_for<W>(from: *const W, numbers: usize) {
     }
 }
 
+/// The first `columns` numbers of some vectors.
+/// # Safety
+/// They are there; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn load_some<const V: usize>(from: *const f32, columns: usize, to: &mut [__m256; V]) {
+    // SAFETY: the caller's promise; a whole vector's worth is read as one.
+    unsafe {
+        if columns == 8 * V {
+            to.iter_mut().enumerate().for_each(|(v, to)| *to = _mm256_loadu_ps(from.add(8 * v)));
+        } else {
+            std::ptr::copy_nonoverlapping(from, to.as_mut_ptr().cast(), columns);
+        }
+    }
+}
+
+/// # Safety
+/// As [`load_some`].
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn store_some<const V: usize>(from: &[__m256; V], to: *mut f32, columns: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if columns == 8 * V {
+            from.iter().enumerate().for_each(|(v, from)| _mm256_storeu_ps(to.add(8 * v), *from));
+        } else {
+            std::ptr::copy_nonoverlapping(from.as_ptr().cast(), to, columns);
+        }
+    }
+}
+
 /// One product of some rows with at most 32 columns.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Tile<W> {
@@ -261,14 +294,10 @@ impl<W: Weights> Tile<W> {
     unsafe fn avx2<const M: usize, const T: bool>(&self, first: usize, out: *mut f32, out_stride: usize) -> usize {
         let columns = (self.columns - first).min(16);
         let mut sums = [[_mm256_setzero_ps(); 2]; M];
-        let mut row = [0f32; 16];
         if self.add {
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller's promise; the row has room for 16.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(out.add(r * out_stride + first), row.as_mut_ptr(), columns);
-                    *sums = [_mm256_loadu_ps(row.as_ptr()), _mm256_loadu_ps(row.as_ptr().add(8))];
-                }
+                // SAFETY: the caller's promise.
+                unsafe { load_some(out.add(r * out_stride + first), columns, sums) };
             }
         }
         // SAFETY: k < self.k and r < M: what the fields say is there.
@@ -282,12 +311,8 @@ impl<W: Weights> Tile<W> {
             });
         }
         for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: the caller's promise; the row has room for 16.
-            unsafe {
-                _mm256_storeu_ps(row.as_mut_ptr(), sums[0]);
-                _mm256_storeu_ps(row.as_mut_ptr().add(8), sums[1]);
-                std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(r * out_stride + first), columns);
-            }
+            // SAFETY: the caller's promise.
+            unsafe { store_some(sums, out.add(r * out_stride + first), columns) };
         }
         M
     }

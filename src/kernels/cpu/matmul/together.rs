@@ -38,11 +38,10 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
     assert!(products.iter().all(|product| product.weight.k == k), "weights of different widths");
     let m = x.len() / k;
     let (blocks, block) = row_blocks(m, k);
-    // As weights in bf16 take x, and as the others do.
-    let [rounded, plain] = [true, false].map(|is_bf16| {
-        let taker = products.iter().find(|product| product.weight.is_bf16() == is_bf16);
-        taker.map(|product| product.weight.input(x, mode))
-    });
+    let takers = products
+        .iter()
+        .flat_map(|Adapted { weight, parts }| std::iter::once(*weight).chain(parts.iter().map(|part| part.a)));
+    let input = Input::new(x, k, mode, takers);
     let mut found: Vec<Vec<f32>> = products.iter().map(|product| Vec::with_capacity(m * product.weight.n)).collect();
     let products: Vec<Product<'_>> = products
         .iter()
@@ -54,10 +53,6 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
             y: Out(y.as_mut_ptr()),
         })
         .collect();
-    let input = |product: &Product<'_>| {
-        let input = if product.weight.is_bf16() { &rounded } else { &plain };
-        input.as_ref().expect("the input was made for every weight. This is a bug.")
-    };
     let panels: usize = products.iter().map(|product| product.weight.n.div_ceil(PANEL)).sum();
     let most = MOST_PRODUCTS / (block * k * PANEL).max(1);
     let together = panels.div_ceil(rayon::current_num_threads() * TASKS).min(most).max(1);
@@ -66,7 +61,7 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
     each(0..blocks * groups.len(), |task| {
         let (at, (product, panels)) = (task % blocks, &groups[task / blocks]);
         // SAFETY: rows and columns are inside y and no other task has them.
-        unsafe { product.some(input(product), at * block..m.min((at + 1) * block), panels.clone(), mode) };
+        unsafe { product.some(&input, at * block..m.min((at + 1) * block), panels.clone(), mode) };
     });
     for (y, product) in found.iter_mut().zip(&products) {
         // SAFETY: that many have room, and the tasks wrote all rows of all panels.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::coded::{BLOCK, CodePanels, LINE, Line};
+use super::sixteen::CodePairs;
 use super::tile::PANEL;
 
 /// How many lines ahead of the ones that are unpacked the processor is asked for.
@@ -273,6 +274,80 @@ impl CodePanels {
             }
         }
     }
+}
+
+/// A panel's codes, the first of its lines, and the lines of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Coded<const BITS: usize>(*const Line, usize);
+
+impl CodePanels {
+    /// A panel whose codes have BITS bits.
+    pub(super) fn coded<const BITS: usize>(&self, panel: usize) -> Coded<BITS> {
+        let block = self.block(panel, 0);
+        Coded(block.as_ptr(), block.len())
+    }
+}
+
+impl<const BITS: usize> CodePairs for Coded<BITS> {
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn each<const V: usize, const GROUPS: usize>(
+        self,
+        block: usize,
+        group: usize,
+        first: usize,
+        mut emit: impl FnMut(usize, [__m256i; V]),
+    ) {
+        let (per_group, pairs) = (BITS / GROUPS, 16 / BITS);
+        let lines = self.0.wrapping_add((block + 1) * self.1 - 2 * BITS + 2 * group * per_group + first / 16);
+        for step in 0..per_group {
+            // The line of 16 columns that a vector's eight are in.
+            let line = |v: usize| lines.wrapping_add(2 * step + v / 2).cast::<u8>();
+            (0..V).step_by(2).for_each(|v| _mm_prefetch::<_MM_HINT_T0>(line(v).wrapping_add(AHEAD * LINE).cast()));
+            if BITS == 4 {
+                let mut words = [[_mm256_setzero_si256(); 2]; V];
+                for v in (0..V).step_by(2) {
+                    // SAFETY: a line is 64 bytes.
+                    words[v] = unsafe { words_of_pairs(line(v)) };
+                    words[v + 1] = words[v].map(|words| _mm256_srli_epi32::<4>(words));
+                }
+                for pair in 0..pairs {
+                    let code = |v: usize| {
+                        let words = words[v][pair / 2];
+                        let words = if pair % 2 == 0 { words } else { _mm256_srli_epi32::<8>(words) };
+                        _mm256_and_si256(words, _mm256_set1_epi32(0x000f_000f))
+                    };
+                    emit(step * pairs + pair, std::array::from_fn(code));
+                }
+            } else {
+                for pair in 0..pairs {
+                    let code = |v: usize| {
+                        // SAFETY: as above.
+                        unsafe { _mm256_cvtepi8_epi16(_mm_load_si128(line(v).add(16 * (2 * pair + v % 2)).cast())) }
+                    };
+                    emit(step * pairs + pair, std::array::from_fn(code));
+                }
+            }
+        }
+    }
+}
+
+/// A line of codes of 4 bits in two vectors of (8 columns, 2 of K) words of 16 bits: the sets of the first two pairs, and of the others.
+/// # Safety
+/// There is a line; the processor has AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn words_of_pairs(line: *const u8) -> [__m256i; 2] {
+    // SAFETY: a line is 64 bytes.
+    let (first, last) = unsafe { (_mm256_load_ps(line.cast()), _mm256_load_ps(line.add(32).cast())) };
+    let even = _mm256_castps_si256(_mm256_shuffle_ps::<0x88>(first, last));
+    let odd = _mm256_castps_si256(_mm256_shuffle_ps::<0xdd>(first, last));
+    // By columns: the halves of a vector were shuffled apart.
+    let (even, odd) = (_mm256_permute4x64_epi64::<0xd8>(even), _mm256_permute4x64_epi64::<0xd8>(odd));
+    [
+        _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd)),
+        _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(even), odd),
+    ]
 }
 
 /// 32 numbers as four vectors of eight, each twice.
