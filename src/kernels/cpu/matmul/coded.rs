@@ -170,7 +170,7 @@ impl CodePanels {
                 Level::Avx512 => unsafe { self.widen_by_rows(panel, block, to.as_mut_ptr()) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
-                Level::Avx2 => unsafe { self.widen_by_halves(panel, block, to.as_mut_ptr()) },
+                Level::Avx2 => unsafe { self.widen_by_pairs(panel, block, to.as_mut_ptr()) },
                 Level::Portable => widen_plain(self, panel, block, to),
             }
         }
@@ -191,6 +191,7 @@ at_every_level! {
 }
 
 /// A panel that is unpacked as it is multiplied.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize);
 
@@ -206,8 +207,8 @@ impl super::pairs::Weights for CodedPanel<'_> {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl super::tile::Weights for CodedPanel<'_> {
-    #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
@@ -216,27 +217,6 @@ impl super::tile::Weights for CodedPanel<'_> {
             unsafe {
                 self.0
                     .rows(self.1, block, |row, weights| emit(block * BLOCK + row, std::array::from_fn(|v| weights[v])));
-            }
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
-        for block in 0..k / BLOCK {
-            // SAFETY: the caller's promise.
-            unsafe { self.0.rows8(self.1, block, first / 16, |row, weights| emit(block * BLOCK + row, weights)) };
-        }
-    }
-
-    #[inline]
-    unsafe fn each(self, _columns: usize, k: usize, mut emit: impl FnMut(usize, &[f32; PANEL])) {
-        let mut numbers = [0f32; BLOCK * PANEL];
-        for block in 0..k / BLOCK {
-            widen_plain(self.0, self.1, block, &mut numbers);
-            for (row, numbers) in numbers.as_chunks::<PANEL>().0.iter().enumerate() {
-                emit(block * BLOCK + row, numbers);
             }
         }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Input, Mode, Packed};
+use super::{Input, Packed};
 
 /// How often one who needs another thread's result looks for it before he sleeps: some microseconds.
 const LOOKS: usize = 2000;
@@ -67,12 +67,12 @@ impl<'a> Lows<'a> {
 
     /// Works out what nobody has begun of a block, and sends for what [`Self::add_to`] reads for a panel: pieces too short for the
     /// processor to foresee, whose wait would cost more than their bytes.
-    pub(super) fn begin(&self, rows: &Range<usize>, panel: usize, input: &Input<'_>, mode: Mode) {
+    pub(super) fn begin(&self, rows: &Range<usize>, panel: usize, input: &Input<'_>) {
         for low in self.of(rows) {
             low.b.send_for(panel);
             if !low.claimed.load(Ordering::Relaxed) && !low.claimed.swap(true, Ordering::Relaxed) {
                 low.found.get_or_init(|| {
-                    Input::new(low.a.some_rows(input, low.rows.clone()), low.b.k, mode, [low.b].into_iter())
+                    Input::new(low.a.some_rows(input, low.rows.clone()), low.b.k, input.mode, [low.b].into_iter())
                 });
             }
         }

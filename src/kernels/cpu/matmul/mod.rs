@@ -30,8 +30,10 @@ use rayon::prelude::*;
 use super::level::{Level, has_bf16_products, level};
 use super::places::{Out, filled};
 use crate::cores::each;
+use coded::CodePanels;
+#[cfg(target_arch = "x86_64")]
+use coded::CodedPanel;
 pub use coded::Codes;
-use coded::{CodePanels, CodedPanel};
 pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
 use pairs::{PairTile, Pairs, Panel};
@@ -48,7 +50,8 @@ pub(super) use turn::{corner, side};
 const BLOCK: usize = 1 << 17;
 /// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32.
 const UNPACKED: usize = 256;
-/// Most rows for which a quantized panel is unpacked on the way into a product of bf16, and not first into memory.
+/// Most rows for which a quantized panel is unpacked on the way into a product of bf16 or of AVX-512, and not first into memory.
+#[cfg(target_arch = "x86_64")]
 const FEW_ROWS: usize = 8;
 /// Largest weight that is unpacked whole (if quantized) or turned whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
@@ -95,7 +98,7 @@ pub struct Packed {
 /// Activations on their way into products, in every form that one of the weights takes.
 struct Input<'a> {
     plain: Cow<'a, [f32]>,
-    level: Level,
+    mode: Mode,
     #[cfg(target_arch = "x86_64")]
     rounded: Option<Pairs>,
     sixteens: Option<Sixteens>,
@@ -112,7 +115,7 @@ impl<'a> Input<'a> {
         let plain = x.into();
         let codes = weights.clone().any(|weight| matches!(weight.panels, Panels::Codes(_)));
         Input {
-            level: mode.level,
+            mode,
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `pairs` says that the processor has the instructions.
             rounded: (mode.pairs && weights.clone().any(Packed::is_bf16)).then(|| unsafe { Pairs::new(&plain, k) }),
@@ -246,7 +249,7 @@ impl Packed {
         add: bool,
         to: *mut f32,
     ) {
-        let (len, level) = (rows.len(), input.level);
+        let (len, level) = (rows.len(), input.mode.level);
         // SAFETY: the caller's promise; the tiles say what is there.
         unsafe {
             #[cfg(target_arch = "x86_64")]
@@ -266,8 +269,9 @@ impl Packed {
                         return tile.run(level, len, to, self.n);
                     }
                     let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, add };
-                    if len <= few_rows(level) {
-                        return tile.of(CodedPanel(panels, panel)).run(level, len, to, self.n);
+                    #[cfg(target_arch = "x86_64")]
+                    if level.is_avx512() && len <= FEW_ROWS {
+                        return tile.of(CodedPanel(panels, panel)).avx512_rows::<false>(len, to, self.n);
                     }
                     let mut numbers = [0f32; UNPACKED * PANEL];
                     for k in pieces(self.k, UNPACKED) {
@@ -367,17 +371,6 @@ impl Packed {
     ) -> Tile<Plain<W>> {
         let weights = Plain(self.panel_of(panels, panel).as_ptr(), self.width() * W::STEP);
         Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
-    }
-}
-
-/// [`FEW_ROWS`] of a product in f32: those that its microkernel takes at once, so that no panel is unpacked twice.
-fn few_rows(level: Level) -> usize {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => FEW_ROWS,
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => 6,
-        Level::Portable => 1,
     }
 }
 

@@ -6,15 +6,16 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
+#[cfg(target_arch = "x86_64")]
 use std::ops::Range;
 
 use super::coded::{BLOCK, CodePanels};
-use super::tile::PANEL;
+use super::tile::{PANEL, ROWS};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{load_some, store_some};
-use super::{UNPACKED, blocks, pieces};
 #[cfg(target_arch = "x86_64")]
-use super::{coded::LINE, unpack::Coded};
+use super::{UNPACKED, coded::LINE, unpack::eight};
+use super::{blocks, pieces};
 use crate::cores::each;
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::rowwise::at_every_level;
@@ -26,7 +27,8 @@ const LEAST: f32 = 1e-30;
 /// 1.5·2²³: added to a number under 2²² it leaves the nearest whole number in the low bits.
 const WHOLE: f32 = 12_582_912.0;
 /// Rows that lie together: what the microkernel takes at once.
-pub(super) const SET: usize = 6;
+const SET: usize = 6;
+const _: () = assert!(ROWS.is_multiple_of(SET), "a block of rows begins a set");
 /// Numbers of a [`Sixteens`]' head.
 const HEAD: usize = 4;
 
@@ -330,48 +332,4 @@ impl CodePairs for Unpacked {
             emit(pair, codes);
         }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl CodePanels {
-    /// Blocks of a panel as pairs of whole numbers: (16·blocks, 32, 2).
-    /// # Safety
-    /// The processor has AVX2, FMA and F16C.
-    unsafe fn unpack_codes(&self, panel: usize, blocks: Range<usize>, to: &mut [i16]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.bits {
-                4 => unpack_codes(self.coded::<4>(panel), blocks, to),
-                _ => unpack_codes(self.coded::<8>(panel), blocks, to),
-            }
-        }
-    }
-}
-
-/// # Safety
-/// The processor has AVX2, FMA and F16C.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn unpack_codes<const BITS: usize>(codes: Coded<BITS>, blocks: Range<usize>, to: &mut [i16]) {
-    for (block, to) in blocks.zip(to.as_chunks_mut::<{ BLOCK * PANEL }>().0) {
-        // SAFETY: the caller's promise, and `to` has room for 16 pairs of 32. A group after the other or all as one: the order is the same.
-        unsafe {
-            codes.each::<4, 1>(block, 0, 0, |pair, codes| {
-                for (v, codes) in codes.into_iter().enumerate() {
-                    _mm256_storeu_si256(to.as_mut_ptr().add((pair * PANEL + v * 8) * 2).cast(), codes);
-                }
-            });
-        }
-    }
-}
-
-/// Eight numbers in half precision.
-/// # Safety
-/// There are eight; the processor has F16C.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn eight(from: *const u8) -> __m256 {
-    // SAFETY: the caller's promise.
-    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
 }

@@ -18,21 +18,12 @@ pub(in super::super) const ROWS: usize = 12;
 const AHEAD: usize = 16;
 
 /// Where 32 columns of weights come from.
+#[cfg(target_arch = "x86_64")]
 pub(in super::super) trait Weights: Copy {
     /// Gives the first `k` rows in order, each as vectors of 16 columns.
     /// # Safety
     /// There are that many; the processor has AVX-512F.
-    #[cfg(target_arch = "x86_64")]
     unsafe fn each16<const V: usize>(self, k: usize, emit: impl FnMut(usize, [__m512; V]));
-    /// Gives the first `k` rows of the 16 columns from `first` in order, as two vectors.
-    /// # Safety
-    /// There are that many, and first is 0 or 16; the processor has AVX2, FMA and F16C.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn each8(self, first: usize, k: usize, emit: impl FnMut(usize, [__m256; 2]));
-    /// Gives the first `k` rows in order, as far as there are columns.
-    /// # Safety
-    /// There are that many, with `columns` columns.
-    unsafe fn each(self, columns: usize, k: usize, emit: impl FnMut(usize, &[f32; PANEL]));
 }
 
 /// Numbers in memory, element `(k, c)` at `(k / STEP)·pitch + c·STEP + k mod STEP`. Vectors are read whole: 16 columns, and 32 where
@@ -40,8 +31,8 @@ pub(in super::super) trait Weights: Copy {
 #[derive(Clone, Copy)]
 pub(in super::super) struct Plain<W>(pub(in super::super) *const W, pub(in super::super) usize);
 
+#[cfg(target_arch = "x86_64")]
 impl<W: Stored> Weights for Plain<W> {
-    #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
@@ -58,7 +49,12 @@ impl<W: Stored> Weights for Plain<W> {
             emit(at, weights);
         }
     }
+}
 
+impl<W: Stored> Plain<W> {
+    /// Gives the first `k` rows of the 16 columns from `first` in order, as two vectors.
+    /// # Safety
+    /// There are that many, and first is 0 or 16; the processor has AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -73,6 +69,9 @@ impl<W: Stored> Weights for Plain<W> {
         }
     }
 
+    /// Gives the first `k` rows in order, as far as there are columns.
+    /// # Safety
+    /// There are that many, with `columns` columns.
     #[inline]
     unsafe fn each(self, columns: usize, k: usize, mut emit: impl FnMut(usize, &[f32; PANEL])) {
         let mut row = [0f32; PANEL];
@@ -144,35 +143,11 @@ pub(in super::super) struct Tile<W> {
     pub(in super::super) add: bool,
 }
 
-impl<N> Tile<N> {
+impl<W: Copy> Tile<W> {
     /// The same tile with these weights.
-    pub(super) fn of<W: Weights>(&self, weights: W) -> Tile<W> {
+    pub(super) fn of<V>(&self, weights: V) -> Tile<V> {
         let Tile { x, stride, turned, k, columns, add, .. } = *self;
         Tile { x, stride, turned, weights, k, columns, add }
-    }
-}
-
-impl<W: Weights> Tile<W> {
-    /// # Safety
-    /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; `level` is
-    /// what the processor has.
-    pub(in super::super) unsafe fn run(&self, level: Level, rows: usize, out: *mut f32, out_stride: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match level {
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => match self.turned {
-                    false => self.avx512_rows::<false>(rows, out, out_stride),
-                    true => self.avx512_rows::<true>(rows, out, out_stride),
-                },
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => match self.turned {
-                    false => self.avx2_rows::<false>(rows, out, out_stride),
-                    true => self.avx2_rows::<true>(rows, out, out_stride),
-                },
-                Level::Portable => self.portable(rows, out, out_stride),
-            }
-        }
     }
 
     /// Offset of x's element.
@@ -185,11 +160,13 @@ impl<W: Weights> Tile<W> {
     fn below(&self, row: usize) -> Self {
         Tile { x: self.x.wrapping_add(self.at(self.turned, row, 0)), ..*self }
     }
+}
 
+#[cfg(target_arch = "x86_64")]
+impl<W: Weights> Tile<W> {
     /// # Safety
-    /// As [`Self::run`], with AVX-512F.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn avx512_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
+    /// As [`Tile::run`], with AVX-512F.
+    pub(super) unsafe fn avx512_rows<const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
             let (tile, out) = (self.below(row), out.wrapping_add(row * out_stride));
@@ -210,8 +187,7 @@ impl<W: Weights> Tile<W> {
 
     /// M rows; gives M.
     /// # Safety
-    /// As [`Self::run`], with AVX-512F.
-    #[cfg(target_arch = "x86_64")]
+    /// As [`Self::avx512_rows`].
     unsafe fn avx512<const M: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
         // SAFETY: the caller's promise.
         unsafe {
@@ -226,8 +202,7 @@ impl<W: Weights> Tile<W> {
 
     /// M rows of V·16 columns.
     /// # Safety
-    /// As [`Self::run`], with AVX-512F.
-    #[cfg(target_arch = "x86_64")]
+    /// As [`Self::avx512_rows`].
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512_vectors<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
         let mut sums = [[_mm512_setzero_ps(); V]; M];
@@ -258,6 +233,30 @@ impl<W: Weights> Tile<W> {
             for v in 0..V {
                 // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
                 unsafe { _mm512_mask_storeu_ps(out.add(r * out_stride + v * 16), masks[v], sums[v]) };
+            }
+        }
+    }
+}
+
+impl<W: Stored> Tile<Plain<W>> {
+    /// # Safety
+    /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; `level` is
+    /// what the processor has.
+    pub(in super::super) unsafe fn run(&self, level: Level, rows: usize, out: *mut f32, out_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => match self.turned {
+                    false => self.avx512_rows::<false>(rows, out, out_stride),
+                    true => self.avx512_rows::<true>(rows, out, out_stride),
+                },
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => match self.turned {
+                    false => self.avx2_rows::<false>(rows, out, out_stride),
+                    true => self.avx2_rows::<true>(rows, out, out_stride),
+                },
+                Level::Portable => self.portable(rows, out, out_stride),
             }
         }
     }

@@ -61,7 +61,7 @@ pub(super) fn forward_in(mode: Mode, x: &[f32], products: &[Adapted<'_>]) -> Vec
     each(0..blocks * groups.len(), |task| {
         let (at, (product, panels)) = (task % blocks, &groups[task / blocks]);
         // SAFETY: rows and columns are inside y and no other task has them.
-        unsafe { product.some(&input, at * block..m.min((at + 1) * block), panels.clone(), mode) };
+        unsafe { product.some(&input, at * block..m.min((at + 1) * block), panels.clone()) };
     });
     for (y, product) in found.iter_mut().zip(&products) {
         // SAFETY: that many have room, and the tasks wrote all rows of all panels.
@@ -80,13 +80,13 @@ impl Product<'_> {
     /// Some panels' columns of a block of rows.
     /// # Safety
     /// They are inside y, and nobody else uses them.
-    unsafe fn some(&self, input: &Input<'_>, rows: Range<usize>, panels: Range<usize>, mode: Mode) {
+    unsafe fn some(&self, input: &Input<'_>, rows: Range<usize>, panels: Range<usize>) {
         let n = self.weight.n;
         let weight = self.whole.as_ref().unwrap_or(self.weight);
         for panel in panels {
             let columns = PANEL.min(n - panel * PANEL);
             let to = self.y.at(rows.start * n + panel * PANEL);
-            self.lows.begin(&rows, panel, input, mode);
+            self.lows.begin(&rows, panel, input);
             // SAFETY: the caller's promise.
             unsafe {
                 weight.panel(input, panel, rows.clone(), columns, false, to);

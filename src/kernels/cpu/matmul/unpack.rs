@@ -15,19 +15,55 @@ const AHEAD: usize = 32;
 impl CodePanels {
     /// # Safety
     /// `to` has room for 32 rows of 32; the processor has AVX2, FMA and F16C.
+    pub(super) unsafe fn widen_by_pairs(&self, panel: usize, block: usize, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => self.widen_pairs(self.coded::<4>(panel), panel, block, to),
+                _ => self.widen_pairs(self.coded::<8>(panel), panel, block, to),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::widen_by_pairs`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn widen_by_halves(&self, panel: usize, block: usize, to: *mut f32) {
-        for half in 0..2 {
-            let put = |row: usize, numbers: [__m256; 2]| {
-                // SAFETY: the row is one of 32.
-                unsafe {
-                    let to = to.add(row * PANEL + half * 16);
-                    _mm256_storeu_ps(to, numbers[0]);
-                    _mm256_storeu_ps(to.add(8), numbers[1]);
+    unsafe fn widen_pairs<const BITS: usize>(&self, codes: Coded<BITS>, panel: usize, block: usize, to: *mut f32) {
+        let of_group = |group: usize| {
+            let heads = &self.block(panel, block)[group * self.heads() / self.groups..];
+            // SAFETY: a line is 64 bytes.
+            let numbers = |line: &Line| std::array::from_fn(|v| unsafe { eight(line.0.as_ptr().add(16 * v)) });
+            let none = [_mm256_setzero_ps(); 4];
+            let found: [[__m256; 4]; 2] =
+                [numbers(&heads[0]), if self.has_offsets { numbers(&heads[1]) } else { none }];
+            found
+        };
+        let heads = [of_group(0), of_group(self.groups - 1)];
+        let put = |pair: usize, codes: [__m256i; 4]| {
+            let [scales, offsets] = &heads[pair / (BLOCK / 4)];
+            for (v, codes) in codes.into_iter().enumerate() {
+                let rows = [_mm256_slli_epi32::<16>(codes), codes].map(|codes| _mm256_srai_epi32::<16>(codes));
+                for (row, codes) in rows.into_iter().enumerate() {
+                    let numbers = _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scales[v], offsets[v]);
+                    // SAFETY: the row is one of 32.
+                    unsafe { _mm256_storeu_ps(to.add((2 * pair + row) * PANEL + 8 * v), numbers) };
                 }
-            };
-            // SAFETY: the caller's promise.
-            unsafe { self.rows8(panel, block, half, put) };
+            }
+        };
+        // SAFETY: the caller's promise. The pairs of all groups follow each other.
+        unsafe { codes.each::<4, 1>(block, 0, 0, put) };
+    }
+
+    /// Blocks of a panel as pairs of whole numbers: (16·blocks, 32, 2).
+    /// # Safety
+    /// The processor has AVX2, FMA and F16C.
+    pub(super) unsafe fn unpack_codes(&self, panel: usize, blocks: Range<usize>, to: &mut [i16]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => unpack_codes(self.coded::<4>(panel), blocks, to),
+                _ => unpack_codes(self.coded::<8>(panel), blocks, to),
+            }
         }
     }
 
@@ -115,78 +151,6 @@ impl CodePanels {
                         |half: usize| number(half, code(_mm_unpacklo_epi64(sets[2 * half], sets[2 * half + 1])));
                     let second =
                         |half: usize| number(half, code(_mm_unpackhi_epi64(sets[2 * half], sets[2 * half + 1])));
-                    emit(line * per_line + row, [first(0), first(1)]);
-                    emit(line * per_line + row + 1, [second(0), second(1)]);
-                }
-            }
-        }
-    }
-
-    /// The rows of one block in order, 16 columns of each as two vectors in f32.
-    /// # Safety
-    /// The processor has AVX2, FMA and F16C.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn rows8(&self, panel: usize, block: usize, half: usize, emit: impl FnMut(usize, [__m256; 2])) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.bits {
-                4 => self.rows8_of_bits::<4>(panel, block, half, emit),
-                _ => self.rows8_of_bits::<8>(panel, block, half, emit),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::rows8`].
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn rows8_of_bits<const BITS: usize>(
-        &self,
-        panel: usize,
-        block: usize,
-        half: usize,
-        mut emit: impl FnMut(usize, [__m256; 2]),
-    ) {
-        let (per_group, per_line) = (BITS / self.groups, BLOCK / BITS);
-        let evens_first = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-        let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        let (heads, codes) = self.block(panel, block).split_at(self.heads());
-        let mut of_group = heads.chunks_exact(1 + usize::from(self.has_offsets));
-        let (mut scales, mut offsets) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2]);
-        for line in 0..BITS {
-            if line % per_group == 0 {
-                let heads = of_group.next().unwrap_or_default();
-                scales = quarters(&heads[0], half);
-                if let Some(line) = heads.get(1) {
-                    offsets = quarters(line, half);
-                }
-            }
-            let from = codes[2 * line + half].0.as_ptr();
-            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD * LINE).cast());
-            let number = |part: usize, codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scales[part], offsets[part]);
-            // SAFETY: a line is 64 bytes.
-            let (words, more) = unsafe { (_mm256_load_si256(from.cast()), _mm256_load_si256(from.add(32).cast())) };
-            let words = _mm256_permutevar8x32_epi32(words, evens_first);
-            let more = _mm256_permutevar8x32_epi32(more, evens_first);
-            let even = _mm256_permute2x128_si256::<0x20>(words, more);
-            let odd = _mm256_permute2x128_si256::<0x31>(words, more);
-            for row in (0..per_line).step_by(2) {
-                if BITS == 4 {
-                    let code = |words, part: usize| {
-                        let by = _mm256_set1_epi32((row * 4 + part * 4) as i32);
-                        _mm256_and_si256(_mm256_srlv_epi32(words, by), _mm256_set1_epi32(15))
-                    };
-                    emit(line * per_line + row, [number(0, code(even, 0)), number(1, code(even, 1))]);
-                    emit(line * per_line + row + 1, [number(0, code(odd, 0)), number(1, code(odd, 1))]);
-                } else {
-                    let set = |part: usize| {
-                        // SAFETY: a line is 64 bytes.
-                        unsafe { _mm_shuffle_epi8(_mm_load_si128(from.add(16 * (row + part)).cast()), apart) }
-                    };
-                    let sets = [set(0), set(1)];
-                    let first = |part: usize| number(part, _mm256_cvtepi8_epi32(sets[part]));
-                    let second = |part: usize| number(part, _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(sets[part])));
                     emit(line * per_line + row, [first(0), first(1)]);
                     emit(line * per_line + row + 1, [second(0), second(1)]);
                 }
@@ -350,6 +314,22 @@ unsafe fn words_of_pairs(line: *const u8) -> [__m256i; 2] {
     ]
 }
 
+/// # Safety
+/// The processor has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn unpack_codes<const BITS: usize>(codes: Coded<BITS>, blocks: Range<usize>, to: &mut [i16]) {
+    for (block, to) in blocks.zip(to.as_chunks_mut::<{ BLOCK * PANEL }>().0) {
+        // SAFETY: the caller's promise, and `to` has room for 16 pairs of 32. The pairs of all groups follow each other.
+        unsafe {
+            codes.each::<4, 1>(block, 0, 0, |pair, codes| {
+                for (v, codes) in codes.into_iter().enumerate() {
+                    _mm256_storeu_si256(to.as_mut_ptr().add((pair * PANEL + v * 8) * 2).cast(), codes);
+                }
+            });
+        }
+    }
+}
+
 /// 32 numbers as four vectors of eight, each twice.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -375,11 +355,12 @@ fn halves(line: &Line) -> [__m512; 2] {
     [half(0), half(32)]
 }
 
-/// 16 of 32 numbers as two vectors.
+/// Eight numbers in half precision.
+/// # Safety
+/// There are eight; the processor has F16C.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn quarters(line: &Line, half: usize) -> [__m256; 2] {
-    // SAFETY: a line is 64 bytes.
-    let quarter = |at: usize| unsafe { _mm256_cvtph_ps(_mm_load_si128(line.0.as_ptr().add(32 * half + at).cast())) };
-    [quarter(0), quarter(16)]
+pub(super) unsafe fn eight(from: *const u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
 }
