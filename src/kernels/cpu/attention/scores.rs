@@ -171,7 +171,7 @@ impl Products {
         }
     }
 
-    /// Products of rows with the block's keys. rows: (M, wide) → (M, pitch).
+    /// Products of rows with the block's keys. rows: (M, wide) → (M, pitch), where what is past the keys is anything.
     pub(super) fn against(&mut self, block: &Block<'_>, kv: usize, rows: &[f32], keys: Keys<'_>, out: &mut Vec<f32>) {
         let (pitch, dim) = (pitch(block), self.heads.dim);
         let m = rows.len() / self.wide;
@@ -190,7 +190,7 @@ impl Products {
                 turned: false,
                 weights: Plain(panel.as_ptr(), PANEL),
                 k: dim,
-                columns: slots.len(),
+                columns: PANEL,
                 add: false,
             };
             // SAFETY: rows are `wide` ≥ D apart, the panel is (D, 32), and 32 columns from at·32 are inside a row of the output.

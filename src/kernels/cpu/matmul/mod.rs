@@ -119,7 +119,7 @@ impl<'a> Input<'a> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `pairs` says that the processor has the instructions.
             rounded: (mode.pairs && weights.clone().any(Packed::is_bf16)).then(|| unsafe { Pairs::new(&plain, k) }),
-            sixteens: (mode.sixteens && codes).then(|| Sixteens::new(&plain, k)),
+            sixteens: (mode.sixteens && codes).then(|| Sixteens::new(mode.level, &plain, k)),
             plain,
         }
     }
@@ -273,12 +273,7 @@ impl Packed {
                     if level.is_avx512() && len <= FEW_ROWS {
                         return tile.of(CodedPanel(panels, panel)).avx512_rows::<false>(len, to, self.n);
                     }
-                    let mut numbers = [0f32; UNPACKED * PANEL];
-                    for k in pieces(self.k, UNPACKED) {
-                        panels.widen(level, panel, blocks(&k), &mut numbers);
-                        let tile = Tile { x: x.add(k.start), k: k.len(), add: add || k.start > 0, ..tile };
-                        tile.of(Plain(numbers.as_ptr(), PANEL)).run(level, len, to, self.n);
-                    }
+                    unpacked(tile, panels, panel, level, len, to, self.n);
                 }
             }
         }
@@ -320,8 +315,9 @@ impl Packed {
     }
 
     /// # Safety
-    /// As [`Self::panel`]; the processor has the instructions.
+    /// As [`Self::panel`], and for [`unpacked`]'s reason apart; the processor has the instructions.
     #[cfg(target_arch = "x86_64")]
+    #[inline(never)]
     unsafe fn panel_of_pairs(
         &self,
         x: &Pairs,
@@ -371,6 +367,28 @@ impl Packed {
     ) -> Tile<Plain<W>> {
         let weights = Plain(self.panel_of(panels, panel).as_ptr(), self.width() * W::STEP);
         Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
+    }
+}
+
+/// A quantized panel, unpacked first. Not part of [`Packed::panel`], whose every call would touch the pages of its room.
+/// # Safety
+/// As [`Tile::run`].
+#[inline(never)]
+unsafe fn unpacked(
+    tile: Tile<()>,
+    panels: &CodePanels,
+    panel: usize,
+    level: Level,
+    rows: usize,
+    to: *mut f32,
+    n: usize,
+) {
+    let mut numbers = [0f32; UNPACKED * PANEL];
+    for k in pieces(tile.k, UNPACKED) {
+        panels.widen(level, panel, blocks(&k), &mut numbers);
+        let tile = Tile { x: tile.x.wrapping_add(k.start), k: k.len(), add: tile.add || k.start > 0, ..tile };
+        // SAFETY: the caller's promise.
+        unsafe { tile.of(Plain(numbers.as_ptr(), PANEL)).run(level, rows, to, n) };
     }
 }
 

@@ -18,7 +18,6 @@ use super::{UNPACKED, coded::LINE, unpack::eight};
 use super::{blocks, pieces};
 use crate::cores::each;
 use crate::kernels::cpu::level::Level;
-use crate::kernels::cpu::rowwise::at_every_level;
 
 /// Largest code of an activation.
 const MOST: f32 = 32767.0;
@@ -44,14 +43,14 @@ pub(super) struct Sixteens {
 
 impl Sixteens {
     /// x: (M, K), K a multiple of 32. A number that is not finite makes all products of its row NaN.
-    pub(super) fn new(x: &[f32], k: usize) -> Self {
+    pub(super) fn new(level: Level, x: &[f32], k: usize) -> Self {
         let m = x.len() / k;
         let mut found = Sixteens { codes: vec![0; m * k], heads: vec![0.0; m * k / BLOCK * HEAD], m, k };
         let to = found.codes.chunks_mut(SET * k).zip(found.heads.chunks_mut(SET * k / BLOCK * HEAD));
         each(x.chunks(SET * k).zip(to), |(x, (codes, heads))| {
             let rows = x.len() / k;
             for (row, x) in x.chunks_exact(k).enumerate() {
-                to_codes(x, rows, &mut codes[row * 2..], &mut heads[row * HEAD..]);
+                to_codes(level, x, rows, &mut codes[row * 2..], &mut heads[row * HEAD..]);
             }
         });
         found
@@ -65,30 +64,82 @@ impl Sixteens {
     }
 }
 
-at_every_level! {
-    /// One row x: (K) of a set of `rows`.
-    fn to_codes(x: &[f32], rows: usize, codes: &mut [i16], heads: &mut [f32]) {
-        for (block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-            let (mut sizes, mut broken) = ([0f32; 8], [0f32; 8]);
-            for x in x.as_chunks::<8>().0 {
-                for lane in 0..8 {
-                    let size = x[lane].abs();
-                    sizes[lane] = if size > sizes[lane] { size } else { sizes[lane] };
-                    broken[lane] += x[lane] * 0.0;
-                }
-            }
-            let most = sizes.into_iter().fold(0f32, f32::max);
-            let (by, scale) = if most > LEAST { (MOST / most, most / MOST) } else { (0.0, 0.0) };
-            let scale = scale + broken.into_iter().sum::<f32>();
-            let whole = x.map(|x| (x * by + WHOLE).to_bits() as i16);
-            for (pair, whole) in whole.as_chunks::<2>().0.iter().enumerate() {
-                codes[(block * (BLOCK / 2) + pair) * rows * 2..][..2].copy_from_slice(whole);
-            }
-            let sum = |whole: &[i16]| scale * whole.iter().map(|code| i32::from(*code)).sum::<i32>() as f32;
-            let (first, last) = whole.split_at(BLOCK / 2);
-            heads[block * rows * HEAD..][..HEAD].copy_from_slice(&[scale, sum(first), sum(last), sum(&whole)]);
+/// One row x: (K) of a set of `rows`.
+fn to_codes(level: Level, x: &[f32], rows: usize, codes: &mut [i16], heads: &mut [f32]) {
+    for (block, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+        let mut whole = [0i16; BLOCK];
+        let (scale, [first, last]) = match level {
+            Level::Portable => to_whole(x, &mut whole),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor has AVX2.
+            _ => unsafe { to_whole_by_eights(x, &mut whole) },
+        };
+        let to = codes[block * (BLOCK / 2) * rows * 2..].chunks_mut(rows * 2);
+        for (to, whole) in to.zip(whole.as_chunks::<2>().0) {
+            to[..2].copy_from_slice(whole);
         }
+        let sum = |of: i32| scale * of as f32;
+        heads[block * rows * HEAD..][..HEAD].copy_from_slice(&[scale, sum(first), sum(last), sum(first + last)]);
     }
+}
+
+/// What a code of activations whose largest is `most` is the whole number of, and its scale.
+fn steps(most: f32) -> [f32; 2] {
+    if most > LEAST { [MOST / most, most / MOST] } else { [0.0; 2] }
+}
+
+/// Codes of a block, their scale, and the sums of the first 16 and of the others.
+fn to_whole(x: &[f32; BLOCK], whole: &mut [i16; BLOCK]) -> (f32, [i32; 2]) {
+    let (mut most, mut broken) = (0f32, 0f32);
+    for x in x {
+        most = if x.abs() > most { x.abs() } else { most };
+        broken += x * 0.0;
+    }
+    let [by, scale] = steps(most);
+    for (whole, x) in whole.iter_mut().zip(x) {
+        *whole = (x * by + WHOLE).to_bits() as i16;
+    }
+    let sum = |whole: &[i16]| whole.iter().map(|code| i32::from(*code)).sum();
+    let (first, last) = whole.split_at(BLOCK / 2);
+    (scale + broken, [sum(first), sum(last)])
+}
+
+/// [`to_whole`], with the same bits.
+/// # Safety
+/// The processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn to_whole_by_eights(x: &[f32; BLOCK], whole: &mut [i16; BLOCK]) -> (f32, [i32; 2]) {
+    let zero = _mm256_setzero_ps();
+    let (mut most, mut broken, mut parts) = (zero, zero, [zero; 4]);
+    for (part, x) in parts.iter_mut().zip(x.as_chunks::<8>().0) {
+        // SAFETY: eight numbers.
+        *part = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+        most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0), *part), most);
+        broken = _mm256_fmadd_ps(*part, zero, broken);
+    }
+    let mut halves = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
+    halves = _mm_max_ps(halves, _mm_movehl_ps(halves, halves));
+    let most = _mm_cvtss_f32(_mm_max_ss(halves, _mm_movehdup_ps(halves)));
+    // What is not finite times zero is not a number, which all comparisons deny.
+    let broken = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(broken, zero)) != 0;
+    let [by, scale] = steps(most);
+    let scale = if broken { f32::NAN } else { scale };
+    let mut sums = [0; 2];
+    for half in 0..2 {
+        let [low, high] = [parts[2 * half], parts[2 * half + 1]].map(|part| {
+            let moved = _mm256_add_ps(_mm256_mul_ps(part, _mm256_set1_ps(by)), _mm256_set1_ps(WHOLE));
+            _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(_mm256_castps_si256(moved)))
+        });
+        let codes = _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(low, high));
+        // SAFETY: there is room for 16.
+        unsafe { _mm256_storeu_si256(whole.as_mut_ptr().add(half * BLOCK / 2).cast(), codes) };
+        let sum = _mm256_add_epi32(low, high);
+        let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+        let sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));
+        sums[half] = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<1>(sum)));
+    }
+    (scale, sums)
 }
 
 /// One product of some rows with blocks of a panel.
@@ -115,12 +166,13 @@ impl SixteenTile<'_> {
             match level {
                 Level::Portable => self.portable(rows, out, stride),
                 #[cfg(target_arch = "x86_64")]
-                _ if rows > SET => {
-                    let mut room = [0; UNPACKED * PANEL];
+                _ if rows > 2 * SET => {
+                    let mut room = std::mem::MaybeUninit::<[i16; UNPACKED * PANEL]>::uninit();
+                    let room = room.as_mut_ptr().cast::<i16>();
                     for k in pieces(self.x.k, UNPACKED) {
-                        self.panels.unpack_codes(self.panel, blocks(&k), &mut room);
+                        self.panels.unpack_codes(self.panel, blocks(&k), room);
                         let tile = SixteenTile { add: self.add || k.start > 0, ..*self };
-                        tile.sets(Unpacked(room.as_ptr(), blocks(&k).start), blocks(&k), rows, out, stride);
+                        tile.sets(Unpacked(room, blocks(&k).start), blocks(&k), rows, out, stride);
                     }
                 }
                 #[cfg(target_arch = "x86_64")]
@@ -330,6 +382,35 @@ impl CodePairs for Unpacked {
                 *codes = unsafe { _mm256_loadu_si256(from.add((pair * PANEL + v * 8) * 2).cast()) };
             }
             emit(pair, codes);
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_by_eights_are_those_one_by_one() {
+        if !matches!(crate::kernels::cpu::level::level(), Level::Avx2 | Level::Avx512) {
+            return;
+        }
+        for seed in 0..200u32 {
+            let mut x: [f32; BLOCK] =
+                std::array::from_fn(|at| ((at as u32 * 7919 + seed * 104_729) % 997) as f32 - 498.0);
+            match seed % 4 {
+                0 => x = x.map(|x| x * 1e-38),
+                1 => {
+                    x[seed as usize % BLOCK] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30][seed as usize / 4 % 4]
+                }
+                _ => {}
+            }
+            let [mut one, mut eight] = [[0; BLOCK]; 2];
+            let (scale, sums) = to_whole(&x, &mut one);
+            // SAFETY: the level says that there is AVX2.
+            let (wide_scale, wide_sums) = unsafe { to_whole_by_eights(&x, &mut eight) };
+            assert!(scale == wide_scale || scale.is_nan() && wide_scale.is_nan(), "{scale} {wide_scale}");
+            assert!(scale.is_nan() || (one, sums) == (eight, wide_sums), "{x:?}: {one:?} {eight:?}");
         }
     }
 }

@@ -52,20 +52,26 @@ impl<W: Stored> Weights for Plain<W> {
 }
 
 impl<W: Stored> Plain<W> {
-    /// Gives the first `k` rows of the 16 columns from `first` in order, as two vectors.
+    /// Gives the first `k` rows of the V·8 columns from `first` in order.
     /// # Safety
-    /// There are that many, and first is 0 or 16; the processor has AVX2, FMA and F16C.
+    /// There are that many; the processor has AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn each8(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; 2])) {
-        for at in 0..k {
+    unsafe fn each8<const V: usize>(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; V])) {
+        for at in (0..k).step_by(W::STEP) {
             let from = self.0.wrapping_add(at / W::STEP * self.1 + first * W::STEP);
-            if at % W::STEP == 0 {
-                send_for(from.wrapping_add(AHEAD * self.1), 16 * W::STEP);
+            send_for(from.wrapping_add(AHEAD * self.1), V * 8 * W::STEP);
+            for row in 0..W::STEP {
+                if W::STEP == 1 || at + row < k {
+                    let mut weights = [_mm256_setzero_ps(); V];
+                    for (v, weights) in weights.iter_mut().enumerate() {
+                        // SAFETY: the caller's promise.
+                        *weights = unsafe { W::load8(from.add(v * 8 * W::STEP), row) };
+                    }
+                    emit(at + row, weights);
+                }
             }
-            // SAFETY: the caller's promise.
-            emit(at, unsafe { [W::load8(from, at % W::STEP), W::load8(from.add(8 * W::STEP), at % W::STEP)] });
         }
     }
 
@@ -268,50 +274,53 @@ impl<W: Stored> Tile<Plain<W>> {
         let mut row = 0;
         while row < rows {
             let (tile, to) = (self.below(row), out.wrapping_add(row * out_stride));
-            let firsts = (0..self.columns).step_by(16);
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
                 match rows - row {
-                    1 => firsts.map(|first| tile.avx2::<1, T>(first, to, out_stride)).max(),
-                    2 => firsts.map(|first| tile.avx2::<2, T>(first, to, out_stride)).max(),
-                    3 => firsts.map(|first| tile.avx2::<3, T>(first, to, out_stride)).max(),
+                    1 if self.columns > 16 => tile.avx2::<1, 4, T>(to, out_stride),
+                    2 if self.columns > 16 => tile.avx2::<2, 4, T>(to, out_stride),
+                    1 => tile.avx2::<1, 2, T>(to, out_stride),
+                    2 => tile.avx2::<2, 2, T>(to, out_stride),
+                    3 => tile.avx2::<3, 2, T>(to, out_stride),
                     // Fewer than four wait for each other's sums: what is left of six is evened out.
-                    4 | 7 | 8 => firsts.map(|first| tile.avx2::<4, T>(first, to, out_stride)).max(),
-                    5 | 9 => firsts.map(|first| tile.avx2::<5, T>(first, to, out_stride)).max(),
-                    _ => firsts.map(|first| tile.avx2::<6, T>(first, to, out_stride)).max(),
+                    4 | 7 | 8 => tile.avx2::<4, 2, T>(to, out_stride),
+                    5 | 9 => tile.avx2::<5, 2, T>(to, out_stride),
+                    _ => tile.avx2::<6, 2, T>(to, out_stride),
                 }
-            }
-            .unwrap_or(rows);
+            };
         }
     }
 
-    /// M rows of the 16 columns from `first`: six rows fill the registers. Gives M.
+    /// M rows, V·8 columns at a time: six rows of 16 columns fill the registers. Gives M.
     /// # Safety
-    /// As [`Self::run`], with AVX2, FMA and F16C; first is 0 or 16 and under `columns`.
+    /// As [`Self::avx2_rows`].
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2<const M: usize, const T: bool>(&self, first: usize, out: *mut f32, out_stride: usize) -> usize {
-        let columns = (self.columns - first).min(16);
-        let mut sums = [[_mm256_setzero_ps(); 2]; M];
-        if self.add {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { load_some(out.add(r * out_stride + first), columns, sums) };
-            }
-        }
-        // SAFETY: k < self.k and r < M: what the fields say is there.
-        unsafe {
-            self.weights.each8(first, self.k, |k, weights| {
+    unsafe fn avx2<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
+        for first in (0..self.columns).step_by(8 * V) {
+            let columns = (self.columns - first).min(8 * V);
+            let mut sums = [[_mm256_setzero_ps(); V]; M];
+            if self.add {
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
-                    sums[0] = _mm256_fmadd_ps(value, weights[0], sums[0]);
-                    sums[1] = _mm256_fmadd_ps(value, weights[1], sums[1]);
+                    // SAFETY: the caller's promise.
+                    unsafe { load_some(out.add(r * out_stride + first), columns, sums) };
                 }
-            });
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { store_some(sums, out.add(r * out_stride + first), columns) };
+            }
+            // SAFETY: k < self.k and r < M: what the fields say is there.
+            unsafe {
+                self.weights.each8::<V>(first, self.k, |k, weights| {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
+                        for v in 0..V {
+                            sums[v] = _mm256_fmadd_ps(value, weights[v], sums[v]);
+                        }
+                    }
+                });
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { store_some(sums, out.add(r * out_stride + first), columns) };
+            }
         }
         M
     }

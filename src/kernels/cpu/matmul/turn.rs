@@ -7,18 +7,20 @@ use super::tile::PANEL;
 use crate::cores::each;
 use crate::kernels::cpu::level::Level;
 
-/// Sixteen rows of sixteen numbers, turned: `out[c·out_pitch + r] = row r's c-th number`, where `load(r)` gives row r.
+/// [`corner`] of sixteen rows of sixteen numbers.
 /// # Safety
-/// `out` has 16 rows of 16, `out_pitch` apart; the processor has AVX-512F.
+/// As [`corner`]; the processor has AVX-512F.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn turn16(load: impl Fn(usize) -> std::arch::x86_64::__m512, out: *mut f32, out_pitch: usize) {
+unsafe fn turn16<W: Stored>(row: impl Fn(usize) -> (*const W, usize), out: *mut f32, out_pitch: usize) {
     use std::arch::x86_64::*;
     let zero = _mm512_setzero_ps();
     let (mut a, mut b) = ([zero; 16], [zero; 16]);
     for (r, a) in a.iter_mut().enumerate() {
-        *a = load(r);
+        let (from, part) = row(r);
+        // SAFETY: the caller's promise.
+        *a = unsafe { W::load16(from, part) };
     }
     // Pairs of rows, then fours, within each 128-bit lane.
     for r in (0..16).step_by(2) {
@@ -51,17 +53,19 @@ unsafe fn turn16(load: impl Fn(usize) -> std::arch::x86_64::__m512, out: *mut f3
     }
 }
 
-/// [`turn16`] of eight rows of eight numbers.
+/// [`corner`] of eight rows of eight numbers.
 /// # Safety
-/// `out` has 8 rows of 8, `out_pitch` apart; the processor has AVX2.
+/// As [`corner`]; the processor has AVX2 and F16C.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn turn8(load: impl Fn(usize) -> std::arch::x86_64::__m256, out: *mut f32, out_pitch: usize) {
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn turn8<W: Stored>(row: impl Fn(usize) -> (*const W, usize), out: *mut f32, out_pitch: usize) {
     use std::arch::x86_64::*;
     let (mut a, mut b) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
     for (r, a) in a.iter_mut().enumerate() {
-        *a = load(r);
+        let (from, part) = row(r);
+        // SAFETY: the caller's promise.
+        *a = unsafe { W::load8(from, part) };
     }
     for r in (0..8).step_by(2) {
         b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
@@ -108,20 +112,8 @@ pub(in super::super) unsafe fn corner<W: Stored>(
     // SAFETY: the caller's promise.
     unsafe {
         match level {
-            Level::Avx512 => {
-                let load = |r| {
-                    let (from, part) = row(r);
-                    W::load16(from, part)
-                };
-                turn16(load, out, out_pitch);
-            }
-            _ => {
-                let load = |r| {
-                    let (from, part) = row(r);
-                    W::load8(from, part)
-                };
-                turn8(load, out, out_pitch);
-            }
+            Level::Avx512 => turn16(row, out, out_pitch),
+            _ => turn8(row, out, out_pitch),
         }
     }
 }

@@ -56,8 +56,8 @@ impl CodePanels {
 
     /// Blocks of a panel as pairs of whole numbers: (16·blocks, 32, 2).
     /// # Safety
-    /// The processor has AVX2, FMA and F16C.
-    pub(super) unsafe fn unpack_codes(&self, panel: usize, blocks: Range<usize>, to: &mut [i16]) {
+    /// `to` has room for them; the processor has AVX2, FMA and F16C.
+    pub(super) unsafe fn unpack_codes(&self, panel: usize, blocks: Range<usize>, to: *mut i16) {
         // SAFETY: the caller's promise.
         unsafe {
             match self.bits {
@@ -315,15 +315,16 @@ unsafe fn words_of_pairs(line: *const u8) -> [__m256i; 2] {
 }
 
 /// # Safety
-/// The processor has AVX2, FMA and F16C.
+/// As [`CodePanels::unpack_codes`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn unpack_codes<const BITS: usize>(codes: Coded<BITS>, blocks: Range<usize>, to: &mut [i16]) {
-    for (block, to) in blocks.zip(to.as_chunks_mut::<{ BLOCK * PANEL }>().0) {
+unsafe fn unpack_codes<const BITS: usize>(codes: Coded<BITS>, blocks: Range<usize>, to: *mut i16) {
+    for (at, block) in blocks.enumerate() {
+        let to = to.wrapping_add(at * BLOCK * PANEL);
         // SAFETY: the caller's promise, and `to` has room for 16 pairs of 32. The pairs of all groups follow each other.
         unsafe {
             codes.each::<4, 1>(block, 0, 0, |pair, codes| {
                 for (v, codes) in codes.into_iter().enumerate() {
-                    _mm256_storeu_si256(to.as_mut_ptr().add((pair * PANEL + v * 8) * 2).cast(), codes);
+                    _mm256_storeu_si256(to.add((pair * PANEL + v * 8) * 2).cast(), codes);
                 }
             });
         }
