@@ -109,6 +109,9 @@ pub(crate) fn measure(
     Ok((first - begin, last - first, tokens))
 }
 
+/// How often [`run_adapters`] measures everything, a short while each: a machine that others share changes its speed within seconds.
+const ROUNDS: usize = 35;
+
 /// The command line after `engine-run`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let Some(path) = arguments.first() else {
@@ -172,24 +175,28 @@ pub(crate) fn run_adapters(arguments: &[String]) -> Result<()> {
     };
     let adapters = (0..4).map(adapter).collect::<Result<Vec<_>>>()?;
     let params =
-        SamplingParams { temperature: 0.0, max_tokens: Some(96), ignore_eos: true, ..SamplingParams::default() };
+        SamplingParams { temperature: 0.0, max_tokens: Some(32), ignore_eos: true, ..SamplingParams::default() };
     measure(&engine, &adapters, 4, PROMPT_TOKENS, &params)?;
     for batch in batches {
-        let mut rates = [Vec::new(), Vec::new(), Vec::new()];
-        for _ in 0..5 {
-            for (count, rates) in [0, 1, 4].into_iter().zip(&mut rates) {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let mut rates = [0.0; 3];
+            for (count, rate) in [0, 1, 4].into_iter().zip(&mut rates) {
                 let (_, time, tokens) = measure(&engine, &adapters[..count], batch, PROMPT_TOKENS, &params)?;
-                rates.push(tokens as f64 / time.as_secs_f64());
+                *rate = tokens as f64 / time.as_secs_f64();
             }
+            rounds.push(rates);
         }
-        let [base, one, four] = rates.map(|mut rates| {
-            rates.sort_by(f64::total_cmp);
-            rates[2]
-        });
+        let median = |of: &dyn Fn(&[f64; 3]) -> f64| {
+            let mut all: Vec<f64> = rounds.iter().map(of).collect();
+            all.sort_by(f64::total_cmp);
+            all[ROUNDS / 2]
+        };
+        let [base, one, four] = [0, 1, 2].map(|at| median(&|rates| rates[at]));
+        // Beside the base of its own round: machines change their speed.
+        let [of_one, of_four] = [1, 2].map(|at| 100.0 * (median(&|rates| rates[0] / rates[at]) - 1.0));
         println!(
-            "batch {batch:2}: base {base:7.1} tok/s; rank {rank}: one adapter {one:7.1}, {:+.1} % a row; four {four:7.1}, {:+.1} %",
-            100.0 * (base / one - 1.0),
-            100.0 * (base / four - 1.0)
+            "batch {batch:2}: base {base:7.1} tok/s; rank {rank}: one adapter {one:7.1}, {of_one:+.1} % a row; four {four:7.1}, {of_four:+.1} %"
         );
     }
     Ok(())
