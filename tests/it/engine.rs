@@ -300,16 +300,23 @@ fn next_token_reads_any_token_and_score_the_score_head() {
     }
     assert_eq!((values.len(), usage.prompt_tokens, usage.completion_tokens), (3, prompt.len(), 0));
 
-    let text = std::fs::read(folder("classifier").join("expected.json")).unwrap();
-    let expected: serde_json::Value = serde_json::from_slice(&text).unwrap();
-    let classifier = start("classifier", options());
-    for (index, ids) in sequences("classifier").iter().enumerate() {
-        let score = Request { task: Task::Score, role: "reward", ..request(ids, SamplingParams::default()) };
-        let Some(Event::Score(score, _)) = classifier.submit(score).unwrap().blocking_recv() else {
-            panic!("no score")
+    for name in ["classifier", "classifier-llama", "classifier-qwen2", "classifier-gemma3"] {
+        let text = std::fs::read(folder(name).join("expected.json")).unwrap();
+        let expected: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let classifier = start(name, options());
+        let ask = |ids: &Vec<u32>| {
+            let score = Request { task: Task::Score, role: "reward", ..request(ids, SamplingParams::default()) };
+            classifier.submit(score).unwrap()
         };
-        assert!((f64::from(score) - expected["scores"][index].as_f64().unwrap()).abs() < f64::from(TOLERANCE));
+        // All at once: one batch.
+        let asked: Vec<_> = sequences(name).iter().map(ask).collect();
+        for (index, mut stream) in asked.into_iter().enumerate() {
+            let Some(Event::Score(score, _)) = stream.blocking_recv() else { panic!("no score") };
+            let wanted = expected["scores"][index].as_f64().unwrap();
+            assert!((f64::from(score) - wanted).abs() < f64::from(TOLERANCE), "{name}: {score} is not {wanted}");
+        }
     }
+    let classifier = start("classifier", options());
     let wrong = [
         engine.submit(Request { task: Task::Score, ..request(prompt, SamplingParams::default()) }),
         classifier.submit(request(prompt, greedy(1))),
@@ -384,6 +391,26 @@ fn a_dropped_stream_gives_its_blocks_back() {
         let stats = engine.stats();
         stats.running == 0 && stats.free_blocks + stats.cached_blocks == stats.total_blocks
     });
+}
+
+/// A client goes away in the middle of a long prompt: the rest of it is not read, and the next client is served at once.
+#[test]
+fn a_client_that_leaves_in_its_prompt_is_gone_by_the_next_step() {
+    let engine = start("llama", EngineOptions { max_batch_tokens: 4, ..options() });
+    let gate = engine.gate();
+    let prompt: Vec<u32> = (0..400).map(|at| at * 7 % 90 + 3).collect();
+    let mut stream = engine.submit(request(&prompt, greedy(1))).unwrap();
+    wait_until("a chunk was read", || engine.stats().free_blocks < engine.stats().total_blocks);
+    let device = gate.serve();
+    assert!(stream.try_recv().is_err(), "a hundred steps of four tokens were over at once");
+    drop(stream);
+    let mut probe = engine.submit(request(&[5, 6, 7], greedy(1))).unwrap();
+    drop(device);
+    assert!(matches!(probe.blocking_recv(), Some(Event::Token { .. })));
+    wait_until("both are gone", || engine.stats().running == 0);
+    let stats = engine.stats();
+    assert_eq!((stats.waiting, stats.free_blocks + stats.cached_blocks), (0, stats.total_blocks));
+    assert!(stats.cached_blocks < prompt.len() / 4, "all of the prompt was read: {stats:?}");
 }
 
 /// Many clients go away while a step computes: the next step is without them, and all their blocks are back.

@@ -1,16 +1,24 @@
 //! Adapters swapped under running requests.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
+use candle_core::{Device, Tensor};
 use rdpo::engine::{Event, SamplingParams};
+use rdpo::model::LoraParams;
 use rdpo::roles::{
     AdapterOptions, DeviceOptions, JudgeOptions, KvCacheOptions, ModelOptions, PublishMode, RewardOptions, RoleOptions,
     Roles, RolesOptions, RuleOptions,
 };
 use rdpo::telemetry::metrics;
+use rdpo::train::LoraOptions;
 use rdpo::weights::AdapterFile;
+use serde_json::json;
+
+use super::{method, real_model};
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -227,6 +235,81 @@ fn a_hundred_swaps_fail_no_request() {
     let resident = roles.adapters().list().iter().filter(|card| card.bytes > 0).count();
     assert!(resident <= 4 + 4, "old generations are dropped when their last lease ends, {resident} are held");
     assert!(answered.load(Ordering::Acquire) > 8);
+}
+
+/// While a job trains on the real model its student answers, under one adapter after the other: every answer comes, and is to the
+/// token what its adapter says alone.
+#[test]
+fn swaps_while_the_real_model_trains_lose_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let mut options = options(data.path(), rules());
+    options.kv_cache.memory = "64MiB".into();
+    for model in options.models.values_mut() {
+        *model = ModelOptions { path: real_model::path(), dtype: "auto".into(), max_model_len: None };
+    }
+    let house = method::house_of(data.path(), options);
+    let adapters = house.roles.adapters();
+    let config = LoraOptions { r: 4, ..LoraOptions::default() }.config(None);
+    let files = [1.0, -1.0].map(|sign| {
+        let engines = house.roles.engines();
+        let mut file = LoraParams::new(&config, engines[0].1.model(), 1).unwrap().to_file().unwrap();
+        let of_b = file.tensors.iter_mut().filter(|(name, _)| name.ends_with("lora_B.weight"));
+        for (_, b) in of_b {
+            let numbers = (0..b.elem_count()).map(|at| sign * ((at * 7919 % 997) as f32 - 498.0) / 20_000.0);
+            *b = Tensor::from_vec(numbers.collect(), b.shape(), &Device::Cpu).unwrap();
+        }
+        file
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let ask = |prompt: u32| {
+        let target = house.roles.resolve("student").unwrap();
+        let greedy = SamplingParams { temperature: 0.0, ..params(12, 0) };
+        let answer = runtime.block_on(target.ask(target.request(vec![prompt, 300, 400], greedy))).unwrap();
+        (target.lease.unwrap().adapter.generation.clone(), answer.ids)
+    };
+    let alone: BTreeMap<(String, u32), Vec<u32>> = files
+        .iter()
+        .flat_map(|file| {
+            adapters.publish("student", file, PublishMode::Upsert).unwrap();
+            (1000..1003).map(|prompt| (prompt, ask(prompt))).collect::<Vec<_>>()
+        })
+        .map(|(prompt, (generation, ids))| ((generation, prompt), ids))
+        .collect();
+    assert!(alone.values().collect::<BTreeSet<_>>().len() > 3, "the adapters answer alike");
+    let pair =
+        |n: usize| json!({"prompt": format!("What is {n} plus {n}?"), "chosen": "Why, it is ten.", "rejected": "No."});
+    let job = house.jobs.submit(&json!({
+        "behavior": "safety", "pairs": (0..8).map(pair).collect::<Vec<_>>(), "loss": {"type": "dpo"}, "publish": {"alias": "trained"},
+        "training": {"epochs": 4, "batch_size": 2, "eval_fraction": 0},
+    }));
+    let id = job.unwrap().id;
+    let steps = || house.jobs.store().get(&id).unwrap().progress["training"]["done"].as_u64().unwrap_or(0);
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for prompt in 1000..1003 {
+            let (ask, alone, stop, answered) = (&ask, &alone, &stop, &answered);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Acquire) {
+                    let (generation, ids) = ask(prompt);
+                    assert_eq!(ids, alone[&(generation, prompt)]);
+                    answered.fetch_add(1, Ordering::AcqRel);
+                }
+            });
+        }
+        house.wait(&id, |job| steps() > 0 || job.status.is_final());
+        let mut swaps = 0;
+        let before = answered.load(Ordering::Acquire);
+        while steps() < 8 && !house.jobs.store().get(&id).unwrap().status.is_final() {
+            adapters.publish("student", &files[swaps % 2], PublishMode::Upsert).unwrap();
+            swaps += 1;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let meanwhile = answered.load(Ordering::Acquire) - before;
+        stop.store(true, Ordering::Release);
+        assert!(swaps > 10 && meanwhile > 10, "{swaps} swaps and {meanwhile} answers while it trained");
+    });
+    method::succeeded(&house.wait(&id, |job| job.status.is_final()));
+    assert_eq!(adapters.live("trained").unwrap().version, 1);
 }
 
 /// Runs alone in a process of its own, where no other test moves the gauge.

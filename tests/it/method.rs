@@ -5,20 +5,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdpo::jobs::{Body, Job, Jobs, Status, Store};
-use rdpo::roles::{JudgeOptions, RewardOptions, RoleOptions, Roles};
+use rdpo::roles::{JudgeOptions, RewardOptions, RoleOptions, Roles, RolesOptions};
 use rdpo::text::Message;
 use serde_json::{Value, json};
 
 use super::hot_swap::{options, rules};
 
-struct House {
-    roles: Arc<Roles>,
-    jobs: Jobs,
+pub(super) struct House {
+    pub(super) roles: Arc<Roles>,
+    pub(super) jobs: Jobs,
     _runtime: tokio::runtime::Runtime,
 }
 
 fn house(data: &Path, reward: RewardOptions) -> House {
-    let roles = Roles::load(options(data, reward)).unwrap();
+    house_of(data, options(data, reward))
+}
+
+pub(super) fn house_of(data: &Path, options: RolesOptions) -> House {
+    let roles = Roles::load(options).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let (inside, handle) = (roles.clone(), runtime.handle().clone());
     let body: Body = Arc::new(move |context| rdpo::rdpo::run(context, &inside, &handle));
@@ -27,7 +31,7 @@ fn house(data: &Path, reward: RewardOptions) -> House {
 }
 
 impl House {
-    fn wait(&self, id: &str, until: impl Fn(&Job) -> bool) -> Job {
+    pub(super) fn wait(&self, id: &str, until: impl Fn(&Job) -> bool) -> Job {
         let since = Instant::now();
         loop {
             let job = self.jobs.store().get(id).unwrap();
@@ -60,7 +64,7 @@ fn request() -> Value {
     })
 }
 
-fn succeeded(job: &Job) {
+pub(super) fn succeeded(job: &Job) {
     assert_eq!(job.status, Status::Succeeded, "{:?}", job.error);
 }
 
@@ -223,6 +227,38 @@ fn ready_pairs_skip_what_they_do_not_need() {
     assert!(!said.iter().any(|event| event.data["status"] == "synthesizing" || event.data["status"] == "scoring"));
     assert_eq!(job.result["adapter"]["published"], json!(false));
     assert!(house.roles.resolve("student").unwrap().lease.is_none());
+}
+
+/// What goes live is the adapter of the best evaluation, byte for byte that of a job which ended with that step.
+#[test]
+fn the_best_evaluations_adapter_is_what_goes_live() {
+    let pair = |n: usize| json!({"prompt": format!("Question {n}"), "chosen": format!("good {n}"), "rejected": format!("bad {n}")});
+    let mut request = request();
+    request.as_object_mut().unwrap().remove("prompts");
+    request["pairs"] = (0..8).map(pair).collect();
+    request["loss"] = json!({"type": "dpo"});
+    request["training"] = json!({
+        "epochs": 2, "batch_size": 2, "learning_rate": 0.3, "scheduler": "constant", "warmup_ratio": 0, "eval_fraction": 0.25,
+        "eval_steps": 1, "load_best_model_at_end": true, "metric_for_best_model": "eval_loss",
+    });
+    let run = |request: &Value| {
+        let data = tempfile::tempdir().unwrap();
+        let house = house(data.path(), rules());
+        let job = house.run(request);
+        succeeded(&job);
+        (job.result["training"].clone(), house.roles.adapters().file("student").unwrap())
+    };
+    let (of_all, best) = run(&request);
+    let losses: Vec<f64> =
+        of_all["evaluations"].as_array().unwrap().iter().map(|one| one["eval_loss"].as_f64().unwrap()).collect();
+    let step = 1 + (0..losses.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap();
+    assert!(step < losses.len() && losses.len() == 6, "so large a rate does harm in the end: {losses:?}");
+    assert_eq!(of_all["adapter_step"], json!(step));
+    request["training"]["max_steps"] = json!(step);
+    request["training"]["load_best_model_at_end"] = json!(false);
+    let (of_some, last) = run(&request);
+    assert_eq!((of_some["steps"].as_u64(), of_some["adapter_step"].as_u64()), (Some(step as u64), Some(step as u64)));
+    assert_eq!(best.generation().unwrap(), last.generation().unwrap());
 }
 
 #[test]

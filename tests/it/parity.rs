@@ -331,17 +331,19 @@ fn every_lora_gradient_is_that_of_peft() {
 
 #[test]
 fn classifier_scores_are_those_of_transformers() {
-    let model = load("classifier", dtype());
-    let (expected, sequences) = expected("classifier");
-    let scores = sequences.iter().map(|ids| {
-        let hidden = hidden(&model, ids, &mask(&[ids.len()]), LoraRows::Base);
-        *model.scores(&hidden).unwrap().last().unwrap()
-    });
-    let got = Tensor::new(scores.collect::<Vec<f32>>(), &Device::Cpu).unwrap();
-    let wanted: Vec<f32> = serde_json::from_value(expected["scores"].clone()).unwrap();
-    let (gap, most) = logits_off_by(&got, &Tensor::new(wanted, &Device::Cpu).unwrap());
-    assert!(gap < most, "{got}: off by {gap}");
-    assert_eq!(model.head().err().unwrap().status(), 422);
+    for name in ["classifier", "classifier-llama", "classifier-qwen2", "classifier-gemma3"] {
+        let model = load(name, dtype());
+        let (expected, sequences) = expected(name);
+        let scores = sequences.iter().map(|ids| {
+            let hidden = hidden(&model, ids, &mask(&[ids.len()]), LoraRows::Base);
+            *model.scores(&hidden).unwrap().last().unwrap()
+        });
+        let got = Tensor::new(scores.collect::<Vec<f32>>(), &Device::Cpu).unwrap();
+        let wanted: Vec<f32> = serde_json::from_value(expected["scores"].clone()).unwrap();
+        let (gap, most) = logits_off_by(&got, &Tensor::new(wanted, &Device::Cpu).unwrap());
+        assert!(gap < most, "{name}: {got}: off by {gap}");
+        assert_eq!(model.head().err().unwrap().status(), 422);
+    }
     let language = load("llama", DType::F32);
     let hidden = hidden(&language, &[5], &mask(&[1]), LoraRows::Base);
     assert_eq!(language.scores(&hidden).unwrap_err().status(), 422);

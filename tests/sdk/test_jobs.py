@@ -6,7 +6,7 @@ import urllib.request
 
 import openai
 import pytest
-from conftest import URLS
+from conftest import URLS, metric
 
 BEHAVIOR = {
     "name": "short", "principle": "Be kind.", "critique": "Wrong? {principle}", "revision": "Again.",
@@ -228,6 +228,16 @@ def test_scores_in_every_shape(tiny):
     assert score(queries="Q", documents="x" * 10) == [1.0]
     assert score(model="reward", prompt="Q", response="x", behavior="safety") == [0.1]
     assert tiny.post(URLS["tiny"] + "/score", body={"prompt": "Q", "response": "x"}, cast_to=object)["data"][0]["score"] == 0.1
+
+
+def test_a_judge_finds_its_rubric_and_the_question_in_the_cache(real):
+    counts = lambda: [metric("real", f"rdpo_prefix_cache_{of}_total") for of in ("hits", "queries")]
+    judge = lambda answer: post(real, "/score", {"prompt": "What is the capital of Peru?", "response": answer, "behavior": "safety"})
+    judge("Lima.")
+    before = counts()
+    judge("It is Lima, on the coast of the Pacific.")
+    found, tokens = (now - then for now, then in zip(counts(), before))
+    assert tokens - 40 < found < tokens, (found, tokens)
 
 
 def test_a_judge_prefers_the_better_answer(real):
