@@ -47,7 +47,7 @@ openapi: ## write openapi.yaml from the code
 sdk: build ## the OpenAI SDK, schemathesis and promtool against a live server
 	tests/sdk/run.sh
 
-parity: model ## derive the fixtures again with PyTorch + PEFT and compare (large downloads)
+parity: build model ## derive the fixtures again with PyTorch + PEFT and compare, llama.cpp as an endpoint (large downloads)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r tests/fixtures/requirements.txt
 	$(VENV)/bin/python tests/fixtures/check_fixtures.py
@@ -55,6 +55,7 @@ parity: model ## derive the fixtures again with PyTorch + PEFT and compare (larg
 	$(VENV)/bin/pip install --quiet -r benches/compare/requirements.txt
 	$(VENV)/bin/python benches/compare/compare.py export
 	$(VENV)/bin/python benches/compare/compare.py interop
+	RDPO_TEST_LLAMA_CPP=$(VENV)/bin/python tests/sdk/run.sh test_llama_cpp.py
 
 bench: ## criterion benches
 	$(CARGO) bench --bench bench

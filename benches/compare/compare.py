@@ -259,6 +259,32 @@ def peer_method(arguments):
 
 def curve(arguments):
     """50 steps of TRL and of rdpo from one adapter, in one order; prints how far losses and final token log-probs are apart."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
+        bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
+        folder = pathlib.Path(folder)
+        run, rows = read_run(folder)
+        losses, found = trl_in_order(arguments.dtype, folder, rows)
+        show(f"rdpo {dtype} and TRL", arguments.dtype, losses, [step["loss"] for step in run["steps"]], gaps(found, run["logprobs"]))
+        if arguments.dtype == "float32":
+            # How far the peer is from itself when only the order of its sums changes.
+            torch.set_num_threads(1)
+            again, of_one = trl_in_order(arguments.dtype, folder, rows)
+            show("TRL on one thread and TRL", arguments.dtype, losses, again, gaps(found, of_one))
+        else:
+            # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is, and how far rdpo's narrow run is from there.
+            narrow = run
+            bench("train-run", f"model={MODEL}", "dtype=f32", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
+            run, rows = read_run(folder)
+            show("rdpo f32 and TRL", arguments.dtype, losses, [step["loss"] for step in run["steps"]], gaps(found, run["logprobs"]))
+            mean, worst = gaps(narrow["logprobs"], run["logprobs"])
+            print(json.dumps({"compared": f"rdpo {dtype} and rdpo f32", "mean log-prob gap a token": mean, "largest": worst}))
+
+
+def trl_in_order(dtype, folder, rows):
+    """Losses of TRL's 50 steps over `rows` in order from the folder's first adapter, and the token log-probs of their answers after them."""
     from datasets import Dataset
     from peft import PeftModel
     from torch.utils.data import SequentialSampler
@@ -268,37 +294,21 @@ def curve(arguments):
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
 
-    with tempfile.TemporaryDirectory() as folder:
-        dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
-        bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
-        folder = pathlib.Path(folder)
-        run, rows = read_run(folder)
-        base, tokenizer = load(arguments.dtype)
-        model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
-        options = DPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
-            bf16=arguments.dtype == "bfloat16", gradient_checkpointing=False, precompute_ref_log_probs=True, max_length=512, report_to=[],
-            save_strategy="no", disable_tqdm=True, logging_steps=1,
-        )
-        trainer = InOrder(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        trainer.train()
-        theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        show("rdpo", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
-        if arguments.dtype != "float32":
-            # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is, and how far rdpo's narrow run is from there.
-            narrow = run
-            bench("train-run", f"model={MODEL}", "dtype=f32", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
-            run, rows = read_run(folder)
-            show("rdpo f32", arguments.dtype, theirs, run, gaps(model, tokenizer, rows, run["logprobs"]))
-            apart = [abs(a - b) for ours, exact in zip(narrow["logprobs"], run["logprobs"], strict=True)
-                     for side, exact_side in zip(ours, exact, strict=True) for a, b in zip(side, exact_side, strict=True)]
-            print(json.dumps({"compared": f"rdpo {dtype} and rdpo f32", "mean log-prob gap a token": statistics.mean(apart), "largest": max(apart)}))
+    base, tokenizer = load(dtype)
+    model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
+    options = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
+        bf16=dtype == "bfloat16", gradient_checkpointing=False, precompute_ref_log_probs=True, max_length=512, report_to=[],
+        save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )
+    trainer = InOrder(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], answer_logprobs(model, tokenizer, rows)
 
 
-def show(name, dtype, theirs, run, gap):
-    losses = [step["loss"] for step in run["steps"]]
+def show(names, dtype, theirs, losses, gap):
     print(json.dumps({
-        "compared": f"{name} and TRL {dtype}", "steps": len(losses),
+        "compared": f"{names} {dtype}", "steps": len(losses),
         "largest loss gap": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
         "last loss": [losses[-1], theirs[-1]], "mean log-prob gap a token": gap[0], "largest": gap[1],
     }))
@@ -312,7 +322,7 @@ def interop(arguments):
         bench("train-run", f"model={MODEL}", "dtype=f32", "pairs=4", "epochs=4", "lr=1e-3", f"out={folder}")
         run, rows = read_run(pathlib.Path(folder))
         base, tokenizer = load("float32")
-        mean, worst = gaps(PeftModel.from_pretrained(base, pathlib.Path(folder) / "final"), tokenizer, rows, run["logprobs"])
+        mean, worst = gaps(answer_logprobs(PeftModel.from_pretrained(base, pathlib.Path(folder) / "final"), tokenizer, rows), run["logprobs"])
     print(f"log-probs of an adapter written by rdpo, under PEFT: mean gap {mean:.2e} nats a token, largest {worst:.2e}")
     if worst > 1e-3:
         sys.exit("the gap is too large")
@@ -326,23 +336,27 @@ def read_run(folder):
     return json.loads((folder / "run.json").read_text()), rows
 
 
-def gaps(model, tokenizer, rows, logprobs):
-    """Mean and largest distance between the model's token log-probs of both answers and `logprobs`."""
+def gaps(found, expected):
+    """Mean and largest distance a token of two lists as `answer_logprobs` makes them."""
+    pairs = zip(found, expected, strict=True)
+    apart = [abs(a - b) for ours, theirs in pairs for side, other in zip(ours, theirs, strict=True) for a, b in zip(side, other, strict=True)]
+    return statistics.mean(apart), max(apart)
+
+
+def answer_logprobs(model, tokenizer, rows):
+    """For every row the log-probs of the chosen answer's tokens, and of the rejected one's."""
     import torch
 
-    worst, total, count = 0.0, 0.0, 0
     encode = lambda turns, **options: tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)["input_ids"]
     model.eval()
-    for row, ours in zip(rows, logprobs, strict=True):
-        prompt = encode(row["prompt"], add_generation_prompt=True)
-        for side, values in zip(("chosen", "rejected"), ours):
-            ids = encode(row["prompt"] + row[side])
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0].float()
-            found = torch.log_softmax(logits, -1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]]
-            gap = (found - torch.tensor(values)).abs()
-            worst, total, count = max(worst, gap.max().item()), total + gap.sum().item(), count + len(values)
-    return total / count, worst
+    found = []
+    for row in rows:
+        start = len(encode(row["prompt"], add_generation_prompt=True))
+        sides = [encode(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            logits = [torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1) for ids in sides]
+        found.append([of[range(start - 1, len(ids) - 1), ids[start:]].tolist() for of, ids in zip(logits, sides)])
+    return found
 
 
 def scale(arguments):
