@@ -237,7 +237,8 @@ def test_a_judge_finds_its_rubric_and_the_question_in_the_cache(real):
     before = counts()
     judge("It is Lima, on the coast of the Pacific.")
     found, tokens = (now - then for now, then in zip(counts(), before))
-    assert tokens - 40 < found < tokens, (found, tokens)
+    # The answer stands in the middle: what the rubric says before it is there already.
+    assert tokens / 2 < found < tokens, (found, tokens)
 
 
 def test_a_judge_prefers_the_better_answer(real):
