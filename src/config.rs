@@ -129,7 +129,7 @@ impl Default for StoreOptions {
 
 impl Default for TrainingSection {
     fn default() -> Self {
-        TrainingSection { device_share: 0.6 }
+        TrainingSection { device_share: 0.65 }
     }
 }
 
