@@ -157,7 +157,7 @@ pub(super) struct SixteenTile<'a> {
 }
 
 impl SixteenTile<'_> {
-    /// `rows` rows. The codes of a panel are taken apart on the way, and first into memory where the rows are more than a set.
+    /// `rows` rows. The codes of a panel are taken apart on the way, and first into memory where the rows are more than two sets.
     /// # Safety
     /// `out` has `rows` rows of `columns`, `stride` apart; `level` is what the processor has.
     pub(super) unsafe fn run(&self, level: Level, rows: usize, out: *mut f32, stride: usize) {
