@@ -76,11 +76,11 @@ def trl_train(model, rows, epochs, precompute=True, dtype="bfloat16", checkpoint
     return time.time() - start
 
 
-def load(dtype):
+def load(dtype, **more):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(HF, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(HF)
+    return AutoModelForCausalLM.from_pretrained(HF, dtype=getattr(torch, dtype), **more), AutoTokenizer.from_pretrained(HF)
 
 
 def pairs_of(text, pairs, prompt, answer):
@@ -259,8 +259,6 @@ def peer_method(arguments):
 
 def curve(arguments):
     """50 steps of TRL and of rdpo from one adapter, in one order; prints how far losses and final token log-probs are apart."""
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
         dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
         bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
@@ -269,10 +267,9 @@ def curve(arguments):
         losses, found = trl_in_order(arguments.dtype, folder, rows)
         show(f"rdpo {dtype} and TRL", arguments.dtype, losses, [step["loss"] for step in run["steps"]], gaps(found, run["logprobs"]))
         if arguments.dtype == "float32":
-            # How far the peer is from itself when only the order of its sums changes.
-            torch.set_num_threads(1)
-            again, of_one = trl_in_order(arguments.dtype, folder, rows)
-            show("TRL on one thread and TRL", arguments.dtype, losses, again, gaps(found, of_one))
+            # How far the peer is from itself when only the order of attention's sums changes.
+            again, eager = trl_in_order(arguments.dtype, folder, rows, attn_implementation="eager")
+            show("TRL with eager attention and TRL", arguments.dtype, losses, again, gaps(found, eager))
         else:
             # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is, and how far rdpo's narrow run is from there.
             narrow = run
@@ -283,7 +280,7 @@ def curve(arguments):
             print(json.dumps({"compared": f"rdpo {dtype} and rdpo f32", "mean log-prob gap a token": mean, "largest": worst}))
 
 
-def trl_in_order(dtype, folder, rows):
+def trl_in_order(dtype, folder, rows, **more):
     """Losses of TRL's 50 steps over `rows` in order from the folder's first adapter, and the token log-probs of their answers after them."""
     from datasets import Dataset
     from peft import PeftModel
@@ -294,7 +291,7 @@ def trl_in_order(dtype, folder, rows):
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
 
-    base, tokenizer = load(dtype)
+    base, tokenizer = load(dtype, **more)
     model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
     options = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=50, learning_rate=1e-4, beta=0.1, seed=0, use_cpu=True,
