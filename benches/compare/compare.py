@@ -260,7 +260,7 @@ def peer_method(arguments):
 def curve(arguments):
     """50 steps of TRL and of rdpo from one adapter, in one order; prints how far losses and final token log-probs are apart."""
     with tempfile.TemporaryDirectory() as folder:
-        dtype = {"float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
+        dtype = {"float64": "f32", "float32": "f32", "bfloat16": "bf16"}[arguments.dtype]
         bench("train-run", f"model={MODEL}", f"dtype={dtype}", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
         folder = pathlib.Path(folder)
         run, rows = read_run(folder)
@@ -270,7 +270,7 @@ def curve(arguments):
             # How far the peer is from itself when only the order of attention's sums changes.
             again, eager = trl_in_order(arguments.dtype, folder, rows, attn_implementation="eager")
             show("TRL with eager attention and TRL", arguments.dtype, losses, again, gaps(found, eager))
-        else:
+        elif arguments.dtype == "bfloat16":
             # How far the peer's own narrow run is from f32, which is where rdpo's f32 run is, and how far rdpo's narrow run is from there.
             narrow = run
             bench("train-run", f"model={MODEL}", "dtype=f32", "epochs=3.125", "batch=1", "shuffle=false", f"out={folder}")
