@@ -16,6 +16,8 @@ use rdpo::text::Tokenizer;
 use rdpo::weights::{AdapterFile, Checkpoint};
 
 const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
+/// Folders of classifiers, the first Qwen 3's.
+pub(super) const CLASSIFIERS: [&str; 4] = ["classifier", "classifier-llama", "classifier-qwen2", "classifier-gemma3"];
 /// Between the paged and the plain attention, which add in different orders.
 const TOLERANCE: f32 = 1e-4;
 pub(super) const EOS: u32 = 2;
@@ -300,7 +302,7 @@ fn next_token_reads_any_token_and_score_the_score_head() {
     }
     assert_eq!((values.len(), usage.prompt_tokens, usage.completion_tokens), (3, prompt.len(), 0));
 
-    for name in ["classifier", "classifier-llama", "classifier-qwen2", "classifier-gemma3"] {
+    for name in CLASSIFIERS {
         let text = std::fs::read(folder(name).join("expected.json")).unwrap();
         let expected: serde_json::Value = serde_json::from_slice(&text).unwrap();
         let classifier = start(name, options());

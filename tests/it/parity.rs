@@ -13,6 +13,7 @@ use rdpo::weights::{AdapterFile, Checkpoint, LoraConfig};
 use serde_json::Value;
 
 use super::device::{device, dtype, fixtures, numbers as flat};
+use super::engine::CLASSIFIERS;
 
 const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
 
@@ -331,7 +332,7 @@ fn every_lora_gradient_is_that_of_peft() {
 
 #[test]
 fn classifier_scores_are_those_of_transformers() {
-    for name in ["classifier", "classifier-llama", "classifier-qwen2", "classifier-gemma3"] {
+    for name in CLASSIFIERS {
         let model = load(name, dtype());
         let (expected, sequences) = expected(name);
         let scores = sequences.iter().map(|ids| {
