@@ -53,11 +53,13 @@ fn table(frequencies: &[f32], positions: &[u32], device: &Device) -> Result<(Ten
     Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
 }
 
-/// `θ^(−2i/D)` for i in 0..D/2, scaled.
+/// `1 / θ^(2i/D)` for i in 0..D/2, scaled. Power and quotient are rounded to f32 one after the other, as in transformers: one unit in
+/// the last place turns a query at position 500 by 3e-5 radians, which fifty steps of training make visible.
 fn inverse_frequencies(theta: f64, head_dim: usize, scaling: Option<&RopeScaling>) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|pair| {
-            let frequency = theta.powf(-2.0 * pair as f64 / head_dim as f64);
+            let power = theta.powf(2.0 * pair as f64 / head_dim as f64) as f32;
+            let frequency = f64::from(1.0 / power);
             match scaling {
                 None => frequency as f32,
                 Some(RopeScaling::Linear { factor }) => (frequency / factor) as f32,
@@ -88,17 +90,35 @@ mod tests {
         let got = inverse_frequencies(5e5, 64, Some(&scaling));
         let wanted = [
             (0, 1.0),
-            (8, 0.03760603),
-            (14, 0.003211446),
-            (15, 0.001290548),
-            (16, 0.0004295567),
-            (17, 9.708286e-05),
-            (18, 1.946164e-05),
-            (31, 9.418306e-08),
+            (8, 0.037_606_030_7),
+            (14, 0.003_211_446_11),
+            (15, 0.001_290_548_01),
+            (16, 0.000_429_556_705),
+            (17, 9.708_286_23e-5),
+            (18, 1.946_163_87e-5),
+            (31, 9.418_306_49e-8),
         ];
         for (pair, wanted) in wanted {
             let got = f64::from(got[pair]);
-            assert!((got / wanted - 1.0f64).abs() < 1e-5, "{pair}: {got} against {wanted}");
+            assert!((got / wanted - 1.0f64).abs() < 1.2e-7, "{pair}: {got} against {wanted}");
+        }
+    }
+
+    /// transformers 5.23: `LlamaRotaryEmbedding.compute_default_rope_parameters(LlamaConfig(head_dim=64, hidden_size=576,
+    /// num_attention_heads=9, rope_parameters={rope_type: default, rope_theta: 1e5}))[0][[0, 4, 8, 12, 16, 31]]`.
+    #[test]
+    fn frequencies_are_those_of_transformers_to_the_bit() {
+        let got = inverse_frequencies(1e5, 64, None);
+        let wanted: [(usize, f32); 6] = [
+            (0, 1.0),
+            (4, 0.237_137_36),
+            (8, 0.056_234_13),
+            (12, 0.013_335_215),
+            (16, 0.003_162_277_9),
+            (31, 1.433_012_7e-5),
+        ];
+        for (pair, wanted) in wanted {
+            assert_eq!(got[pair], wanted, "{pair}");
         }
     }
 

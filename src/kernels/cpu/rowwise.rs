@@ -225,7 +225,9 @@ fn exp(x: f32) -> f32 {
     // ln 2 in two parts, so that r keeps its low bits.
     let r = x - n * 0.693_359_4;
     let r = r + n * 2.121_944_4e-4;
-    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.666_666_7e-1 + r * (4.166_66e-2 + r * (8.333_7e-3 + r * 1.388_9e-3)))));
+    // The least largest relative error of this degree, 3e-9 (Lawson's iteration over the interval).
+    let p = 4.166_839e-2 + r * (8.368_717e-3 + r * 1.381_459_9e-3);
+    let p = 1.0 + r * (1.0 + r * (4.999_999_4e-1 + r * (1.666_652_1e-1 + r * p)));
     // It is in -126..=128 here, but for NaN; split so that neither factor leaves the exponent's range.
     let half = whole >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
@@ -310,7 +312,7 @@ mod tests {
         for step in -8700..8800 {
             let x = step as f32 / 100.0;
             let exact = f64::from(x).exp();
-            assert!(((f64::from(exp(x)) - exact) / exact).abs() < 3e-7, "exp({x})");
+            assert!(((f64::from(exp(x)) - exact) / exact).abs() < 1.2e-7, "exp({x})");
         }
         assert_eq!((exp(-1e30), exp(f32::NEG_INFINITY)), (0.0, 0.0));
         assert!(exp(f32::NAN).is_nan());

@@ -6,7 +6,7 @@ use super::scores::{Keys, Scratch, pitch, runs};
 use super::{Block, Heads, Rows, blocks, turned_once};
 use crate::cores::{each, each_with};
 use crate::kernels::cpu::level::{Level, level};
-use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
+use crate::kernels::cpu::matmul::{PANEL, Plain, Sums, Tile};
 use crate::kernels::cpu::places::Out;
 use crate::kernels::cpu::rowwise::{add_row, dot_row, score_gradient_row};
 
@@ -178,7 +178,7 @@ fn onto_keys(
                 weights: Plain(rows.as_ptr().wrapping_add(column), wide),
                 k: rows.len() / wide,
                 columns: PANEL.min(heads.dim - column),
-                add: true,
+                sums: Sums::GoOn,
             };
             // SAFETY: `len` keys from `index` are inside a row of weights, and rows are read in multiples of 16 columns, at most
             // `wide`; the keys of this part and head are this task's alone.

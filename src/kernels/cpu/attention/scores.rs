@@ -4,7 +4,7 @@
 
 use super::{Block, Heads};
 use crate::kernels::cpu::level::Level;
-use crate::kernels::cpu::matmul::{PANEL, Plain, Tile};
+use crate::kernels::cpu::matmul::{PANEL, Plain, Sums, Tile};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::matmul::{corner, side};
 use crate::kernels::cpu::places::{Out, in_chunks};
@@ -191,7 +191,7 @@ impl Products {
                 weights: Plain(panel.as_ptr(), PANEL),
                 k: dim,
                 columns: PANEL,
-                add: false,
+                sums: Sums::New,
             };
             // SAFETY: rows are `wide` ≥ D apart, the panel is (D, 32), and 32 columns from at·32 are inside a row of the output.
             unsafe { tile.run(self.level, m, out.as_mut_ptr().add(at * PANEL), pitch) };
@@ -230,7 +230,7 @@ impl Products {
                     weights: Plain(from.as_ptr().wrapping_add(at * row + column), row),
                     k: len,
                     columns: PANEL.min(wide - column),
-                    add: true,
+                    sums: Sums::GoOn,
                 };
                 // SAFETY: `len` keys from `index` are inside a row of weights; by the assertion the panel's rows are inside the
                 // values, in multiples of 16 columns; the columns are inside the output.

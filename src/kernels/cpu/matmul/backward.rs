@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::stored::Stored;
-use super::tile::{PANEL, Plain, Tile};
+use super::tile::{CHAIN, PANEL, Plain, Sums, Tile};
 use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, turn};
 #[cfg(target_arch = "x86_64")]
 use super::{PairTile, Pairs, Panel};
@@ -14,8 +14,8 @@ use crate::cores::each_with;
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::places::{Out, filled};
 
-/// Rows of W that are turned at once.
-const TURNED: usize = 1024;
+/// Rows of W that are turned at once: whole chains.
+const TURNED: usize = 4 * CHAIN;
 
 impl Packed {
     /// `dy·W`, the gradient of the input, and on top of it `dlow·A` where `low` has both. dy: (M, N), dlow: (M, R), A: (R, K) → (M, K).
@@ -70,7 +70,15 @@ impl Packed {
         };
         let multiply = |turned: &[f32], rows: Range<usize>, n: Range<usize>, columns, to| {
             let (x, weights) = (dy[rows.start * self.n + n.start..].as_ptr(), Plain(turned.as_ptr(), PANEL));
-            let tile = Tile { x, stride: self.n, turned: false, weights, k: n.len(), columns, add: add || n.start > 0 };
+            let tile = Tile {
+                x,
+                stride: self.n,
+                turned: false,
+                weights,
+                k: n.len(),
+                columns,
+                sums: Sums::new(add || n.start > 0),
+            };
             // SAFETY: as above.
             unsafe { tile.run(mode.level, rows.len(), to, self.k) };
         };
@@ -177,7 +185,7 @@ impl<'a> LowBack<'a> {
             weights: Plain(self.a[panel * PANEL..].as_ptr(), self.pitch),
             k: self.rank,
             columns,
-            add: true,
+            sums: Sums::OnTop,
         };
         // SAFETY: the caller's promise; a row of A ends on a whole vector.
         unsafe { tile.run(level, rows.len(), to, self.k) };

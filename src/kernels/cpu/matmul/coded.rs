@@ -190,10 +190,10 @@ at_every_level! {
     }
 }
 
-/// A panel that is unpacked as it is multiplied.
+/// A panel that is unpacked as it is multiplied, from a block on.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize);
+pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize, pub(super) usize);
 
 #[cfg(target_arch = "x86_64")]
 impl super::pairs::Weights for CodedPanel<'_> {
@@ -202,8 +202,15 @@ impl super::pairs::Weights for CodedPanel<'_> {
     unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
         for block in 0..pairs / (BLOCK / 2) {
             // SAFETY: the caller's promise.
-            unsafe { self.0.walk(self.1, block, |pair, weights| emit(block * (BLOCK / 2) + pair, weights)) };
+            unsafe { self.0.walk(self.1, self.2 + block, |pair, weights| emit(block * (BLOCK / 2) + pair, weights)) };
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl super::tile::Rows for CodedPanel<'_> {
+    fn after(self, k: usize) -> Self {
+        CodedPanel(self.0, self.1, self.2 + k / BLOCK)
     }
 }
 
@@ -215,8 +222,9 @@ impl super::tile::Weights for CodedPanel<'_> {
         for block in 0..k / BLOCK {
             // SAFETY: the caller's promise.
             unsafe {
-                self.0
-                    .rows(self.1, block, |row, weights| emit(block * BLOCK + row, std::array::from_fn(|v| weights[v])));
+                self.0.rows(self.1, self.2 + block, |row, weights| {
+                    emit(block * BLOCK + row, std::array::from_fn(|v| weights[v]));
+                });
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Products with a frozen weight that was packed once, and with plain matrices.
 //!
-//! Every output number is summed over the inner dimension in order by one chain, so it does not depend on how many rows the call has,
-//! nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the processor has it, which rounds
+//! Every output number is summed over the inner dimension in order, by chains that begin at fixed places, so it does not depend on how many
+//! rows the call has, nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the processor has it, which rounds
 //! the activations (and what codes stand for) to bf16. Elsewhere a weight in bf16 is widened and multiplied in f32, a quantized one too
 //! with AVX-512; without it codes are multiplied with activations of 16 bits (`sixteen.rs`). So processors differ by such roundings.
 
@@ -40,16 +40,16 @@ use pairs::{PairTile, Pairs, Panel};
 pub use plain::{Left, multiply};
 use sixteen::{SixteenTile, Sixteens};
 use stored::Stored;
-use tile::ROWS;
-pub(super) use tile::{PANEL, Plain, Tile};
+use tile::{CHAIN, ROWS};
+pub(super) use tile::{PANEL, Plain, Sums, Tile};
 pub use together::{Adapted, forward_together};
 #[cfg(target_arch = "x86_64")]
 pub(super) use turn::{corner, side};
 
 /// Numbers of a block of activations, so that it stays in cache while panels pass by.
 const BLOCK: usize = 1 << 17;
-/// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32.
-const UNPACKED: usize = 256;
+/// Columns of a quantized weight that are unpacked at once: 16 KiB of bf16, or 32 of f32. In f32 each is a chain.
+const UNPACKED: usize = CHAIN;
 /// Most rows for which a quantized panel is unpacked on the way into a product of bf16 or of AVX-512, and not first into memory.
 #[cfg(target_arch = "x86_64")]
 const FEW_ROWS: usize = 8;
@@ -268,10 +268,11 @@ impl Packed {
                         let tile = SixteenTile { x, row: rows.start, panels, panel, columns, add };
                         return tile.run(level, len, to, self.n);
                     }
-                    let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, add };
+                    let sums = Sums::new(add);
+                    let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, sums };
                     #[cfg(target_arch = "x86_64")]
                     if level.is_avx512() && len <= FEW_ROWS {
-                        return tile.of(CodedPanel(panels, panel)).avx512_rows::<false>(len, to, self.n);
+                        return tile.of(CodedPanel(panels, panel, 0)).avx512_rows::<false>(len, to, self.n);
                     }
                     unpacked(tile, panels, panel, level, len, to, self.n);
                 }
@@ -333,7 +334,7 @@ impl Packed {
         unsafe {
             match &self.panels {
                 Panels::Codes(panels) if rows.len() <= FEW_ROWS => {
-                    tile.of(CodedPanel(panels, panel)).run(rows.len(), to, self.n);
+                    tile.of(CodedPanel(panels, panel, 0)).run(rows.len(), to, self.n);
                 }
                 Panels::Codes(panels) => {
                     let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
@@ -366,7 +367,7 @@ impl Packed {
         add: bool,
     ) -> Tile<Plain<W>> {
         let weights = Plain(self.panel_of(panels, panel).as_ptr(), self.width() * W::STEP);
-        Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, add }
+        Tile { x, stride: self.k, turned: false, weights, k: self.k, columns, sums: Sums::new(add) }
     }
 }
 
@@ -386,7 +387,12 @@ unsafe fn unpacked(
     let mut numbers = [0f32; UNPACKED * PANEL];
     for k in pieces(tile.k, UNPACKED) {
         panels.widen(level, panel, blocks(&k), &mut numbers);
-        let tile = Tile { x: tile.x.wrapping_add(k.start), k: k.len(), add: tile.add || k.start > 0, ..tile };
+        let tile = Tile {
+            x: tile.x.wrapping_add(k.start),
+            k: k.len(),
+            sums: if k.start > 0 { Sums::OnTop } else { tile.sums },
+            ..tile
+        };
         // SAFETY: the caller's promise.
         unsafe { tile.of(Plain(numbers.as_ptr(), PANEL)).run(level, rows, to, n) };
     }

@@ -1,7 +1,7 @@
 //! Products of two plain matrices, neither packed before.
 
 use super::row_blocks;
-use super::tile::{PANEL, Plain, Tile};
+use super::tile::{PANEL, Plain, Sums, Tile};
 use crate::cores::each;
 use crate::kernels::cpu::level::level;
 use crate::kernels::cpu::places::Out;
@@ -15,7 +15,7 @@ pub enum Left<'a> {
     Turned(&'a [f32]),
 }
 
-/// `out (+)= left·right`. left: (M, K), right: (K, N) row-major, out: (M, N). The sums start from `out` where `add`.
+/// `out (+)= left·right`. left: (M, K), right: (K, N) row-major, out: (M, N). They are added to what `out` holds where `add`.
 pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize), out: &mut [f32], add: bool) {
     let (numbers, turned) = match left {
         Left::Rows(numbers) => (numbers, false),
@@ -41,7 +41,7 @@ pub fn multiply(left: Left<'_>, right: &[f32], (m, k, n): (usize, usize, usize),
             weights: Plain(right.as_ptr().wrapping_add(panel * PANEL), n),
             k,
             columns,
-            add,
+            sums: Sums::new(add),
         };
         // Vectors are read whole: a copy where the last ones would end past the matrix.
         let mut whole = Vec::new();

@@ -80,6 +80,24 @@ fn every_width_and_level_is_the_plain_product_and_rows_stand_alone() {
 }
 
 #[test]
+fn many_small_numbers_are_not_lost_beside_a_large_one() {
+    let (long, some, small) = (8192, 20, 1e-8);
+    let numbers: Vec<f32> = std::iter::once(1.0).chain(std::iter::repeat_n(small, long - 1)).collect();
+    let ones = |n, k| Packed::new(&Width::F32(vec![1.0; n * k]), n, k);
+    let (wide, high) = (ones(some, long), ones(long, some));
+    let exact = vec![1.0 + (long - 1) as f64 * f64::from(small); some];
+    for mode in modes() {
+        let forward = forward(&wide, &numbers, &[], mode);
+        // SAFETY: all numbers are written.
+        let backward = unsafe { filled(some, |dx| high.backward_in(mode, &numbers, None, dx, false)) };
+        for (found, exact) in forward.iter().chain(&backward).zip(exact.iter().cycle()) {
+            // One chain gives 1: it is off by 8e-5.
+            assert!((f64::from(*found) - exact).abs() < 1e-5, "{mode:?}: {found} should be {exact}");
+        }
+    }
+}
+
+#[test]
 fn gradients_of_low_rank_parts_go_on_top() {
     // 150 rows of 1100 columns are more than one block.
     for (n, k, rank, m) in [(70, 45, 3, 5), (1100, 96, 16, 150), (33, 48, 40, 13)] {

@@ -1,7 +1,8 @@
-//! The microkernel: `out[r][c] (+)= Σ_k x[r][k] · panel[k][c]`, each sum one chain of fused multiply-adds in order of k.
+//! The microkernel: `out[r][c] (+)= Σ_k x[r][k] · panel[k][c]`, in chains of fused multiply-adds in order of k, a new one every
+//! [`CHAIN`] of them.
 //!
-//! The chain of a row is the same in every shape of tile, and starting from what `out` holds goes on with it, so no result depends on
-//! how rows, columns or K were cut up.
+//! The chains of a row are the same in every shape of tile, so no result depends on how rows and columns were cut up, nor on K's cuts
+//! where those are whole chains.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -14,12 +15,40 @@ pub(in super::super) const PANEL: usize = 32;
 /// Rows the largest microkernel takes: 12 × 2 accumulators of the 32 registers.
 pub(in super::super) const ROWS: usize = 12;
 
+/// Products that are summed by one chain. A long chain rounds every product to the size of all before it: a gradient of the head, over
+/// 49,152 tokens, loses the many that are small.
+pub(super) const CHAIN: usize = 256;
+
+/// What a tile's sums start from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(in super::super) enum Sums {
+    /// Nothing: what `out` holds is overwritten.
+    New,
+    /// Nothing, and what `out` holds is added to them.
+    OnTop,
+    /// What `out` holds: one chain, however many calls it takes.
+    GoOn,
+}
+
+impl Sums {
+    /// Of a product that is added to what `out` holds, or not.
+    pub(super) fn new(add: bool) -> Self {
+        if add { Sums::OnTop } else { Sums::New }
+    }
+}
+
 /// Rows of weights that are sent for before they are read: the processor does not foresee pieces of rows that lie far apart.
 const AHEAD: usize = 16;
 
 /// Where 32 columns of weights come from.
+pub(in super::super) trait Rows: Copy {
+    /// The same without the first `k` rows, whole chains.
+    fn after(self, k: usize) -> Self;
+}
+
+/// Rows as vectors of AVX-512.
 #[cfg(target_arch = "x86_64")]
-pub(in super::super) trait Weights: Copy {
+pub(in super::super) trait Weights: Rows {
     /// Gives the first `k` rows in order, each as vectors of 16 columns.
     /// # Safety
     /// There are that many; the processor has AVX-512F.
@@ -30,6 +59,12 @@ pub(in super::super) trait Weights: Copy {
 /// there are more than 16.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Plain<W>(pub(in super::super) *const W, pub(in super::super) usize);
+
+impl<W: Stored> Rows for Plain<W> {
+    fn after(self, k: usize) -> Self {
+        Plain(self.0.wrapping_add(k / W::STEP * self.1), self.1)
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 impl<W: Stored> Weights for Plain<W> {
@@ -145,15 +180,14 @@ pub(in super::super) struct Tile<W> {
     pub(in super::super) k: usize,
     /// Columns to store, 1..=32.
     pub(in super::super) columns: usize,
-    /// Whether the sums start from what `out` holds.
-    pub(in super::super) add: bool,
+    pub(in super::super) sums: Sums,
 }
 
 impl<W: Copy> Tile<W> {
     /// The same tile with these weights.
     pub(super) fn of<V>(&self, weights: V) -> Tile<V> {
-        let Tile { x, stride, turned, k, columns, add, .. } = *self;
-        Tile { x, stride, turned, weights, k, columns, add }
+        let Tile { x, stride, turned, k, columns, sums, .. } = *self;
+        Tile { x, stride, turned, weights, k, columns, sums }
     }
 
     /// Offset of x's element.
@@ -165,6 +199,23 @@ impl<W: Copy> Tile<W> {
     /// The tile whose first row is this one's `row`-th.
     fn below(&self, row: usize) -> Self {
         Tile { x: self.x.wrapping_add(self.at(self.turned, row, 0)), ..*self }
+    }
+}
+
+impl<W: Rows> Tile<W> {
+    /// The tile's chains, in order: those after the first are added to what it gave.
+    fn chains(&self) -> impl Iterator<Item = Self> {
+        let chain = if self.sums == Sums::GoOn { usize::MAX } else { CHAIN };
+        (0..self.k.div_ceil(chain).max(1)).map(move |index| {
+            let start = index * chain;
+            Tile {
+                x: self.x.wrapping_add(self.at(self.turned, 0, start)),
+                weights: self.weights.after(start),
+                k: chain.min(self.k - start),
+                sums: if start > 0 { Sums::OnTop } else { self.sums },
+                ..*self
+            }
+        })
     }
 }
 
@@ -195,33 +246,34 @@ impl<W: Weights> Tile<W> {
     /// # Safety
     /// As [`Self::avx512_rows`].
     unsafe fn avx512<const M: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if self.columns > 16 {
-                self.avx512_vectors::<M, 2, T>(out, out_stride);
-            } else {
-                self.avx512_vectors::<M, 1, T>(out, out_stride);
+        for chain in self.chains() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if self.columns > 16 {
+                    chain.avx512_chain::<M, 2, T>(out, out_stride);
+                } else {
+                    chain.avx512_chain::<M, 1, T>(out, out_stride);
+                }
             }
         }
         M
     }
 
-    /// M rows of V·16 columns.
+    /// One chain of M rows of V·16 columns.
     /// # Safety
     /// As [`Self::avx512_rows`].
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512_vectors<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
+    unsafe fn avx512_chain<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
         let mut sums = [[_mm512_setzero_ps(); V]; M];
         let masks: [u16; V] =
             std::array::from_fn(
                 |v| if self.columns >= (v + 1) * 16 { 0xffff } else { (1 << (self.columns - v * 16)) - 1 },
             );
-        if self.add {
+        // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
+        let held = |r: usize, v: usize| unsafe { _mm512_maskz_loadu_ps(masks[v], out.add(r * out_stride + v * 16)) };
+        if self.sums == Sums::GoOn {
             for (r, sums) in sums.iter_mut().enumerate() {
-                for v in 0..V {
-                    // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
-                    sums[v] = unsafe { _mm512_maskz_loadu_ps(masks[v], out.add(r * out_stride + v * 16)) };
-                }
+                sums.iter_mut().enumerate().for_each(|(v, sum)| *sum = held(r, v));
             }
         }
         // SAFETY: k < self.k and r < M: what the fields say is there.
@@ -235,8 +287,11 @@ impl<W: Weights> Tile<W> {
                 }
             });
         }
-        for (r, sums) in sums.iter().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate() {
             for v in 0..V {
+                if self.sums == Sums::OnTop {
+                    sums[v] = _mm512_add_ps(held(r, v), sums[v]);
+                }
                 // SAFETY: the caller's promise; the mask leaves out what is past `columns`.
                 unsafe { _mm512_mask_storeu_ps(out.add(r * out_stride + v * 16), masks[v], sums[v]) };
             }
@@ -262,7 +317,7 @@ impl<W: Stored> Tile<Plain<W>> {
                     false => self.avx2_rows::<false>(rows, out, out_stride),
                     true => self.avx2_rows::<true>(rows, out, out_stride),
                 },
-                Level::Portable => self.portable(rows, out, out_stride),
+                Level::Portable => self.chains().for_each(|chain| chain.portable(rows, out, out_stride)),
             }
         }
     }
@@ -291,16 +346,26 @@ impl<W: Stored> Tile<Plain<W>> {
         }
     }
 
-    /// M rows, V·8 columns at a time: six rows of 16 columns fill the registers. Gives M.
+    /// M rows; gives M.
+    /// # Safety
+    /// As [`Self::avx2_rows`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn avx2<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
+        // SAFETY: the caller's promise.
+        self.chains().for_each(|chain| unsafe { chain.avx2_chain::<M, V, T>(out, out_stride) });
+        M
+    }
+
+    /// One chain of M rows, V·8 columns at a time: six rows of 16 columns fill the registers.
     /// # Safety
     /// As [`Self::avx2_rows`].
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
+    unsafe fn avx2_chain<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
         for first in (0..self.columns).step_by(8 * V) {
             let columns = (self.columns - first).min(8 * V);
             let mut sums = [[_mm256_setzero_ps(); V]; M];
-            if self.add {
+            if self.sums == Sums::GoOn {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: the caller's promise.
                     unsafe { load_some(out.add(r * out_stride + first), columns, sums) };
@@ -317,15 +382,23 @@ impl<W: Stored> Tile<Plain<W>> {
                     }
                 });
             }
-            for (r, sums) in sums.iter().enumerate() {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let out = out.wrapping_add(r * out_stride + first);
+                if self.sums == Sums::OnTop {
+                    let mut held = [_mm256_setzero_ps(); V];
+                    // SAFETY: the caller's promise.
+                    unsafe { load_some(out, columns, &mut held) };
+                    for v in 0..V {
+                        sums[v] = _mm256_add_ps(held[v], sums[v]);
+                    }
+                }
                 // SAFETY: the caller's promise.
-                unsafe { store_some(sums, out.add(r * out_stride + first), columns) };
+                unsafe { store_some(sums, out, columns) };
             }
         }
-        M
     }
 
-    /// The same sums without vector instructions of our choosing.
+    /// One chain without vector instructions of our choosing.
     /// # Safety
     /// As [`Self::run`].
     unsafe fn portable(&self, rows: usize, out: *mut f32, out_stride: usize) {
@@ -333,7 +406,7 @@ impl<W: Stored> Tile<Plain<W>> {
             let mut sums = [0f32; PANEL];
             // SAFETY: the caller's promise.
             let row = unsafe { std::slice::from_raw_parts_mut(out.add(r * out_stride), self.columns) };
-            if self.add {
+            if self.sums == Sums::GoOn {
                 sums[..self.columns].copy_from_slice(row);
             }
             // SAFETY: k < self.k and r < rows: what the fields say is there.
@@ -346,7 +419,9 @@ impl<W: Stored> Tile<Plain<W>> {
                     }
                 });
             }
-            row.copy_from_slice(&sums[..self.columns]);
+            for (out, sum) in row.iter_mut().zip(sums) {
+                *out = if self.sums == Sums::OnTop { *out + sum } else { sum };
+            }
         }
     }
 }
