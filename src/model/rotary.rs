@@ -54,7 +54,7 @@ fn table(frequencies: &[f32], positions: &[u32], device: &Device) -> Result<(Ten
 }
 
 /// `1 / θ^(2i/D)` for i in 0..D/2, scaled. Power and quotient are rounded to f32 one after the other, as in transformers: one unit in
-/// the last place turns a query at position 500 by 3e-5 radians, which fifty steps of training make visible.
+/// the last place turns what is at position 500 by up to 3e-5 radians.
 fn inverse_frequencies(theta: f64, head_dim: usize, scaling: Option<&RopeScaling>) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|pair| {

@@ -1,7 +1,7 @@
 //! Attention of blocks of rows over any keys, forward and backward, as small products by the microkernel of [`super::matmul`].
 //!
-//! A score is one chain over D, an output one chain over the row's keys in order, a gradient of a key one chain over the rows of a slice
-//! in order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
+//! A score is one chain over D (a new one every 256), an output one chain over the row's keys in order, a gradient of a key one chain
+//! over the rows of a slice in order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
 
 mod backward;
 mod scores;

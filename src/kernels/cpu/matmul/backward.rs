@@ -77,7 +77,7 @@ impl Packed {
                 weights,
                 k: n.len(),
                 columns,
-                sums: Sums::new(add || n.start > 0),
+                sums: Sums::new(add).from(n.start),
             };
             // SAFETY: as above.
             unsafe { tile.run(mode.level, rows.len(), to, self.k) };

@@ -1,9 +1,10 @@
 //! Products with a frozen weight that was packed once, and with plain matrices.
 //!
-//! Every output number is summed over the inner dimension in order, by chains that begin at fixed places, so it does not depend on how many
-//! rows the call has, nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the processor has it, which rounds
-//! the activations (and what codes stand for) to bf16. Elsewhere a weight in bf16 is widened and multiplied in f32, a quantized one too
-//! with AVX-512; without it codes are multiplied with activations of 16 bits (`sixteen.rs`). So processors differ by such roundings.
+//! Every output number is summed over the inner dimension in order, by chains that begin at fixed places, so it does not depend on
+//! how many rows the call has, nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the
+//! processor has it, in one chain; that rounds the activations (and what codes stand for) to bf16. Elsewhere a weight in bf16 is
+//! widened and multiplied in f32, a quantized one too with AVX-512; without it codes are multiplied with activations of 16 bits
+//! (`sixteen.rs`). So processors differ by such roundings.
 
 mod backward;
 mod coded;
@@ -387,12 +388,7 @@ unsafe fn unpacked(
     let mut numbers = [0f32; UNPACKED * PANEL];
     for k in pieces(tile.k, UNPACKED) {
         panels.widen(level, panel, blocks(&k), &mut numbers);
-        let tile = Tile {
-            x: tile.x.wrapping_add(k.start),
-            k: k.len(),
-            sums: if k.start > 0 { Sums::OnTop } else { tile.sums },
-            ..tile
-        };
+        let tile = Tile { x: tile.x.wrapping_add(k.start), k: k.len(), sums: tile.sums.from(k.start), ..tile };
         // SAFETY: the caller's promise.
         unsafe { tile.of(Plain(numbers.as_ptr(), PANEL)).run(level, rows, to, n) };
     }

@@ -35,6 +35,11 @@ impl Sums {
     pub(super) fn new(add: bool) -> Self {
         if add { Sums::OnTop } else { Sums::New }
     }
+
+    /// Of the part of the same product that begins with its `k`-th row of weights.
+    pub(super) fn from(self, k: usize) -> Self {
+        if k > 0 { Sums::OnTop } else { self }
+    }
 }
 
 /// Rows of weights that are sent for before they are read: the processor does not foresee pieces of rows that lie far apart.
@@ -205,16 +210,18 @@ impl<W: Copy> Tile<W> {
 impl<W: Rows> Tile<W> {
     /// The tile's chains, in order: those after the first are added to what it gave.
     fn chains(&self) -> impl Iterator<Item = Self> {
-        let chain = if self.sums == Sums::GoOn { usize::MAX } else { CHAIN };
-        (0..self.k.div_ceil(chain).max(1)).map(move |index| {
-            let start = index * chain;
-            Tile {
+        let mut next = Some(0);
+        std::iter::from_fn(move || {
+            let start = next?;
+            let end = if self.sums == Sums::GoOn { self.k } else { self.k.min(start + CHAIN) };
+            next = (end < self.k).then_some(end);
+            Some(Tile {
                 x: self.x.wrapping_add(self.at(self.turned, 0, start)),
                 weights: self.weights.after(start),
-                k: chain.min(self.k - start),
-                sums: if start > 0 { Sums::OnTop } else { self.sums },
+                k: end - start,
+                sums: self.sums.from(start),
                 ..*self
-            }
+            })
         })
     }
 }
