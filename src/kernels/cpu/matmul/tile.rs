@@ -208,21 +208,22 @@ impl<W: Copy> Tile<W> {
 }
 
 impl<W: Rows> Tile<W> {
-    /// The tile's chains, in order: those after the first are added to what it gave.
-    fn chains(&self) -> impl Iterator<Item = Self> {
-        let mut next = Some(0);
-        std::iter::from_fn(move || {
-            let start = next?;
-            let end = if self.sums == Sums::GoOn { self.k } else { self.k.min(start + CHAIN) };
-            next = (end < self.k).then_some(end);
-            Some(Tile {
+    /// The tile's chains, in order: those after the first are added to what it gave. Most tiles of a step with adapters are short and
+    /// are one.
+    #[inline(always)]
+    fn chains(&self, mut one: impl FnMut(&Self)) {
+        if self.k <= CHAIN || self.sums == Sums::GoOn {
+            return one(self);
+        }
+        for start in (0..self.k).step_by(CHAIN) {
+            one(&Tile {
                 x: self.x.wrapping_add(self.at(self.turned, 0, start)),
                 weights: self.weights.after(start),
-                k: end - start,
+                k: CHAIN.min(self.k - start),
                 sums: self.sums.from(start),
                 ..*self
-            })
-        })
+            });
+        }
     }
 }
 
@@ -253,16 +254,14 @@ impl<W: Weights> Tile<W> {
     /// # Safety
     /// As [`Self::avx512_rows`].
     unsafe fn avx512<const M: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
-        for chain in self.chains() {
-            // SAFETY: the caller's promise.
-            unsafe {
-                if self.columns > 16 {
-                    chain.avx512_chain::<M, 2, T>(out, out_stride);
-                } else {
-                    chain.avx512_chain::<M, 1, T>(out, out_stride);
-                }
+        // SAFETY: the caller's promise.
+        self.chains(|chain| unsafe {
+            if self.columns > 16 {
+                chain.avx512_chain::<M, 2, T>(out, out_stride);
+            } else {
+                chain.avx512_chain::<M, 1, T>(out, out_stride);
             }
-        }
+        });
         M
     }
 
@@ -324,7 +323,7 @@ impl<W: Stored> Tile<Plain<W>> {
                     false => self.avx2_rows::<false>(rows, out, out_stride),
                     true => self.avx2_rows::<true>(rows, out, out_stride),
                 },
-                Level::Portable => self.chains().for_each(|chain| chain.portable(rows, out, out_stride)),
+                Level::Portable => self.chains(|chain| chain.portable(rows, out, out_stride)),
             }
         }
     }
@@ -359,7 +358,7 @@ impl<W: Stored> Tile<Plain<W>> {
     #[cfg(target_arch = "x86_64")]
     unsafe fn avx2<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
         // SAFETY: the caller's promise.
-        self.chains().for_each(|chain| unsafe { chain.avx2_chain::<M, V, T>(out, out_stride) });
+        self.chains(|chain| unsafe { chain.avx2_chain::<M, V, T>(out, out_stride) });
         M
     }
 
