@@ -34,14 +34,17 @@ SHARE, BESIDE, LEAST_MEMORY = 0.6, 5 << 30, 1 << 30
 
 
 def tests(bench, until, rows):
-    """The twins of the kernels and the fixtures of Hugging Face, in bf16 and in f32."""
-    if bench.on_cpu:
-        rows[0].result = "not run: activations on a CPU are f32"
-    # The first process finds libraries on a cold disk, and has the driver compile the kernels: not in the time of a test.
-    test_process(bench, "unit", ["kernels::cuda::tests::rows"], "f32", until)
-    todo = [(row, dtype) for row, dtype in zip(rows, ("bf16", "f32")) if not (bench.on_cpu and dtype == "bf16")]
+    """The twins of the kernels and the fixtures of Hugging Face, in each dtype."""
+    # The first process finds libraries on a cold disk (cuBLAS is large), and has the driver compile the kernels: not in the time of a test.
+    test_process(bench, "unit", ["kernels::cuda::tests::rows", "kernels::cuda::tests::product"], "f32", until)
+    todo = []
+    for row, dtype in zip(rows, ("bf16", "f32", "f16")):
+        if bench.on_cpu and dtype != "f32":
+            row.result = "not run: activations on a CPU are f32"
+        else:
+            todo.append((row, dtype))
     for index, (row, dtype) in enumerate(todo):
-        # One that hangs leaves the other its half.
+        # One that hangs leaves the others their part.
         end = time.monotonic() + (until - time.monotonic()) / (len(todo) - index)
         passed, bad = 0, []
         for binary, names, depends in DEVICE_TESTS:
@@ -289,19 +292,20 @@ def tolerances():
 LIMITS = tolerances()
 # Name, function, seconds, the executables it runs, and its rows: check and target.
 ALL = [
-    ("tests", tests, 90, ["it", "unit"], [
+    ("tests", tests, 150, ["it", "unit"], [
         ("kernels beside their twins, and the Hugging Face fixtures, bf16",
          f"root mean square of what is off: {LIMITS['LOGIT_TOLERANCE_BF16']} of that of the logits, {LIMITS['GRADIENT_TOLERANCE_BF16']} of the gradients"),
-        ("the same in f32", f"logits within {LIMITS['LOGIT_TOLERANCE']}, gradients within {LIMITS['GRADIENT_TOLERANCE']} of the largest")]),
-    ("job", job, 60, ["rdpo"], [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
-    ("weights", weights, 50, [], []),
-    ("decode", decode, 100, ["bench"], [
+        ("the fixtures in f32", f"logits within {LIMITS['LOGIT_TOLERANCE']}, gradients within {LIMITS['GRADIENT_TOLERANCE']} of the largest"),
+        ("the fixtures in f16, on candle's operations", "an eighth of bf16's")]),
+    ("job", job, 50, ["rdpo"], [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
+    ("weights", weights, 40, [], []),
+    ("decode", decode, 90, ["bench"], [
         ("bandwidth of device memory, a copy by torch", ""),
         ("decode, batch 1", "70 % of the bandwidth"),
         (f"decode, batch {BATCH}", "no slower than transformers"),
         (f"prefill, {PREFILL} tokens", "no slower than transformers")]),
-    ("training", training, 120, ["bench"], [
+    ("training", training, 100, ["bench"], [
         (f"LoRA rDPO step, {PAIRS} pairs × {LENGTH} tokens, time", "half of TRL + PEFT with gradient checkpointing"),
         ("its peak memory", "60 % of TRL + PEFT, beside the weights that both hold")]),
-    ("residence", residence, 45, ["rdpo"], [("teacher, judge and student resident together", "one copy of the weights")]),
+    ("residence", residence, 35, ["rdpo"], [("teacher, judge and student resident together", "one copy of the weights")]),
 ]

@@ -12,7 +12,7 @@ use rdpo::ops::{CausalMask, PagedBatch, PagedSequence, Segment, record, token_lo
 use rdpo::weights::{AdapterFile, Checkpoint, LoraConfig};
 use serde_json::Value;
 
-use super::device::{device, dtype, fixtures, numbers as flat};
+use super::device::{device, dtype, fixtures, numbers as flat, tolerance};
 use super::engine::CLASSIFIERS;
 
 const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
@@ -27,16 +27,17 @@ const LOGIT_TOLERANCE_BF16: f32 = 0.07;
 /// Of gradients in bf16, likewise. PyTorch's are off by up to 0.18 (Qwen2's, whose first layer is ill-conditioned).
 const GRADIENT_TOLERANCE_BF16: f32 = 0.24;
 
-/// How far off numbers are, and how far they may be: the largest difference in f32, the root mean square as a share of what is wanted in bf16.
-fn off_by(got: &Tensor, wanted: &Tensor, tolerances: [f32; 2]) -> (f32, f32) {
+/// How far off numbers are, and how far they may be: the largest difference in f32, else the root mean square as a share of what is wanted.
+fn off_by(got: &Tensor, wanted: &Tensor, [in_f32, in_bf16]: [f32; 2]) -> (f32, f32) {
+    let most = tolerance(in_f32, in_bf16);
     if dtype() == DType::F32 {
-        return (largest_gap(got, wanted), tolerances[0]);
+        return (largest_gap(got, wanted), most);
     }
     let (got, wanted) = (flat(got), flat(wanted));
     assert_eq!(got.len(), wanted.len());
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
     let gap = norm(&mut got.iter().zip(&wanted).map(|(a, b)| a - b));
-    (gap / norm(&mut wanted.iter().copied()), tolerances[1])
+    (gap / norm(&mut wanted.iter().copied()), most)
 }
 
 fn logits_off_by(got: &Tensor, wanted: &Tensor) -> (f32, f32) {
@@ -312,8 +313,8 @@ fn every_lora_gradient_is_that_of_peft() {
             }
         }
         let wanted = fixture.expected["dpo_loss"].as_f64().unwrap();
-        let most = if dtype() == DType::F32 { 1e-5 } else { 0.05 };
-        assert!((loss - wanted).abs() < most, "{name}: loss {loss}, PEFT {wanted}");
+        let most = tolerance(1e-5, 0.05);
+        assert!((loss - wanted).abs() < f64::from(most), "{name}: loss {loss}, PEFT {wanted}");
 
         let slopes = Tensor::from_vec(slopes, policy.shape(), model.device()).unwrap();
         let back = of_head.backward([(&policy, slopes)]).unwrap().remove(&picked).unwrap();
