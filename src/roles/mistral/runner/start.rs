@@ -28,6 +28,13 @@ pub(super) async fn start(plan: &Plan) -> Result<(House, usize)> {
              RUSTFLAGS=\"-C target-cpu=native\", or use the native backend"
         );
     }
+    if device.is_cuda() {
+        tracing::warn!(
+            model = plan.name,
+            "mistralrs 0.8.1 stopped for good with 32 requests at once on the one GPU it was tried on, and held with 8: set \
+             kv_cache.max_sequences, or use another backend (docs/backends.md)"
+        );
+    }
     let field = |key: &str| format!("models.{}.{key}", plan.name);
     let (dtype, quantization) = format(&plan.dtype, &device).map_err(|text| Error::invalid(field("dtype"), text))?;
     let is_file = plan.path.is_file();
