@@ -31,7 +31,7 @@ pub(super) async fn start(plan: &Plan) -> Result<(House, usize)> {
     if device.is_cuda() {
         tracing::warn!(
             model = plan.name,
-            "mistralrs 0.8.1 stopped for good with 32 requests at once on the one GPU it was tried on, and held with 8: set \
+            "mistralrs 0.8.1 stopped with 32 requests at once on the one GPU it was tried on, not with 8: set \
              kv_cache.max_sequences, or use another backend (docs/backends.md)"
         );
     }
