@@ -92,22 +92,29 @@ impl<W: Stored> Weights for Plain<W> {
 }
 
 impl<W: Stored> Plain<W> {
-    /// Gives the first `k` rows of the V·8 columns from `first` in order.
+    /// Gives the first `k` rows of the V·8 columns from `first` in order, those of C chains side by side.
     /// # Safety
     /// There are that many; the processor has AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn each8<const V: usize>(self, first: usize, k: usize, mut emit: impl FnMut(usize, [__m256; V])) {
+    unsafe fn each8<const V: usize, const C: usize>(
+        self,
+        first: usize,
+        k: usize,
+        mut emit: impl FnMut(usize, [[__m256; V]; C]),
+    ) {
         for at in (0..k).step_by(W::STEP) {
-            let from = self.0.wrapping_add(at / W::STEP * self.1 + first * W::STEP);
-            send_for(from.wrapping_add(AHEAD * self.1), V * 8 * W::STEP);
+            let from = |c| self.after(c * CHAIN + at).0.wrapping_add(first * W::STEP);
+            (0..C).for_each(|c| send_for(from(c).wrapping_add(AHEAD * self.1), V * 8 * W::STEP));
             for row in 0..W::STEP {
                 if W::STEP == 1 || at + row < k {
-                    let mut weights = [_mm256_setzero_ps(); V];
-                    for (v, weights) in weights.iter_mut().enumerate() {
-                        // SAFETY: the caller's promise.
-                        *weights = unsafe { W::load8(from.add(v * 8 * W::STEP), row) };
+                    let mut weights = [[_mm256_setzero_ps(); V]; C];
+                    for (c, weights) in weights.iter_mut().enumerate() {
+                        for (v, weights) in weights.iter_mut().enumerate() {
+                            // SAFETY: the caller's promise.
+                            *weights = unsafe { W::load8(from(c).add(v * 8 * W::STEP), row) };
+                        }
                     }
                     emit(at + row, weights);
                 }
@@ -141,20 +148,22 @@ pub(super) fn send_for<W>(from: *const W, numbers: usize) {
     }
 }
 
-/// The first `columns` numbers of some vectors.
+/// The first `columns` numbers of some vectors. Not by `memcpy`, which the compiler would call for all that are whole as well.
 /// # Safety
 /// They are there; the processor has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) unsafe fn load_some<const V: usize>(from: *const f32, columns: usize, to: &mut [__m256; V]) {
-    // SAFETY: the caller's promise; a whole vector's worth is read as one.
-    unsafe {
-        if columns == 8 * V {
-            to.iter_mut().enumerate().for_each(|(v, to)| *to = _mm256_loadu_ps(from.add(8 * v)));
-        } else {
-            std::ptr::copy_nonoverlapping(from, to.as_mut_ptr().cast(), columns);
-        }
+    for (v, to) in to.iter_mut().enumerate() {
+        let from = from.wrapping_add(8 * v);
+        // SAFETY: the caller's promise.
+        *to = unsafe {
+            match columns == 8 * V {
+                true => _mm256_loadu_ps(from),
+                false => _mm256_maskload_ps(from, before(columns, v)),
+            }
+        };
     }
 }
 
@@ -164,14 +173,25 @@ pub(super) unsafe fn load_some<const V: usize>(from: *const f32, columns: usize,
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) unsafe fn store_some<const V: usize>(from: &[__m256; V], to: *mut f32, columns: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if columns == 8 * V {
-            from.iter().enumerate().for_each(|(v, from)| _mm256_storeu_ps(to.add(8 * v), *from));
-        } else {
-            std::ptr::copy_nonoverlapping(from.as_ptr().cast(), to, columns);
+    for (v, from) in from.iter().enumerate() {
+        let to = to.wrapping_add(8 * v);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match columns == 8 * V {
+                true => _mm256_storeu_ps(to, *from),
+                false => _mm256_maskstore_ps(to, before(columns, v), *from),
+            }
         }
     }
+}
+
+/// Which numbers of the `v`-th vector are among the first `columns`.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn before(columns: usize, v: usize) -> __m256i {
+    let left = columns as i32 - 8 * v as i32;
+    _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
 }
 
 /// One product of some rows with at most 32 columns.
@@ -208,21 +228,26 @@ impl<W: Copy> Tile<W> {
 }
 
 impl<W: Rows> Tile<W> {
-    /// The tile's chains, in order: those after the first are added to what it gave. Most tiles of a step with adapters are short and
-    /// are one.
+    /// The tile's chains, in order, `at_once` of them together as long as that many are whole: those after the first are added to what
+    /// it gave. Most tiles of a step with adapters are short and are one.
     #[inline(always)]
-    fn chains(&self, mut one: impl FnMut(&Self)) {
+    fn chains(&self, at_once: usize, mut some: impl FnMut(&Self, usize)) {
         if self.k <= CHAIN || self.sums == Sums::GoOn {
-            return one(self);
+            return some(self, 1);
         }
-        for start in (0..self.k).step_by(CHAIN) {
-            one(&Tile {
+        let mut start = 0;
+        while start < self.k {
+            let left = self.k - start;
+            let count = if left >= at_once * CHAIN { at_once } else { 1 };
+            let chain = Tile {
                 x: self.x.wrapping_add(self.at(self.turned, 0, start)),
                 weights: self.weights.after(start),
-                k: CHAIN.min(self.k - start),
+                k: CHAIN.min(left),
                 sums: self.sums.from(start),
                 ..*self
-            });
+            };
+            some(&chain, count);
+            start += count * CHAIN;
         }
     }
 }
@@ -255,7 +280,7 @@ impl<W: Weights> Tile<W> {
     /// As [`Self::avx512_rows`].
     unsafe fn avx512<const M: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
         // SAFETY: the caller's promise.
-        self.chains(|chain| unsafe {
+        self.chains(1, |chain, _| unsafe {
             if self.columns > 16 {
                 chain.avx512_chain::<M, 2, T>(out, out_stride);
             } else {
@@ -323,7 +348,7 @@ impl<W: Stored> Tile<Plain<W>> {
                     false => self.avx2_rows::<false>(rows, out, out_stride),
                     true => self.avx2_rows::<true>(rows, out, out_stride),
                 },
-                Level::Portable => self.chains(|chain| chain.portable(rows, out, out_stride)),
+                Level::Portable => self.chains(1, |chain, _| chain.portable(rows, out, out_stride)),
             }
         }
     }
@@ -338,68 +363,86 @@ impl<W: Stored> Tile<Plain<W>> {
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
                 match rows - row {
-                    1 if self.columns > 16 => tile.avx2::<1, 4, T>(to, out_stride),
-                    2 if self.columns > 16 => tile.avx2::<2, 4, T>(to, out_stride),
-                    1 => tile.avx2::<1, 2, T>(to, out_stride),
-                    2 => tile.avx2::<2, 2, T>(to, out_stride),
-                    3 => tile.avx2::<3, 2, T>(to, out_stride),
+                    1 if self.columns > 16 => tile.avx2::<1, 4, 1, T>(to, out_stride),
+                    2 if self.columns > 16 => tile.avx2::<2, 4, 1, T>(to, out_stride),
+                    // Products with A: two vectors of one chain would wait for each other's sums.
+                    1 => tile.avx2::<1, 2, 2, T>(to, out_stride),
+                    2 => tile.avx2::<2, 2, 2, T>(to, out_stride),
+                    3 => tile.avx2::<3, 2, 1, T>(to, out_stride),
                     // Fewer than four wait for each other's sums: what is left of six is evened out.
-                    4 | 7 | 8 => tile.avx2::<4, 2, T>(to, out_stride),
-                    5 | 9 => tile.avx2::<5, 2, T>(to, out_stride),
-                    _ => tile.avx2::<6, 2, T>(to, out_stride),
+                    4 | 7 | 8 => tile.avx2::<4, 2, 1, T>(to, out_stride),
+                    5 | 9 => tile.avx2::<5, 2, 1, T>(to, out_stride),
+                    _ => tile.avx2::<6, 2, 1, T>(to, out_stride),
                 }
             };
         }
     }
 
-    /// M rows; gives M.
+    /// M rows, C chains at once; gives M.
     /// # Safety
     /// As [`Self::avx2_rows`].
     #[cfg(target_arch = "x86_64")]
-    unsafe fn avx2<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
+    unsafe fn avx2<const M: usize, const V: usize, const C: usize, const T: bool>(
+        &self,
+        out: *mut f32,
+        out_stride: usize,
+    ) -> usize {
         // SAFETY: the caller's promise.
-        self.chains(|chain| unsafe { chain.avx2_chain::<M, V, T>(out, out_stride) });
+        self.chains(C, |chains, count| unsafe {
+            match count {
+                1 => chains.avx2_chains::<M, V, 1, T>(out, out_stride),
+                _ => chains.avx2_chains::<M, V, C, T>(out, out_stride),
+            }
+        });
         M
     }
 
-    /// One chain of M rows, V·8 columns at a time: six rows of 16 columns fill the registers.
+    /// C chains of M rows side by side, V·8 columns at a time: six rows of 16 columns fill the registers.
     /// # Safety
-    /// As [`Self::avx2_rows`].
+    /// As [`Self::avx2_rows`], with C chains from x and the weights on.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2_chain<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) {
+    unsafe fn avx2_chains<const M: usize, const V: usize, const C: usize, const T: bool>(
+        &self,
+        out: *mut f32,
+        out_stride: usize,
+    ) {
         for first in (0..self.columns).step_by(8 * V) {
             let columns = (self.columns - first).min(8 * V);
-            let mut sums = [[_mm256_setzero_ps(); V]; M];
+            let mut sums = [[[_mm256_setzero_ps(); V]; M]; C];
             if self.sums == Sums::GoOn {
-                for (r, sums) in sums.iter_mut().enumerate() {
+                for (r, sums) in sums[0].iter_mut().enumerate() {
                     // SAFETY: the caller's promise.
                     unsafe { load_some(out.add(r * out_stride + first), columns, sums) };
                 }
             }
-            // SAFETY: k < self.k and r < M: what the fields say is there.
+            // SAFETY: k < self.k, r < M and c < C: what the fields say is there.
             unsafe {
-                self.weights.each8::<V>(first, self.k, |k, weights| {
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let value = _mm256_set1_ps(*self.x.add(self.at(T, r, k)));
-                        for v in 0..V {
-                            sums[v] = _mm256_fmadd_ps(value, weights[v], sums[v]);
+                self.weights.each8::<V, C>(first, self.k, |k, weights| {
+                    for c in 0..C {
+                        for (r, sums) in sums[c].iter_mut().enumerate() {
+                            let value = _mm256_set1_ps(*self.x.add(self.at(T, r, c * CHAIN + k)));
+                            for v in 0..V {
+                                sums[v] = _mm256_fmadd_ps(value, weights[c][v], sums[v]);
+                            }
                         }
                     }
                 });
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
+            for r in 0..M {
                 let out = out.wrapping_add(r * out_stride + first);
+                let mut total = sums[0][r];
                 if self.sums == Sums::OnTop {
                     let mut held = [_mm256_setzero_ps(); V];
                     // SAFETY: the caller's promise.
                     unsafe { load_some(out, columns, &mut held) };
-                    for v in 0..V {
-                        sums[v] = _mm256_add_ps(held[v], sums[v]);
-                    }
+                    (0..V).for_each(|v| total[v] = _mm256_add_ps(held[v], total[v]));
+                }
+                for sums in &sums[1..] {
+                    (0..V).for_each(|v| total[v] = _mm256_add_ps(total[v], sums[r][v]));
                 }
                 // SAFETY: the caller's promise.
-                unsafe { store_some(sums, out, columns) };
+                unsafe { store_some(&total, out, columns) };
             }
         }
     }
