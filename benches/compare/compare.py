@@ -6,6 +6,7 @@
     compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, several streams by its batch API
     compare.py server [--runs 3]          llama.cpp's own server on the same GGUF file against `rdpo serve`: 1, 8 and 32 streaming clients
     compare.py lookup [--runs 3]          `rdpo serve` without prompt lookup and with it: the turns of self-critique, 16 at once and one by one
+    compare.py reuse [--runs 3]           `rdpo serve` without the prefix cache and with it: the self-critique and the scores of the demo's job
     compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
     compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
     compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
@@ -456,10 +457,30 @@ def lookup(arguments):
                 parts = [turns.measure(port, prompts, requests, at_once) for at_once in (len(prompts), 1)]
             found.append(({name: speed for speeds, _ in parts for name, speed in speeds.items()}, [tokens for _, tokens in parts]))
     assert all(tokens == runs["none"][0][1] for found in runs.values() for _, tokens in found), "drafts changed an answer"
-    print("| tokens/s | without | with | ratio |\n|---|---|---|---|")
-    for name in runs["none"][0][0]:
-        without, with_it = (statistics.median(speeds[name] for speeds, _ in found) for found in runs.values())
-        print(f"| {name} | {without:.0f} | {with_it:.0f} | {with_it / without:.2f} |")
+    show_both({method: [speeds for speeds, _ in found] for method, found in runs.items()})
+
+
+def reuse(arguments):
+    """The same conversations and scores without the prefix cache and with it; the texts must be the same."""
+    _, prompts, _ = demo_work()
+    runs = {"false": [], "true": []}
+    for _ in range(arguments.runs):
+        for caching, found in runs.items():
+            with own_serving(arguments, f"[kv_cache]\nprefix_caching = {caching}\n") as port:
+                found.append(turns.stages(port, prompts))
+    said = [[sample[text] for sample in samples for text in ("response", "critique", "revised")] for found in runs.values() for *_, samples in found]
+    assert all(texts == said[0] for texts in said), "the cache changed an answer"
+    show_both({caching: [speeds for speeds, *_ in found] for caching, found in runs.items()})
+    for role, (hits, queries) in runs["true"][0][1].items():
+        print(f"{role}: {hits} of {queries} prompt tokens came from the cache")
+
+
+def show_both(runs):
+    """The medians of the runs without something and of those with it."""
+    print("| | without | with | ratio |\n|---|---|---|---|")
+    for name in next(iter(runs.values()))[0]:
+        without, with_it = (statistics.median(speeds[name] for speeds in found) for found in runs.values())
+        print(f"| {name} | {without:.3g} | {with_it:.3g} | {with_it / without:.2f} |")
 
 
 def own_method(arguments):
@@ -493,7 +514,7 @@ def peer(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["train", "generate", "llama", "server", "method"]
-    parser.add_argument("what", choices=["export", "curve", "interop", "lookup", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
+    parser.add_argument("what", choices=["export", "curve", "interop", "lookup", "reuse", "scale", *kinds, *(f"peer-{kind}" for kind in kinds)])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", help="of the peer")
     parser.add_argument("--own-dtype", default="auto", help="of rdpo")
@@ -501,7 +522,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.what == "export":
         return export()
-    if arguments.what in ("curve", "interop", "lookup", "scale"):
+    if arguments.what in ("curve", "interop", "lookup", "reuse", "scale"):
         return globals()[arguments.what](arguments)
     if arguments.what.startswith("peer-"):
         return print(json.dumps(globals()["peer_" + arguments.what.removeprefix("peer-")](arguments)))
