@@ -179,14 +179,18 @@ fn head(criterion: &mut Criterion<Rates>) -> rdpo::error::Result<()> {
     let targets: Vec<u32> = (0..rows as u32).collect();
     let ones = Tensor::ones(rows, candle_core::DType::F32, &Device::Cpu)?;
     let mut group = criterion.benchmark_group("head of 128 rows");
-    for dtype in [candle_core::DType::F32, candle_core::DType::BF16] {
-        let head = FrozenLinear::new(&weight.to_dtype(dtype)?, None)?;
+    let heads = [
+        ("f32", FrozenLinear::new(&weight, None)?),
+        ("bf16", FrozenLinear::new(&weight.to_dtype(candle_core::DType::BF16)?, None)?),
+        ("8 bits", FrozenLinear::from_codes(codes(VOCABULARY, HIDDEN, false), (VOCABULARY, HIDDEN), None)?),
+    ];
+    for (name, head) in heads {
         group.throughput(Throughput::Elements((2 * rows * HIDDEN * VOCABULARY) as u64));
-        group.bench_function(BenchmarkId::new("log-probs", dtype.as_str()), |b| {
+        group.bench_function(BenchmarkId::new("log-probs", name), |b| {
             b.iter(|| token_logprobs(black_box(&x), &head, &targets, &mut || Ok(())));
         });
         group.throughput(Throughput::Elements((4 * rows * HIDDEN * VOCABULARY) as u64));
-        group.bench_function(BenchmarkId::new("log-probs and gradient", dtype.as_str()), |b| {
+        group.bench_function(BenchmarkId::new("log-probs and gradient", name), |b| {
             b.iter(|| -> rdpo::error::Result<_> {
                 let work = || token_logprobs(black_box(&x), &head, &targets, &mut || Ok(()));
                 let (values, tape) = record([&x], work)?;

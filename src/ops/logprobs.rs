@@ -9,7 +9,7 @@ use crate::kernels::cpu::{scale_row, softmax_row};
 use crate::kernels::cuda as gpu;
 
 /// Rows of logits held at once: whole microkernels, and few enough that serving is not kept waiting.
-const ROWS_CPU: usize = 36;
+const ROWS_CPU: usize = 96;
 /// A vocabulary of 128 k takes half a gigabyte in f32 for so many rows, and several such tensors live at once.
 const ROWS_GPU: usize = 1024;
 

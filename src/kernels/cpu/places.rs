@@ -4,14 +4,14 @@ use crate::cores::each;
 
 /// A raw output that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
-pub(super) struct Out(pub(super) *mut f32);
+pub(super) struct Out<T = f32>(pub(super) *mut T);
 // SAFETY: every task writes its own rows and columns only.
-unsafe impl Send for Out {}
+unsafe impl<T: Send> Send for Out<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Out {}
+unsafe impl<T: Send> Sync for Out<T> {}
 
-impl Out {
-    pub(super) fn at(self, index: usize) -> *mut f32 {
+impl<T> Out<T> {
+    pub(super) fn at(self, index: usize) -> *mut T {
         self.0.wrapping_add(index)
     }
 }
@@ -20,7 +20,7 @@ impl Out {
 ///
 /// # Safety
 /// `fill` writes every one of the `len` numbers behind the pointer it is given.
-pub(super) unsafe fn filled(len: usize, fill: impl FnOnce(Out)) -> Vec<f32> {
+pub(super) unsafe fn filled<T>(len: usize, fill: impl FnOnce(Out<T>)) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     fill(Out(values.as_mut_ptr()));
     // SAFETY: the capacity is `len`, and `fill` wrote them all.

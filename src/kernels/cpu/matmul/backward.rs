@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::stored::Stored;
 use super::tile::{CHAIN, PANEL, Plain, Sums, Tile};
-use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, turn};
+use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, send_for, turn};
 #[cfg(target_arch = "x86_64")]
 use super::{PairTile, Pairs, Panel};
 use crate::cores::each_with;
@@ -43,7 +43,7 @@ impl Packed {
                 Panels::Codes(panels) => {
                     let mut square = [bf16::ZERO; PANEL * PANEL];
                     // SAFETY: as above.
-                    unsafe { panels.unpack(panel, blocks(&(k..k + PANEL)), &mut square) };
+                    unsafe { panels.unpack(panel, blocks(&(k..k + PANEL)), square.as_mut_ptr()) };
                     turn::paired(&square, to);
                 }
                 Panels::Bf16(panels) => turn::paired(&self.square(panels, panel, k), to),
@@ -85,6 +85,17 @@ impl Packed {
         self.backward_panels((m, mode.level), turn, multiply, low.as_ref(), dx);
     }
 
+    /// Has the processor read 32 columns of a panel ahead.
+    fn send_for_square(&self, panel: usize, k: usize) {
+        let numbers = k * self.width()..(k + PANEL).min(self.k) * self.width();
+        match &self.panels {
+            Panels::F32(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
+            Panels::Bf16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
+            Panels::F16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
+            Panels::Codes(panels) => send_for(panels.block(panel, blocks(&(k..self.k)).start)),
+        }
+    }
+
     /// A panel from column `k` on, 32 wide.
     fn square<'a, W: Stored>(&self, panels: &'a [W], panel: usize, k: usize) -> Cow<'a, [W]> {
         let (panel, width) = (self.panel_of(panels, panel), self.width());
@@ -113,7 +124,13 @@ impl Packed {
         let (n, k) = (self.n, self.k);
         let (blocks, block) = row_blocks(m, TURNED.min(n));
         let (count, panels) = (k.div_ceil(PANEL), n.div_ceil(PANEL));
-        let square = |panel: usize, index: usize, to: &mut [T]| turn(panel, index * PANEL, to);
+        let square = |panel: usize, index: usize, to: &mut [T]| {
+            // The next square is a panel further in memory, where the processor does not look for it by itself.
+            if panel + 1 < panels {
+                self.send_for_square(panel + 1, index * PANEL);
+            }
+            turn(panel, index * PANEL, to);
+        };
         let whole = (blocks > 1 && n * k <= MOST_WHOLE).then(|| turn::squares(panels, count, square));
         let turned = || vec![T::default(); TURNED.min(panels * PANEL) * PANEL];
         let most = MOST_PRODUCTS / (block * n * PANEL).max(1);

@@ -283,16 +283,15 @@ impl Packed {
 
     /// Has the processor read a panel ahead, the start of a long one.
     fn send_for(&self, panel: usize) {
-        let (at, bytes) = match &self.panels {
-            Panels::F32(panels) => start_of(self.panel_of(panels, panel)),
-            Panels::Bf16(panels) => start_of(self.panel_of(panels, panel)),
-            Panels::F16(panels) => start_of(self.panel_of(panels, panel)),
-            Panels::Codes(_) => return,
-        };
-        #[cfg(target_arch = "x86_64")]
-        tile::send_for(at, bytes.min(MOST_AHEAD));
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (at, bytes);
+        fn start<W>(numbers: &[W]) -> &[W] {
+            &numbers[..numbers.len().min(MOST_AHEAD / size_of::<W>())]
+        }
+        match &self.panels {
+            Panels::F32(panels) => send_for(start(self.panel_of(panels, panel))),
+            Panels::Bf16(panels) => send_for(start(self.panel_of(panels, panel))),
+            Panels::F16(panels) => send_for(start(self.panel_of(panels, panel))),
+            Panels::Codes(_) => {}
+        }
     }
 
     /// A quantized weight in bf16, for the time of one call in pairs, where its panels would be unpacked for several blocks of rows.
@@ -306,10 +305,13 @@ impl Packed {
         {
             let (n, k) = (self.n, self.k);
             let len = panel_len::<bf16>(PANEL, k);
-            let mut numbers = vec![bf16::ZERO; n.div_ceil(PANEL) * len];
-            // SAFETY: `pairs` says that the processor has the instructions.
-            let unpack = |(panel, to): (usize, &mut [bf16])| unsafe { panels.unpack(panel, blocks(&(0..k)), to) };
-            each(numbers.chunks_mut(len).enumerate(), unpack);
+            let count = n.div_ceil(PANEL);
+            let unpack = |to: Out<bf16>| {
+                // SAFETY: `pairs` says that the processor has the instructions, and every panel has its own room.
+                each(0..count, |panel| unsafe { panels.unpack(panel, blocks(&(0..k)), to.at(panel * len)) });
+            };
+            // SAFETY: the panels are all numbers.
+            let numbers = unsafe { filled(count * len, unpack) };
             return Some(Packed { n, k, panels: Panels::Bf16(numbers), bias: None });
         }
         let _ = (mode, of_rows);
@@ -340,7 +342,7 @@ impl Packed {
                 Panels::Codes(panels) => {
                     let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
                     for k in pieces(self.k, UNPACKED) {
-                        panels.unpack(panel, blocks(&k), &mut numbers);
+                        panels.unpack(panel, blocks(&k), numbers.as_mut_ptr());
                         let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
                         let tile = PairTile { x, pairs, add, ..tile };
                         tile.of(Panel::<2>(numbers.as_ptr())).run(rows.len(), to, self.n);
@@ -394,9 +396,12 @@ unsafe fn unpacked(
     }
 }
 
-/// Where it begins, and its bytes.
-fn start_of<W>(numbers: &[W]) -> (*const i8, usize) {
-    (numbers.as_ptr().cast(), size_of_val(numbers))
+/// Has the processor read some numbers ahead, where it can be told.
+fn send_for<W>(numbers: &[W]) {
+    #[cfg(target_arch = "x86_64")]
+    tile::send_for(numbers.as_ptr(), numbers.len());
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = numbers;
 }
 
 /// Columns `0..k` some at a time, in order.

@@ -160,12 +160,12 @@ impl CodePanels {
 
     /// Blocks of a panel as pairs: (16·blocks, 32, 2).
     /// # Safety
-    /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
+    /// `to` has room for them; the processor has AVX-512F, AVX-512BW and AVX-512-BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) unsafe fn unpack(&self, panel: usize, blocks: Range<usize>, to: &mut [bf16]) {
-        for (block, to) in blocks.zip(to.chunks_exact_mut(BLOCK * PANEL)) {
-            let to = to.as_mut_ptr();
-            // SAFETY: the caller's promise; `to` has room for 16 pairs of 32.
+    pub(super) unsafe fn unpack(&self, panel: usize, blocks: Range<usize>, to: *mut bf16) {
+        for (at, block) in blocks.enumerate() {
+            let to = to.wrapping_add(at * BLOCK * PANEL);
+            // SAFETY: the caller's promise.
             unsafe {
                 self.walk(panel, block, |pair, weights| {
                     for (half, weights) in weights.into_iter().enumerate() {
