@@ -7,7 +7,7 @@
     compare.py server [--runs 3]          llama.cpp's own server on the same GGUF file against `rdpo serve`: 1, 8 and 32 streaming clients
     compare.py lookup [--runs 3]          `rdpo serve` without prompt lookup and with it: the turns of self-critique, 16 at once and one by one
     compare.py reuse [--runs 3]           `rdpo serve` without the prefix cache and with it: the self-critique and the scores of the demo's job
-    compare.py curve                      TRL in f32 from the same adapter over the same pairs: losses and final log-probs, 50 steps
+    compare.py curve [--dtype float32]    TRL from the same adapter over the same pairs: losses and final log-probs, 50 steps; bfloat16 without it
     compare.py interop                    an adapter that rdpo wrote, loaded by PEFT: the same log-probs, or exit 1
     compare.py scale                      `train-run` at growing lengths and numbers of pairs, as JSON and SVG under docs/
     compare.py method [--runs 1]          transformers + TRL glued together against `rdpo demo`: the whole method, by stage

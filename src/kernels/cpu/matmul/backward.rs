@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::coded::BLOCK;
 use super::stored::Stored;
 use super::tile::{CHAIN, PANEL, Plain, Sums, Tile};
 use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, send_for, turn};
@@ -92,7 +93,7 @@ impl Packed {
             Panels::F32(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
             Panels::Bf16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
             Panels::F16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
-            Panels::Codes(panels) => send_for(panels.block(panel, blocks(&(k..self.k)).start)),
+            Panels::Codes(panels) => send_for(panels.block(panel, k / BLOCK)),
         }
     }
 
