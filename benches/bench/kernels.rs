@@ -95,7 +95,7 @@ fn low_rank(criterion: &mut Criterion<Rates>) {
 fn attend(criterion: &mut Criterion<Rates>) {
     let (h, kv, d) = (HEADS.query, HEADS.key, HEADS.dim);
     let mut group = criterion.benchmark_group("attention");
-    for n in [256, 1024] {
+    for n in [256, 1024, 4096] {
         let (q, k, v, dout) = (numbers(n * h * d), numbers(n * kv * d), numbers(n * kv * d), numbers(n * h * d));
         let slots: Vec<usize> = (0..n).collect();
         let rows = [Rows { start: 0, slots: &slots, seen: (1..=n).map(|end| 0..end).collect() }];
@@ -104,11 +104,15 @@ fn attend(criterion: &mut Criterion<Rates>) {
         group.bench_function(BenchmarkId::new("forward", n), |b| {
             b.iter(|| attention(HEADS, &rows, black_box(&q), &k, &v))
         });
-        let out = attention(HEADS, &rows, &q, &k, &v);
+        let [out, softmax] = attention(HEADS, &rows, &q, &k, &v);
         group.throughput(Throughput::Elements((10 * pairs * d) as u64));
-        group.bench_function(BenchmarkId::new("backward", n), |b| {
-            b.iter(|| attention_backward(HEADS, &[&rows], (black_box(&q), &k, &v), (&out, &dout)));
-        });
+        for (name, in_bf16) in [("backward", false), ("backward in bf16", true)] {
+            group.bench_function(BenchmarkId::new(name, n), |b| {
+                b.iter(|| {
+                    attention_backward(HEADS, &[&rows], (black_box(&q), &k, &v), ([&out, &softmax], &dout), in_bf16)
+                });
+            });
+        }
     }
     for (sequences, context) in [(1, 512), (8, 512), (32, 512)] {
         let width = kv * d;

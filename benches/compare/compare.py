@@ -321,28 +321,31 @@ def answer_logprobs(model, tokenizer, rows):
 
 
 def scale(arguments):
-    """Tokens a second and peak memory as sequences grow longer and pairs more."""
-    rows = []
-    # Words: a token is about 0.7 of one in this text; a third of a sequence is the prompt.
-    for length in (256, 512, 1024, 2048, 4096):
-        words = dict(prompt=length * 7 // 30, answer=length * 7 // 15, max_length=8192, pairs=max(4, 4096 // length), epochs=1)
-        rows.append({"length": length, **own_run(arguments, **words)})
-    for pairs in (16, 32, 64, 128, 256):
-        rows.append({"length": 225, **own_run(arguments, pairs=pairs, epochs=1)})
-    (ROOT / "docs/scale.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (ROOT / "docs/scale.svg").write_text(plot(rows))
-    for row in rows:
-        print(row)
+    """Tokens a second and peak memory as whole sequences, prompts alone and the number of pairs grow."""
+    # Words: a token is about 0.7 of one in this text.
+    lengths = {length: dict(max_length=8192, pairs=max(4, 4096 // length)) for length in (256, 512, 1024, 2048, 4096)}
+    shapes = {
+        "tokens in a sequence, two thirds the answer": {n: dict(shape, prompt=n * 7 // 30, answer=n * 7 // 15) for n, shape in lengths.items()},
+        "tokens in a sequence, 143 the answer": {n: dict(shape, prompt=n * 7 // 10 - 100, answer=100) for n, shape in lengths.items()},
+        "pairs of 225 tokens a sequence": {pairs: dict(pairs=pairs) for pairs in (16, 32, 64, 128, 256)},
+    }
+    # Round by round, so that what else the machine does meets all points alike.
+    rounds = [{name: {at: own_run(arguments, epochs=1, **shape) for at, shape in points.items()} for name, points in shapes.items()}
+              for _ in range(arguments.runs)]
+    median = lambda name, at: {key: statistics.median(one[name][at][key] for one in rounds) for key in rounds[0][name][at]}
+    panels = {name: {at: median(name, at) for at in points} for name, points in shapes.items()}
+    (ROOT / "docs/scale.json").write_text(json.dumps(panels, indent=1) + "\n")
+    (ROOT / "docs/scale.svg").write_text(plot(panels))
+    for name, points in panels.items():
+        print(name, *(f"{at}: {row}" for at, row in points.items()), sep="\n")
 
 
-def plot(rows):
-    """Two panels, tokens a second over length and over pairs, from zero; below each point its arithmetic and peak memory."""
-    panels = [("tokens in a sequence", "length", [row for row in rows if row["length"] != 225]),
-              ("pairs of 225 tokens a sequence", "pairs", [row for row in rows if row["length"] == 225])]
-    most = max(row["tokens_per_s"] for row in rows) * 1.15
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 340" font-family="sans-serif" font-size="12">',
-             '<rect width="900" height="340" fill="white"/>']
-    for number, (name, key, points) in enumerate(panels):
+def plot(panels):
+    """Tokens a second over what grows, a panel each, from zero; below each point its arithmetic and peak memory."""
+    most = max(row["tokens_per_s"] for points in panels.values() for row in points.values()) * 1.15
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1350 340" font-family="sans-serif" font-size="12">',
+             '<rect width="1350" height="340" fill="white"/>']
+    for number, (name, points) in enumerate(panels.items()):
         left = 60 + number * 450
         x = lambda index: left + 30 + index * 80
         y = lambda value: 270 - 230 * value / most
@@ -350,12 +353,12 @@ def plot(rows):
         for value in range(0, int(most), 50 if most < 400 else 200):
             parts.append(f'<line x1="{left}" x2="{left + 370}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
                          f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
-        line = " ".join(f"{x(i)},{y(row['tokens_per_s']):.1f}" for i, row in enumerate(points))
+        line = " ".join(f"{x(i)},{y(row['tokens_per_s']):.1f}" for i, row in enumerate(points.values()))
         parts.append(f'<polyline points="{line}" fill="none" stroke="#2f6fdd" stroke-width="2"/>')
-        for i, row in enumerate(points):
+        for i, (at, row) in enumerate(points.items()):
             parts.append(f'<circle cx="{x(i)}" cy="{y(row["tokens_per_s"]):.1f}" r="4" fill="#2f6fdd"/>'
                          f'<text x="{x(i)}" y="{y(row["tokens_per_s"]) - 10:.1f}" text-anchor="middle">{row["tokens_per_s"]:.0f}</text>'
-                         f'<text x="{x(i)}" y="290" text-anchor="middle">{row[key]}</text>'
+                         f'<text x="{x(i)}" y="290" text-anchor="middle">{at}</text>'
                          f'<text x="{x(i)}" y="307" text-anchor="middle" fill="#777" font-size="11">{row["gflop_per_s"]:.0f} GFLOP/s</text>'
                          f'<text x="{x(i)}" y="323" text-anchor="middle" fill="#777" font-size="11">{row["peak_mb"]} MB</text>')
     return "\n".join(parts + ["</svg>"]) + "\n"

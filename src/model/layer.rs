@@ -217,7 +217,10 @@ impl Layer {
 
         let (scale, window) = (config.attention_scale, config.sliding_window.filter(|_| is_sliding));
         let y = match attend {
-            Attend::Causal(mask) => causal_attention(&q, &k, &v, mask, scale, window)?,
+            Attend::Causal(mask) => {
+                let products = self.linears[Q].low_rank_dtype();
+                causal_attention(&q, &k, &v, mask, scale, window, products)?
+            }
             Attend::Paged { pool, batch } => {
                 let cache = &pool.layers[self.index];
                 kv_write(cache, &k.to_dtype(cache.k.dtype())?, &v.to_dtype(cache.v.dtype())?, batch)?;

@@ -93,7 +93,8 @@ fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
 }
 
 /// Numbers that the way back through a layer's attention and through its MLP reads of a row, but for the blocks' inputs: what linears,
-/// attention, the gate and norms within the block were given. On a GPU what norms and the gate made is made again.
+/// attention, the gate and norms within the block were given, and two numbers of each softmax. On a GPU what norms and the gate made is
+/// made again.
 fn kept_values(config: &ModelConfig, on_cpu: bool) -> [usize; 2] {
     let heads = config.num_attention_heads * config.head_dim;
     let kv_heads = config.num_key_value_heads * config.head_dim;
@@ -101,7 +102,10 @@ fn kept_values(config: &ModelConfig, on_cpu: bool) -> [usize; 2] {
     let after = if config.gemma_norms { hidden } else { 0 };
     let normed = if config.qk_norm { heads + kv_heads } else { 0 };
     let again = if on_cpu { [hidden, hidden + inner] } else { [0, 0] };
-    [again[0] + 2 * heads + 2 * kv_heads + normed + after, again[1] + 2 * inner + after]
+    [
+        again[0] + 2 * heads + 2 * kv_heads + 2 * config.num_attention_heads + normed + after,
+        again[1] + 2 * inner + after,
+    ]
 }
 
 /// Rows of a flat step whose layers' tapes fit `bytes`. Longer steps gain little on a CPU, so memory decides. A function of the
@@ -148,7 +152,7 @@ mod tests {
 
     #[test]
     fn flat_steps_grow_with_the_memory_on_a_gpu_only() {
-        let per_row = 2 * (2 * 32 + 2 * 16 + 2 * 80) * 3;
+        let per_row = 2 * (2 * 32 + 2 * 16 + 2 * 4 + 2 * 80) * 3;
         let rows = |bytes, on_cpu| rows_within(bytes, &config(3), DType::BF16, on_cpu);
         assert_eq!(rows(700 * per_row, false), 700);
         assert_eq!(rows(700 * per_row, true), LEAST_ROWS);

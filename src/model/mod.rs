@@ -15,6 +15,7 @@ pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use decoder::{Attend, Decoder};
 pub use format::{LoadOptions, WeightFormat};
 pub use kv::KvPool;
+pub(crate) use layer::tensor_bytes;
 pub use lora::{Adapter, LoraParams, LoraRows, RowGroup, SITES};
 pub(crate) use memory::flat_step_rows;
 pub use memory::{TrainingMemory, TrainingSize};

@@ -98,7 +98,8 @@ impl CausalMask {
 }
 
 /// Softmax attention under `mask`. q: (N, H, D); k, v: (N, K, D) with `H % K == 0` → (N, H, D). A key further back than `window`
-/// positions (`pos_q − pos_k ≥ window`) is not seen. Differentiable in q, k and v.
+/// positions (`pos_q − pos_k ≥ window`) is not seen. Differentiable in q, k and v; `products` is the dtype that a CPU rounds all
+/// products of the gradients to but those of the weights, if it can: that of [`super::FrozenLinear::low_rank_dtype`] beside it.
 pub fn causal_attention(
     q: &Tensor,
     k: &Tensor,
@@ -106,6 +107,7 @@ pub fn causal_attention(
     mask: &CausalMask,
     scale: f32,
     window: Option<usize>,
+    products: DType,
 ) -> Result<Tensor> {
     let (n, h, d) = q.dims3()?;
     let (_, kv, _) = k.dims3()?;
@@ -119,40 +121,45 @@ pub fn causal_attention(
     }
     let plain = [q.contiguous()?, k.contiguous()?, v.contiguous()?];
     let inputs = plain.each_ref();
-    if on_gpu {
-        let work = mask.work(q, gpu_heads)?;
-        let (out, lse) = cuda::with_views(inputs, |inputs| gpu::attention(gpu_heads, &work, inputs))?;
-        let out = cuda::tensor(out, q.shape(), q)?;
-        let kept = [&plain[0], &plain[1], &plain[2], &out].map(Tensor::clone);
-        tape::push(&[q, k, v], &out, &kept.clone().each_ref(), move |dout, gradients| {
-            let [q, k, v, out] = &kept;
-            let found = cuda::with_views([q, k, v, out, &dout.tensor.contiguous()?], |[q, k, v, out, dout]| {
-                gpu::attention_backward(gpu_heads, &work, [q, k, v], (out, dout), &lse)
-            })?;
-            for ((id, like), found) in ids.into_iter().zip(&kept).zip(found) {
-                gradients.add(id, cuda::tensor(found, like.shape(), like)?)?;
-            }
-            Ok(())
-        });
-        return Ok(out);
-    }
-    let runs = runs(mask, window);
-    let out = cpu::with_floats(inputs, |[q, k, v]| {
-        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
-        Ok(attention(heads, &rows, q, k, v))
+    let work = on_gpu.then(|| mask.work(&plain[0], gpu_heads)).transpose()?;
+    let runs = if on_gpu { Vec::new() } else { runs(mask, window) };
+    // The output, and of the softmaxes what the way back makes them of.
+    let [out, softmax] = tape::dear(|| match &work {
+        Some(work) => {
+            let (out, lse) = cuda::with_views(inputs, |inputs| gpu::attention(gpu_heads, work, inputs))?;
+            Ok([cuda::tensor(out, q.shape(), q)?, cuda::tensor(lse, (n, h), q)?])
+        }
+        None => {
+            let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+            let [out, softmax] = cpu::with_floats(inputs, |[q, k, v]| Ok(attention(heads, &rows, q, k, v)))?;
+            Ok([cpu::tensor(out, q.shape())?, cpu::tensor(softmax, (n, h, 2))?])
+        }
     })?;
-    let out = cpu::tensor(out, q.shape())?;
-    let kept = [&plain[0], &plain[1], &plain[2], &out].map(Tensor::clone);
+    let kept = [&plain[0], &plain[1], &plain[2], &out, &softmax].map(Tensor::clone);
     let parts = parts(mask);
     tape::push(&[q, k, v], &out, &kept.clone().each_ref(), move |dout, gradients| {
-        let [q, k, v, out] = &kept;
-        let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
-        let parts: Vec<&[Rows<'_>]> = parts.iter().map(|part| &rows[part.clone()]).collect();
-        let found = cpu::with_floats([q, k, v, out, &dout.tensor.contiguous()?], |[q, k, v, out, dout]| {
-            Ok(attention_backward(heads, &parts, (q, k, v), (out, dout)))
-        })?;
-        for ((id, like), found) in ids.into_iter().zip(&kept).zip(found) {
-            gradients.add(id, cpu::tensor(found, like.shape())?)?;
+        let dout = dout.tensor.contiguous()?;
+        let given = [&kept[0], &kept[1], &kept[2], &kept[3], &kept[4], &dout];
+        let likes = ids.into_iter().zip(&kept);
+        match &work {
+            Some(work) => {
+                let found = cuda::with_views(given, |[q, k, v, out, lse, dout]| {
+                    gpu::attention_backward(gpu_heads, work, [q, k, v], (out, dout), lse)
+                })?;
+                for ((id, like), found) in likes.zip(found) {
+                    gradients.add(id, cuda::tensor(found, like.shape(), like)?)?;
+                }
+            }
+            None => {
+                let rows: Vec<Rows<'_>> = runs.iter().map(Run::rows).collect();
+                let parts: Vec<&[Rows<'_>]> = parts.iter().map(|part| &rows[part.clone()]).collect();
+                let found = cpu::with_floats(given, |[q, k, v, out, softmax, dout]| {
+                    Ok(attention_backward(heads, &parts, (q, k, v), ([out, softmax], dout), products == DType::BF16))
+                })?;
+                for ((id, like), found) in likes.zip(found) {
+                    gradients.add(id, cpu::tensor(found, like.shape())?)?;
+                }
+            }
         }
         Ok(())
     });

@@ -74,9 +74,11 @@ pub(super) fn paged(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
-    use super::super::{PagedSequence, Segment, causal_attention, kv_write, paged_attention, record, tape};
+    use super::super::{
+        PagedSequence, Segment, causal_attention, kv_write, paged_attention, record, record_again, tape,
+    };
     use super::*;
 
     fn numbers(shape: (usize, usize, usize), seed: usize) -> Tensor {
@@ -98,7 +100,7 @@ mod tests {
         );
         for window in [None, Some(3)] {
             let [q, k, v] = [(14, 6, 8), (14, 2, 8), (14, 2, 8)].map(|shape| numbers(shape, shape.1));
-            let kernel = || causal_attention(&q, &k, &v, &mask, 0.3, window);
+            let kernel = || causal_attention(&q, &k, &v, &mask, 0.3, window, DType::F32);
             let composed = || tape::composed([&q, &k, &v], |of| causal(of, &mask, &mask.seen(window), 0.3));
             let pull = |of: &dyn Fn() -> Result<Tensor>| {
                 let (out, tape) = record([&q, &k, &v], of).unwrap();
@@ -111,6 +113,27 @@ mod tests {
                 assert!(gap(ones.get(leaf).unwrap(), others.get(leaf).unwrap()) < 1e-5);
             }
         }
+    }
+
+    /// What attention gave is kept from a tape that is not, and a tape made again takes it as it is.
+    #[test]
+    fn a_tape_made_again_takes_what_attention_gave() {
+        let mask = CausalMask::new(vec![Segment { start: 0, len: 5, prefix: 0..0 }], (0..5).collect());
+        let [q, k, v] = [(5, 6, 8), (5, 2, 8), (5, 2, 8)].map(|shape| numbers(shape, shape.1));
+        let work = || causal_attention(&q, &k, &v, &mask, 0.3, None, DType::F32);
+        let (out, tape) = record([&q], work).unwrap();
+        assert_eq!(tape.dear().len(), 1);
+        let [found, softmax] = tape.dear()[0].clone();
+        assert_eq!(gap(&found, &out), 0.0);
+        let other = numbers((5, 6, 8), 9);
+        let given = |out: &Tensor| record_again([&q], vec![[out.clone(), softmax.clone()]], work).unwrap();
+        assert_eq!(gap(&given(&other).0, &other), 0.0);
+        let gradient = |(out, tape): (Tensor, tape::Tape)| {
+            tape.backward([(&out, numbers((5, 6, 8), 3))]).unwrap().remove(&q).unwrap()
+        };
+        let again = gradient(given(&found));
+        assert_eq!(gap(&again, &gradient((out, tape))), 0.0);
+        assert!(gap(&again, &gradient(given(&other))) > 1e-3);
     }
 
     #[test]

@@ -394,12 +394,12 @@ mod tests {
         let leaves = [&x, &a, &b];
         let adapted = || low_rank(&x, [Trained { base: Some(&linear), a: &a, b: &b, scale: 1.5 }]);
         let work = || only_added(|| Ok([adapted()?[0].clone(), linear.forward(&x)?]));
-        let [first, second] = [record(leaves, work).unwrap(), record_again(leaves, work).unwrap()];
+        let [first, second] = [record(leaves, work).unwrap(), record_again(leaves, Vec::new(), work).unwrap()];
         let largest = |y: &Tensor| y.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(first.0.iter().all(|y| largest(y) > 0.1) && second.0.iter().all(|y| largest(y) == 0.0));
         // A recording that is over leaves nothing behind, and what is not marked is computed.
         assert!(largest(&only_added(|| linear.forward(&x)).unwrap()) > 0.1);
-        assert!(largest(&record_again(leaves, adapted).unwrap().0[0]) > 0.1);
+        assert!(largest(&record_again(leaves, Vec::new(), adapted).unwrap().0[0]) > 0.1);
         let [first, second] = [first, second].map(|([y, z], tape)| {
             let found = tape.backward([(&y, dy.clone()), (&z, dy.clone())]).unwrap();
             leaves.map(|leaf| found.get(leaf).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap())

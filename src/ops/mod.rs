@@ -30,7 +30,7 @@ pub use norm::rms_norm;
 pub use paged::{KvLayer, PagedBatch, PagedSequence, kv_write, paged_attention};
 pub use pointwise::{Activation, add, dropout, gated, reshape, rope};
 pub use sample::{Edit, Pick, SampleRow, Sampled, sample};
-pub use tape::{Gradients, Tape, only_added, record, record_again};
+pub use tape::{Dear, Gradients, Tape, only_added, record, record_again};
 
 pub use crate::kernels::cpu::{PIECE, softmax_row, sum_row};
 pub use crate::kernels::memory::{DeviceMemory, device_memory, device_peak};

@@ -187,6 +187,6 @@ pub fn paged_attention(
     }
     let heads = Heads { query: h, key: kv, dim: d, scale };
     let q = q.contiguous()?;
-    let out = cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| Ok(attention(heads, &rows, q, k, v)))?;
+    let [out, _] = cpu::with_floats([&q, &cache.k, &cache.v], |[q, k, v]| Ok(attention(heads, &rows, q, k, v)))?;
     Ok(cpu::tensor(out, (n, h, d))?)
 }

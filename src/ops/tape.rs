@@ -4,7 +4,7 @@
 //! kept as it is, and an op may add its own to it in the same pass over memory.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use candle_core::{Shape, Tensor, TensorId, Var};
@@ -30,9 +30,14 @@ pub struct Tape {
     wanted: HashSet<TensorId>,
     steps: Vec<Step>,
     recipes: HashMap<TensorId, Recipe>,
-    /// Whether all of it ran before, and only the way back is wanted.
-    again: bool,
+    /// What is dear to make and small to keep, in order.
+    dear: Vec<Dear>,
+    /// Whether all of it ran before, and only the way back is wanted; what is left of its dear results.
+    again: Option<VecDeque<Dear>>,
 }
+
+/// Results of an op that are dear to make and small to keep.
+pub type Dear = [Tensor; 2];
 
 /// How to make a tensor again out of what is kept in any case.
 pub(super) type Recipe = Rc<dyn Fn() -> Result<Tensor>>;
@@ -65,15 +70,17 @@ pub fn record<'a, T>(
     leaves: impl IntoIterator<Item = &'a Tensor>,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Tape)> {
-    recorded(leaves, work, false)
+    recorded(leaves, work, None)
 }
 
-/// [`record`] of work that ran before, for its tape: what [`only_added`] marks has any numbers.
+/// [`record`] of work that ran before, for its tape: what [`only_added`] marks has any numbers. `dear` are [`Tape::dear`] of that time,
+/// or nothing.
 pub fn record_again<'a, T>(
     leaves: impl IntoIterator<Item = &'a Tensor>,
+    dear: Vec<Dear>,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Tape)> {
-    recorded(leaves, work, true)
+    recorded(leaves, work, Some(dear.into()))
 }
 
 /// Runs `work`, which makes linears of something whose outputs are read by nothing but sums: no way back needs their numbers.
@@ -85,7 +92,7 @@ pub fn only_added<T>(work: impl FnOnce() -> T) -> T {
             UNREAD.set(false);
         }
     }
-    UNREAD.set(RECORDING.with_borrow(|tape| tape.as_ref().is_some_and(|tape| tape.again)));
+    UNREAD.set(RECORDING.with_borrow(|tape| tape.as_ref().is_some_and(|tape| tape.again.is_some())));
     let _unread = Unread;
     work()
 }
@@ -98,7 +105,7 @@ pub(super) fn is_unread() -> bool {
 fn recorded<'a, T>(
     leaves: impl IntoIterator<Item = &'a Tensor>,
     work: impl FnOnce() -> Result<T>,
-    again: bool,
+    again: Option<VecDeque<Dear>>,
 ) -> Result<(T, Tape)> {
     /// Ends the recording, also where `work` panics.
     struct Recording;
@@ -111,7 +118,8 @@ fn recorded<'a, T>(
         return Err(Error::internal("A recording inside another. This is a bug."));
     }
     let leaves: HashSet<TensorId> = leaves.into_iter().map(Tensor::id).collect();
-    RECORDING.set(Some(Tape { wanted: leaves.clone(), leaves, steps: Vec::new(), recipes: HashMap::new(), again }));
+    let wanted = leaves.clone();
+    RECORDING.set(Some(Tape { wanted, leaves, steps: Vec::new(), recipes: HashMap::new(), dear: Vec::new(), again }));
     let recording = Recording;
     let result = work()?;
     let tape = RECORDING.take();
@@ -141,6 +149,21 @@ pub(super) fn push_recipe(of: &Tensor, make: impl Fn() -> Result<Tensor> + 'stat
 /// What [`push_recipe`] was told of that tensor.
 pub(super) fn recipe(of: &Tensor) -> Option<Recipe> {
     RECORDING.with_borrow(|tape| tape.as_ref()?.recipes.get(&of.id()).cloned())
+}
+
+/// Results that are dear to make and small to keep: those of the last time, where it was recorded and they were kept.
+pub(super) fn dear(make: impl FnOnce() -> Result<Dear>) -> Result<Dear> {
+    let kept = |tape: &mut Option<Tape>| tape.as_mut()?.again.as_mut()?.pop_front();
+    let results = match RECORDING.with_borrow_mut(kept) {
+        Some(results) => results,
+        None => make()?,
+    };
+    RECORDING.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.dear.push(results.clone());
+        }
+    });
+    Ok(results)
 }
 
 /// Records an op of several outputs, if one of its inputs is [`tracked`]. `kept` are the tensors that `back` holds.
@@ -202,6 +225,11 @@ pub(super) fn composed<const N: usize>(
 }
 
 impl Tape {
+    /// What of it is dear to make and small to keep, in order.
+    pub fn dear(&self) -> &[Dear] {
+        &self.dear
+    }
+
     /// Bytes of the distinct tensors that the way back needs, leaves left out.
     pub fn bytes(&self) -> usize {
         let mut seen = HashSet::new();
@@ -219,7 +247,7 @@ impl Tape {
     /// Gradients of `Σ y ⊙ dy` by the leaves, for pairs of an output y and its dy of the same shape.
     pub fn backward<'a>(self, seeds: impl IntoIterator<Item = (&'a Tensor, Tensor)>) -> Result<Gradients> {
         // Who needs one holds it: what it is made of goes with the last of them.
-        drop(self.recipes);
+        drop((self.recipes, self.dear));
         let mut gradients = Gradients { wanted: self.wanted, found: HashMap::new() };
         for (y, dy) in seeds {
             gradients.put(y.id(), Gradient { tensor: dy.reshape(y.shape())?.to_dtype(y.dtype())?, shared: true })?;

@@ -1,8 +1,8 @@
 //! Forward and backward of one flat step, one residual block (attention or MLP) after the other.
 //!
-//! The forward keeps each block's input and, for as many blocks as the memory allowed takes, the tape the block recorded. The
-//! backward pulls the vector-Jacobian product through one block at a time and recomputes a block whose tape was not kept; the
-//! result is the same bit for bit. Between any two blocks the device can go to somebody else.
+//! The forward keeps each block's input and, for as many blocks as the memory allowed takes, the tape the block recorded, or at least
+//! what attention gave. The backward pulls the vector-Jacobian product through one block at a time and recomputes a block whose tape was
+//! not kept; the result is the same bit for bit. Between any two blocks the device can go to somebody else.
 
 use candle_core::{Tensor, Var};
 
@@ -10,8 +10,8 @@ use super::optim::Gradients;
 use super::pack::{Pack, check_ids};
 use super::trainer::Pace;
 use crate::error::{Error, Result};
-use crate::model::{Attend, Decoder, LoraParams, LoraRows};
-use crate::ops::{self, Lag, Tape, record, record_again, token_logprobs};
+use crate::model::{Attend, Decoder, LoraParams, LoraRows, tensor_bytes};
+use crate::ops::{self, Dear, Lag, Tape, record, record_again, token_logprobs};
 use crate::weights::AdapterFile;
 
 /// A model with the variables that are trained on it.
@@ -26,10 +26,23 @@ pub(crate) struct Pass<'a> {
     pub(crate) keep_bytes: usize,
 }
 
-/// What the forward leaves of a block: its input and, if it was kept, its output and the tape between them.
-struct Left {
-    input: Tensor,
-    output: Option<(Tensor, Tape)>,
+/// What the forward leaves of a block beside its input.
+enum Left {
+    /// Its output and the tape between them.
+    All(Tensor, Box<Tape>),
+    /// What of that tape was dear, or nothing.
+    Dear(Vec<Dear>),
+}
+
+/// Bytes that a layer's take, or of how many layers, from the last on, they are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Kept {
+    /// What attention gave.
+    dear: usize,
+    /// Beside that, the tape of attention.
+    attention: usize,
+    /// The tape of the MLP.
+    mlp: usize,
 }
 
 /// What a pass used.
@@ -60,52 +73,63 @@ impl Pass<'_> {
         let of_block = |count: usize| variables.by_ref().take(count).collect::<Vec<_>>();
         let of_blocks: Vec<_> = self.params.counts(blocks).into_iter().map(of_block).collect();
         // Nothing below the first block is trained: its input wants no gradient.
-        let run = |again: bool, block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
+        let run = |again: Option<Vec<Dear>>, block: usize, input: &Tensor, variables: &[(usize, &Var)]| {
             let leaves = variables.iter().map(|(_, variable)| variable.as_tensor());
             let leaves = leaves.chain((block > 0).then_some(input));
             let work = || model.block(block, input, &rotary, attend, lora);
-            if again { record_again(leaves, work) } else { record(leaves, work) }
+            match again {
+                Some(dear) => record_again(leaves, dear, work),
+                None => record(leaves, work),
+            }
         };
 
         // (N, C)
         let mut x = model.embed(&pack.ids)?.detach();
-        let mut passed: Vec<Left> = Vec::with_capacity(blocks);
-        let measured = blocks.min(4) - 2;
-        let (mut tape_bytes, mut kept) = ([0; 2], [blocks / 2; 2]);
+        let (layers, measured) = (blocks / 2, blocks.min(4) - 2);
+        let mut passed: Vec<(Tensor, Left)> = Vec::with_capacity(blocks);
+        let mut bytes = Kept::default();
+        let mut kept = Kept { dear: layers, attention: layers, mlp: layers };
         let mut lag = Lag::default();
         for (block, variables) in of_blocks.iter().enumerate() {
             turn(model, &mut lag, pace)?;
-            let (output, tape) = run(false, block, &x, variables)?;
+            let (output, tape) = run(None, block, &x, variables)?;
             // The first block's tape has no way to its input, so the second layer is the measure of all.
-            if (measured..measured + 2).contains(&block) {
-                tape_bytes[block % 2] = tape.bytes();
+            if block == measured {
+                bytes.dear = tape.dear().iter().flatten().map(tensor_bytes).sum();
+                bytes.attention = tape.bytes() - bytes.dear;
+            } else if block == measured + 1 {
+                bytes.mlp = tape.bytes();
             }
             let input = std::mem::replace(&mut x, output.clone());
-            passed.push(Left { input, output: Some((output, tape)) });
+            passed.push((input, Left::All(output, Box::new(tape))));
             if block <= measured {
                 continue;
             }
             let mut new = block;
             if block == measured + 1 {
-                (kept, new) = (most_kept(tape_bytes, blocks / 2, self.keep_bytes), 0);
+                (kept, new) = (most_kept(bytes, layers, self.keep_bytes), 0);
             }
-            for (at, left) in passed.iter_mut().enumerate().skip(new) {
-                if at / 2 + kept[at % 2] < blocks / 2 {
-                    left.output = None;
+            for (at, (_, left)) in passed.iter_mut().enumerate().skip(new) {
+                let from_last = layers - at / 2;
+                if let Left::All(_, tape) = left
+                    && from_last > [kept.attention, kept.mlp][at % 2]
+                {
+                    let dear = if from_last > kept.dear { &[] } else { tape.dear() };
+                    *left = Left::Dear(dear.to_vec());
                 }
             }
         }
-        let input_bytes = x.elem_count() * x.dtype().size_in_bytes();
-        let activation_bytes = kept[0] * tape_bytes[0] + kept[1] * tape_bytes[1] + blocks * input_bytes;
-        let stats = PassStats { kept_blocks: kept[0] + kept[1], activation_bytes };
+        let of_tapes = kept.dear * bytes.dear + kept.attention * bytes.attention + kept.mlp * bytes.mlp;
+        let activation_bytes = of_tapes + blocks * tensor_bytes(&x);
+        let stats = PassStats { kept_blocks: kept.attention + kept.mlp, activation_bytes };
 
         let mut dy = self.head_backward(&x, pack, upstream, pace)?;
         for (block, variables) in of_blocks.iter().enumerate().rev() {
             turn(model, &mut lag, pace)?;
-            let left = passed.pop().expect("the forward left something of every block. This is a bug.");
-            let (output, tape) = match left.output {
-                Some(kept) => kept,
-                None => run(true, block, &left.input, variables)?,
+            let (input, left) = passed.pop().expect("the forward left something of every block. This is a bug.");
+            let (output, tape) = match left {
+                Left::All(output, tape) => (output, *tape),
+                Left::Dear(dear) => run(Some(dear), block, &input, variables)?,
             };
             let mut found = tape.backward([(&output, dy)])?;
             for (index, variable) in variables {
@@ -114,7 +138,7 @@ impl Pass<'_> {
             if block == 0 {
                 break;
             }
-            dy = taken(&mut found, &left.input, "a block's input")?;
+            dy = taken(&mut found, &input, "a block's input")?;
         }
         Ok(stats)
     }
@@ -161,11 +185,16 @@ fn turn(model: &Decoder, lag: &mut Lag, pace: &mut Pace<'_>) -> Result<()> {
     pace()
 }
 
-/// Of how many layers, from the last on, the tapes of attention and of the MLP may stay, where they take so many bytes each: an MLP's
-/// first, which spares more work a byte.
-fn most_kept(tape_bytes: [usize; 2], layers: usize, keep_bytes: usize) -> [usize; 2] {
-    let mlps = layers.min(keep_bytes / tape_bytes[1].max(1));
-    [layers.min((keep_bytes - mlps * tape_bytes[1]) / tape_bytes[0].max(1)), mlps]
+/// Of how many layers what is kept, where it takes so many `bytes` each. What attention gave is first, which spares most work a byte where
+/// sequences are so long that not all fits, then an MLP's tape.
+fn most_kept(bytes: Kept, layers: usize, keep_bytes: usize) -> Kept {
+    let mut left = keep_bytes;
+    let [dear, mlp, attention] = [bytes.dear, bytes.mlp, bytes.attention].map(|bytes| {
+        let count = layers.min(left / bytes.max(1));
+        left -= count * bytes;
+        count
+    });
+    Kept { dear, mlp, attention: attention.min(dear) }
 }
 
 fn taken(found: &mut ops::Gradients, leaf: &Tensor, name: &str) -> Result<Tensor> {

@@ -106,7 +106,7 @@ fn attention() {
     );
     for (head_dim, window) in [(16, None), (16, Some(2)), (64, None), (10, Some(3))] {
         check("attention", &[&[10, 4, head_dim], &[10, 2, head_dim], &[10, 2, head_dim]], |x| {
-            causal_attention(&x[0], &x[1], &x[2], &mask, 0.3, window)
+            causal_attention(&x[0], &x[1], &x[2], &mask, 0.3, window, DType::F32)
         });
     }
 }

@@ -142,17 +142,19 @@ at_every_level! {
         sums.iter().sum()
     }
 
-    /// `exp(scale·(x − max x))` in place; gives the sum. scale > 0.
-    pub(super) fn weigh_row(x: &mut [f32], scale: f32) -> f32 {
+    /// `exp(scale·(x − max x))` in place; gives the largest and the sum. scale > 0.
+    pub(super) fn weigh_row(x: &mut [f32], scale: f32) -> [f32; 2] {
         let max = largest(x);
-        exp_row(x, max, scale)
+        [max, exp_row(x, max, scale)]
     }
 
-    /// Scales the weights to a sum of one and turns `dout·v` into the gradient of the scores:
+    /// Turns products `q·k` into weights, given the largest and one over the sum, and `dout·v` into the gradient of the scores:
     /// `dscore = weight·(dscore − pull)·scale`.
-    pub(super) fn score_gradient_row(weights: &mut [f32], dscores: &mut [f32], sum: f32, pull: f32, scale: f32) {
+    pub(super) fn score_gradient_row(
+        weights: &mut [f32], dscores: &mut [f32], softmax: [f32; 2], pull: f32, scale: f32,
+    ) {
         for (weight, dscore) in weights.iter_mut().zip(dscores) {
-            *weight *= sum;
+            *weight = exp((*weight - softmax[0]) * scale) * softmax[1];
             *dscore = *weight * (*dscore - pull) * scale;
         }
     }

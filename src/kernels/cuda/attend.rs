@@ -99,13 +99,13 @@ pub fn attention(heads: Heads, work: &Work, qkv: [View<'_>; 3]) -> Result<(CudaS
     }
 }
 
-/// Gradients of [`attention()`] in q, k and v.
+/// Gradients of [`attention()`] in q, k and v, from its `out` and `lse`.
 pub fn attention_backward(
     heads: Heads,
     work: &Work,
     [q, k, v]: [View<'_>; 3],
     (out, dout): (View<'_>, View<'_>),
-    lse: &CudaStorage,
+    lse: View<'_>,
 ) -> Result<[CudaStorage; 3]> {
     let Some((tiled, count, key_tiles)) = work.back else { candle_core::bail!("a paged batch has no backward") };
     let (kind, dtype, device, n) = (q.kind()?, q.dtype(), q.device(), work.queries);
@@ -121,7 +121,7 @@ pub fn attention_backward(
         v: v.at("v", keys, dtype)?,
         out: out.at("out", len, dtype)?,
         dout: dout.at("dout", len, dtype)?,
-        lse: View::whole(lse, n * heads.query).at("lse", n * heads.query, DType::F32)?,
+        lse: lse.at("lse", n * heads.query, DType::F32)?,
         pull: pull_at,
     };
     let [(dq, dq_at), (dk, dk_at), (dv, dv_at)] =

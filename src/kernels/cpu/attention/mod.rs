@@ -4,6 +4,8 @@
 //! over the rows of a slice in order. So a row's result does not depend on what else is in its block or step, nor on where its keys lie.
 
 mod backward;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod scores;
 #[cfg(test)]
 mod tests;
@@ -19,7 +21,7 @@ use scores::{Keys, Scratch, turned};
 
 /// Rows of a block at most.
 const ROWS: usize = 32;
-/// Scores of a block at most, unless one row has more.
+/// Scores of a block at most in the forward, unless one row has more.
 const SCORES: usize = 1 << 17;
 
 /// Shape of the heads.
@@ -64,8 +66,8 @@ struct Block<'a> {
     seen: Vec<Range<usize>>,
 }
 
-/// The blocks of the `index`-th rows.
-fn blocks<'a>(heads: Heads, index: usize, rows: &Rows<'a>) -> Vec<Block<'a>> {
+/// The blocks of the `index`-th rows, with at most `most` scores where they have more than one row.
+fn blocks<'a>(heads: Heads, index: usize, rows: &Rows<'a>, most: usize) -> Vec<Block<'a>> {
     let mut blocks = Vec::new();
     let mut at = 0;
     while at < rows.seen.len() {
@@ -73,7 +75,7 @@ fn blocks<'a>(heads: Heads, index: usize, rows: &Rows<'a>) -> Vec<Block<'a>> {
         let mut len = 1;
         while len < ROWS && at + len < rows.seen.len() {
             let keys = (rows.seen[at + len].end - first).next_multiple_of(PANEL);
-            if (len + 1) * heads.group() * keys > SCORES {
+            if (len + 1) * heads.group() * keys > most {
                 break;
             }
             len += 1;
@@ -92,19 +94,31 @@ fn blocks<'a>(heads: Heads, index: usize, rows: &Rows<'a>) -> Vec<Block<'a>> {
     blocks
 }
 
+impl<'a> Block<'a> {
+    /// The same rows and the `len` keys at most from the `at`-th on, a multiple of a panel.
+    fn piece(&self, at: usize, len: usize) -> Block<'a> {
+        let slots = &self.slots[at..self.slots.len().min(at + len)];
+        let inside = |key: usize| key.clamp(at, at + slots.len()) - at;
+        let seen = self.seen.iter().map(|seen| inside(seen.start)..inside(seen.end)).collect();
+        Block { first: self.first + at / PANEL, slots, seen, ..*self }
+    }
+}
+
 /// The keys (or values) of rows that make more than one block are turned once, for all of them: for each rows (K, panels, D, 32), or
 /// nothing.
 fn turned_once(level: Level, heads: Heads, rows: &[Rows<'_>], keys: &[f32]) -> Vec<Option<Vec<f32>>> {
     rows.iter().map(|rows| (rows.seen.len() > ROWS).then(|| turned(level, heads, rows.slots, keys))).collect()
 }
 
-/// Softmax attention. q: (N, H, D); k, v: slots of (K, D); `rows` cover all N in order → (N, H, D).
-pub fn attention(heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+/// Softmax attention. q: (N, H, D); k, v: slots of (K, D); `rows` cover all N in order → (N, H, D), and what the softmaxes were made
+/// of for the way back, (N, H, 2): the largest product `q·k` of each and one over the sum of its `exp(scale·(q·k − largest))`.
+pub fn attention(heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> [Vec<f32>; 2] {
     attention_at(level(), heads, rows, q, k, v)
 }
 
-fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-    let blocks: Vec<Block<'_>> = rows.iter().enumerate().flat_map(|(index, rows)| blocks(heads, index, rows)).collect();
+fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f32], v: &[f32]) -> [Vec<f32>; 2] {
+    let blocks = rows.iter().enumerate().flat_map(|(index, rows)| blocks(heads, index, rows, SCORES));
+    let blocks: Vec<Block<'_>> = blocks.collect();
     let covered: usize = blocks.iter().map(|block| block.seen.len()).sum();
     let ends = blocks.iter().map(|block| block.start + block.seen.len());
     let in_order = std::iter::once(0).chain(ends).zip(&blocks).all(|(end, block)| end == block.start);
@@ -113,19 +127,20 @@ fn attention_at(level: Level, heads: Heads, rows: &[Rows<'_>], q: &[f32], k: &[f
     let slots = k.len().min(v.len()) / (heads.key * heads.dim);
     assert!(rows.iter().flat_map(|rows| rows.slots).all(|slot| *slot < slots), "a slot past the keys");
     let of_rows = turned_once(level, heads, rows, k);
-    // SAFETY: every row of every head is in one task, which writes it whole.
-    unsafe {
-        filled(q.len(), |out| {
-            // Head after head: the blocks of one read the same keys.
-            let tasks = 0..blocks.len() * heads.key;
-            each_with(
-                tasks,
-                || Scratch::new(level, heads),
-                |scratch, task| {
-                    let (block, kv) = (&blocks[task % blocks.len()], task / blocks.len());
-                    scratch.attend(block, kv, (q, Keys::new(k, &of_rows[block.rows]), v), out);
-                },
-            );
-        })
-    }
+    // Head after head, as the blocks of one read the same keys, and the last first, as they read most.
+    let tasks = (0..blocks.len() * heads.key).rev();
+    let fill = |out, softmax| {
+        each_with(
+            tasks,
+            || Scratch::new(level, heads),
+            |scratch, task| {
+                let (block, kv) = (&blocks[task % blocks.len()], task / blocks.len());
+                scratch.attend(block, kv, (q, Keys::new(k, &of_rows[block.rows]), v), [out, softmax]);
+            },
+        );
+    };
+    let mut softmax = Vec::new();
+    // SAFETY: every row of every head is in one task, which writes all of it.
+    let out = unsafe { filled(q.len(), |out| softmax = filled(q.len() / heads.dim * 2, |softmax| fill(out, softmax))) };
+    [out, softmax]
 }

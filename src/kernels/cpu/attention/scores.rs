@@ -15,10 +15,8 @@ pub(super) struct Scratch {
     pub(super) products: Products,
     /// (M, wide).
     pub(super) q: Vec<f32>,
-    /// (M, pitch): scores, then `exp(score − max)`; zero where a row does not see a key.
+    /// (M, pitch): scores, then weights; zero where a row does not see a key.
     pub(super) weights: Vec<f32>,
-    /// One over the sum of a row's weights, (M).
-    pub(super) scales: Vec<f32>,
     /// (M, wide).
     out: Vec<f32>,
 }
@@ -114,43 +112,53 @@ pub(super) fn runs(slots: &[usize]) -> impl Iterator<Item = (usize, usize, usize
 
 impl Scratch {
     pub(super) fn new(level: Level, heads: Heads) -> Self {
-        let (turned, wide) = (vec![0f32; heads.dim * PANEL], heads.dim.next_multiple_of(16));
-        let products = Products { level, heads, wide, turned, padded: Vec::new() };
-        Scratch { products, q: Vec::new(), weights: Vec::new(), scales: Vec::new(), out: Vec::new() }
+        let products = Products::new(level, heads);
+        Scratch { products, q: Vec::new(), weights: Vec::new(), out: Vec::new() }
     }
 
-    /// Weights of the block and their scales.
-    pub(super) fn weigh(&mut self, block: &Block<'_>, kv: usize, q: &[f32], k: Keys<'_>) {
-        let Heads { scale, .. } = self.products.heads;
-        let (group, pitch) = (self.products.heads.group(), pitch(block));
-        self.products.gather(block, kv, q, &mut self.q);
-        self.products.against(block, kv, &self.q, k, &mut self.weights);
-        self.scales.clear();
-        for (row, weights) in self.weights.chunks_exact_mut(pitch).enumerate() {
-            let seen = &block.seen[row / group];
+    /// Writes the block's rows of `out`, (N, H, D), and of `softmax`, (N, H, 2).
+    pub(super) fn attend(
+        &mut self,
+        block: &Block<'_>,
+        kv: usize,
+        (q, k, v): (&[f32], Keys<'_>, &[f32]),
+        [out, softmax]: [Out; 2],
+    ) {
+        let Scratch { products, q: rows, weights, out: found } = self;
+        let (group, pitch, wide) = (products.heads.group(), pitch(block), products.wide);
+        products.gather(block, kv, q, rows);
+        products.against(block, kv, rows, k, weights);
+        found.clear();
+        found.resize(rows.len(), 0.0);
+        for (m, weights) in weights.chunks_exact_mut(pitch).enumerate() {
+            let seen = &block.seen[m / group];
             weights[..seen.start].fill(0.0);
             weights[seen.end..].fill(0.0);
-            self.scales.push(1.0 / weigh_row(&mut weights[seen.clone()], scale));
+            let [max, sum] = weigh_row(&mut weights[seen.clone()], products.heads.scale);
+            let place = softmax.at(products.row(block, kv, m) * 2);
+            // SAFETY: the row's place is inside the (N, H, 2), and this task's alone.
+            unsafe { place.cast::<[f32; 2]>().write([max, 1.0 / sum]) };
         }
-    }
-
-    /// Writes the block's rows of `out`: (N, H, D).
-    pub(super) fn attend(&mut self, block: &Block<'_>, kv: usize, (q, k, v): (&[f32], Keys<'_>, &[f32]), out: Out) {
-        self.weigh(block, kv, q, k);
-        self.products.over(block, kv, &self.weights, v, &mut self.out);
-        let wide = self.products.wide;
-        for (row, scale) in self.out.chunks_exact_mut(wide).zip(&self.scales) {
-            scale_row(row, *scale);
+        products.over(block, kv, weights, v, found);
+        for (m, row) in found.chunks_exact_mut(wide).enumerate() {
+            // SAFETY: it was written above.
+            let scale = unsafe { *softmax.at(products.row(block, kv, m) * 2 + 1) };
+            scale_row(row, scale);
         }
-        self.products.scatter(block, kv, &self.out, out);
+        products.scatter(block, kv, found, out);
     }
 }
 
 impl Products {
-    /// Where row `m` of a block lies in an (N, H, D).
-    fn place(&self, block: &Block<'_>, kv: usize, m: usize) -> usize {
+    pub(super) fn new(level: Level, heads: Heads) -> Self {
+        let (turned, wide) = (vec![0f32; heads.dim * PANEL], heads.dim.next_multiple_of(16));
+        Products { level, heads, wide, turned, padded: Vec::new() }
+    }
+
+    /// Which row `m` of a block is of the N·H.
+    pub(super) fn row(&self, block: &Block<'_>, kv: usize, m: usize) -> usize {
         let group = self.heads.group();
-        ((block.start + m / group) * self.heads.query + kv * group + m % group) * self.heads.dim
+        (block.start + m / group) * self.heads.query + kv * group + m % group
     }
 
     /// The block's rows of x: (N, H, D) as (M, wide).
@@ -158,14 +166,14 @@ impl Products {
         to.clear();
         to.resize(block.seen.len() * self.heads.group() * self.wide, 0.0);
         for (m, to) in to.chunks_exact_mut(self.wide).enumerate() {
-            to[..self.heads.dim].copy_from_slice(&x[self.place(block, kv, m)..][..self.heads.dim]);
+            to[..self.heads.dim].copy_from_slice(&x[self.row(block, kv, m) * self.heads.dim..][..self.heads.dim]);
         }
     }
 
     /// The reverse of [`Self::gather`].
     pub(super) fn scatter(&self, block: &Block<'_>, kv: usize, from: &[f32], to: Out) {
         for (m, from) in from.chunks_exact(self.wide).enumerate() {
-            let to = to.at(self.place(block, kv, m));
+            let to = to.at(self.row(block, kv, m) * self.heads.dim);
             // SAFETY: the row's place is inside the (N, H, D), as it was for `gather`, and this task's alone.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, self.heads.dim) };
         }
@@ -198,13 +206,12 @@ impl Products {
         }
     }
 
-    /// `weights·values`. weights: (M, pitch), values: slots of (K, D) → (M, wide).
-    pub(super) fn over(&mut self, block: &Block<'_>, kv: usize, weights: &[f32], values: &[f32], out: &mut Vec<f32>) {
+    /// `out += weights·values`. weights: (M, pitch), values: slots of (K, D), out: (M, wide).
+    pub(super) fn over(&mut self, block: &Block<'_>, kv: usize, weights: &[f32], values: &[f32], out: &mut [f32]) {
         let (pitch, wide) = (pitch(block), self.wide);
         let Heads { key: heads, dim, .. } = self.heads;
         let m = weights.len() / pitch;
-        out.clear();
-        out.resize(m * wide, 0.0);
+        assert_eq!(out.len(), m * wide);
         let pad = wide != dim;
         if pad {
             self.padded.clear();

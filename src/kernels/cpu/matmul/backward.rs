@@ -53,7 +53,8 @@ impl Packed {
             let multiply = |turned: &[bf16], rows: Range<usize>, n: Range<usize>, columns, to| {
                 let x = rounded.from(rows.start, n.start / 2);
                 let (stride, pairs, add) = (rounded.stride(), n.len().div_ceil(2), add || n.start > 0);
-                let tile = PairTile { x, stride, weights: Panel::<2>(turned.as_ptr()), pairs, columns, add };
+                let weights = Panel::<2>(turned.as_ptr());
+                let tile = PairTile { x, stride, turned: false, weights, pairs, columns, add };
                 // SAFETY: rows and columns are inside dx and no other task has them.
                 unsafe { tile.run(rows.len(), to, self.k) };
             };

@@ -37,7 +37,7 @@ use coded::CodedPanel;
 pub use coded::Codes;
 pub use low::LowRank;
 #[cfg(target_arch = "x86_64")]
-use pairs::{PairTile, Pairs, Panel};
+pub(super) use pairs::{PairTile, Pairs, Panel, interleave, round_row};
 pub use plain::{Left, multiply};
 use sixteen::{SixteenTile, Sixteens};
 use stored::Stored;
@@ -332,7 +332,8 @@ impl Packed {
         to: *mut f32,
     ) {
         let (stride, pairs) = (x.stride(), x.stride());
-        let tile = PairTile { x: x.from(rows.start, 0), stride, weights: (), pairs, columns, add };
+        let (x, turned) = (x.from(rows.start, 0), false);
+        let tile = PairTile { x, stride, turned, weights: (), pairs, columns, add };
         // SAFETY: the caller's promise; the fields say what is there.
         unsafe {
             match &self.panels {

@@ -14,7 +14,7 @@ use crate::cores::each;
 const TOGETHER: usize = 16;
 
 /// Activations as pairs along K: (M, ⌈K/2⌉), an odd K padded with zero.
-pub(super) struct Pairs {
+pub(in super::super) struct Pairs {
     /// Two bf16 numbers each, the first in the low half.
     numbers: Vec<u32>,
     /// ⌈K/2⌉.
@@ -25,7 +25,7 @@ impl Pairs {
     /// Rounds x: (M, K).
     /// # Safety
     /// The processor has AVX-512F, AVX-512BW and AVX-512-BF16.
-    pub(super) unsafe fn new(x: &[f32], k: usize) -> Self {
+    pub(in super::super) unsafe fn new(x: &[f32], k: usize) -> Self {
         let width = k.div_ceil(2);
         let mut numbers = Vec::with_capacity(x.len() / k * width);
         let room = numbers.spare_capacity_mut().chunks_mut(TOGETHER * width);
@@ -48,12 +48,18 @@ impl Pairs {
     pub(super) fn stride(&self) -> usize {
         self.width
     }
+
+    /// All of them.
+    pub(in super::super) fn numbers(&self) -> &[u32] {
+        &self.numbers
+    }
 }
 
+/// Numbers as pairs of one after the other.
 /// # Safety
 /// `to` has room for ⌈len/2⌉ pairs; the processor has AVX-512F and AVX-512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn round_row(x: &[f32], to: *mut u32) {
+pub(in super::super) unsafe fn round_row(x: &[f32], to: *mut u32) {
     let whole = x.len() / 16 * 16;
     for at in (0..whole).step_by(16) {
         // SAFETY: at + 16 ≤ len, so eight pairs have room.
@@ -70,8 +76,28 @@ unsafe fn round_row(x: &[f32], to: *mut u32) {
     }
 }
 
+/// Two rows as pairs of a number of each.
+/// # Safety
+/// The rows are as long, a multiple of 16, and `to` has room for so many pairs; the processor has AVX-512F and AVX-512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(in super::super) unsafe fn interleave(first: &[f32], second: &[f32], to: *mut u32) {
+    debug_assert!(first.len() == second.len() && first.len().is_multiple_of(16));
+    for at in (0..first.len()).step_by(16) {
+        let rounded = |row: &[f32]| {
+            // SAFETY: the caller's promise; 16 bf16 numbers whatever their type.
+            let half = unsafe {
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(row.as_ptr().add(at))))
+            };
+            _mm512_cvtepu16_epi32(half)
+        };
+        let pairs = _mm512_or_si512(rounded(first), _mm512_slli_epi32::<16>(rounded(second)));
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.add(at).cast(), pairs) };
+    }
+}
+
 /// Where 32 columns of pairs come from.
-pub(super) trait Weights: Copy {
+pub(in super::super) trait Weights: Copy {
     /// Gives the first `pairs` pairs in order, each as two vectors of 16 columns.
     /// # Safety
     /// There are that many; the processor has AVX-512F, AVX-512BW and AVX-512-BF16.
@@ -80,7 +106,7 @@ pub(super) trait Weights: Copy {
 
 /// (pairs, 16·V) pairs as they are, V being 1 or 2; a second vector that is not there is zero.
 #[derive(Clone, Copy)]
-pub(super) struct Panel<const V: usize>(pub(super) *const bf16);
+pub(in super::super) struct Panel<const V: usize>(pub(in super::super) *const bf16);
 
 impl<const V: usize> Weights for Panel<V> {
     #[inline]
@@ -100,23 +126,24 @@ impl<const V: usize> Weights for Panel<V> {
 
 /// `out[r][c] (+)= Σ_p x[r][p] · weights[p][c]` over pairs p, each sum one chain in order of p.
 #[derive(Clone, Copy)]
-pub(super) struct PairTile<W> {
-    /// Rows `stride` pairs apart.
-    pub(super) x: *const u32,
-    pub(super) stride: usize,
-    pub(super) weights: W,
-    pub(super) pairs: usize,
+pub(in super::super) struct PairTile<W> {
+    /// Pair p of row r at `r·stride + p`, or at `p·stride + r` when `turned`.
+    pub(in super::super) x: *const u32,
+    pub(in super::super) stride: usize,
+    pub(in super::super) turned: bool,
+    pub(in super::super) weights: W,
+    pub(in super::super) pairs: usize,
     /// Columns to store, 1..=32.
-    pub(super) columns: usize,
+    pub(in super::super) columns: usize,
     /// Whether the sums start from what `out` holds.
-    pub(super) add: bool,
+    pub(in super::super) add: bool,
 }
 
 impl<N> PairTile<N> {
     /// The same tile with these weights.
     pub(super) fn of<W: Weights>(&self, weights: W) -> PairTile<W> {
-        let PairTile { x, stride, pairs, columns, add, .. } = *self;
-        PairTile { x, stride, weights, pairs, columns, add }
+        let PairTile { x, stride, turned, pairs, columns, add, .. } = *self;
+        PairTile { x, stride, turned, weights, pairs, columns, add }
     }
 }
 
@@ -124,12 +151,14 @@ impl<W: Weights> PairTile<W> {
     /// # Safety
     /// The pointers reach all that the fields say, for `rows` rows; `out` has `rows` rows of `columns`, `out_stride` apart; the
     /// processor has AVX-512F, AVX-512BW and AVX-512-BF16.
-    pub(super) unsafe fn run(&self, rows: usize, out: *mut f32, out_stride: usize) {
+    pub(in super::super) unsafe fn run(&self, rows: usize, out: *mut f32, out_stride: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            match self.columns {
-                ..=16 => self.rows::<1>(rows, out, out_stride),
-                _ => self.rows::<2>(rows, out, out_stride),
+            match (self.columns, self.turned) {
+                (..=16, false) => self.rows::<1, false>(rows, out, out_stride),
+                (..=16, true) => self.rows::<1, true>(rows, out, out_stride),
+                (_, false) => self.rows::<2, false>(rows, out, out_stride),
+                (_, true) => self.rows::<2, true>(rows, out, out_stride),
             }
         }
     }
@@ -137,21 +166,21 @@ impl<W: Weights> PairTile<W> {
     /// V·16 columns.
     /// # Safety
     /// As [`Self::run`].
-    unsafe fn rows<const V: usize>(&self, rows: usize, out: *mut f32, out_stride: usize) {
+    unsafe fn rows<const V: usize, const T: bool>(&self, rows: usize, out: *mut f32, out_stride: usize) {
         let mut row = 0;
         while row < rows {
-            let tile = PairTile { x: self.x.wrapping_add(row * self.stride), ..*self };
+            let tile = PairTile { x: self.x.wrapping_add(if T { row } else { row * self.stride }), ..*self };
             let out = out.wrapping_add(row * out_stride);
             // SAFETY: the caller's promise; each arm takes no more rows than are left.
             row += unsafe {
                 match rows - row {
-                    1 => tile.some::<1, V>(out, out_stride),
-                    2 => tile.some::<2, V>(out, out_stride),
-                    3 => tile.some::<3, V>(out, out_stride),
-                    4 | 5 => tile.some::<4, V>(out, out_stride),
-                    6 | 7 => tile.some::<6, V>(out, out_stride),
-                    8..ROWS => tile.some::<8, V>(out, out_stride),
-                    _ => tile.some::<ROWS, V>(out, out_stride),
+                    1 => tile.some::<1, V, T>(out, out_stride),
+                    2 => tile.some::<2, V, T>(out, out_stride),
+                    3 => tile.some::<3, V, T>(out, out_stride),
+                    4 | 5 => tile.some::<4, V, T>(out, out_stride),
+                    6 | 7 => tile.some::<6, V, T>(out, out_stride),
+                    8..ROWS => tile.some::<8, V, T>(out, out_stride),
+                    _ => tile.some::<ROWS, V, T>(out, out_stride),
                 }
             };
         }
@@ -161,7 +190,7 @@ impl<W: Weights> PairTile<W> {
     /// # Safety
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn some<const M: usize, const V: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
+    unsafe fn some<const M: usize, const V: usize, const T: bool>(&self, out: *mut f32, out_stride: usize) -> usize {
         let mask = |columns: usize| if columns >= 16 { 0xffff_u16 } else { (1 << columns) - 1 };
         let masks = [mask(self.columns), mask(self.columns.saturating_sub(16))];
         let mut sums = [[_mm512_setzero_ps(); V]; M];
@@ -178,7 +207,8 @@ impl<W: Weights> PairTile<W> {
         unsafe {
             self.weights.each(self.pairs, |pair, weights| {
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let value = _mm512_set1_epi32(*self.x.add(r * self.stride + pair) as i32);
+                    let at = if T { pair * self.stride + r } else { r * self.stride + pair };
+                    let value = _mm512_set1_epi32(*self.x.add(at) as i32);
                     let value = std::mem::transmute::<__m512i, __m512bh>(value);
                     for v in 0..V {
                         sums[v] = _mm512_dpbf16_ps(sums[v], value, weights[v]);

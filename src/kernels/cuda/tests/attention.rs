@@ -86,7 +86,7 @@ fn check_paged(blocks: usize, sequences: &[Sequence], heads: Heads, kind: Kind, 
             seen: (0..*len).map(|row| seen(context - len + row + 1, window)).collect(),
         })
         .collect();
-    let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
+    let [wanted, _] = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
     assert_near(&format!("{heads:?} {kind:?} {tiled}"), &found.out, &wanted, tolerance(kind));
 }
 
@@ -206,7 +206,7 @@ fn check_step(segments: &[Segment], first: usize, heads: Heads, kind: Kind, tile
         .filter(|rows| !rows.seen.is_empty())
         .collect();
     let what = format!("{heads:?} {kind:?} {tiled}");
-    let wanted = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
+    let [wanted, softmax] = cpu::attention(cpu_heads(heads), &rows, &qs, &ks, &vs);
     assert_near(&what, &found.out, &wanted, tolerance(kind));
     assert!(found.lse.numbers().iter().all(|value| value.is_finite()), "{what}");
 
@@ -237,7 +237,8 @@ fn check_step(segments: &[Segment], first: usize, heads: Heads, kind: Kind, tile
     unsafe { attention::backward(queue, kind, heads, n, work, lists, saved, to) }.unwrap();
     let douts = dout.numbers();
     let (first, second) = rows.split_at(first);
-    let wanted = cpu::attention_backward(cpu_heads(heads), &[first, second], (&qs, &ks, &vs), (&wanted, &douts));
+    let (parts, made) = ([first, second], [&wanted[..], &softmax]);
+    let wanted = cpu::attention_backward(cpu_heads(heads), &parts, (&qs, &ks, &vs), (made, &douts), false);
     for ((name, got), wanted) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().zip(&wanted) {
         assert_near(&format!("{name} of {what}"), got, wanted, 2.0 * tolerance(kind));
     }
