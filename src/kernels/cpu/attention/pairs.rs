@@ -65,8 +65,9 @@ impl Pulls for InPairs {
         assert!(takes(heads));
         // SAFETY: the processor has the instructions.
         let rounded = unsafe { Pairs::new(v, heads.dim) };
-        let rounded: Vec<f32> = rounded.numbers().iter().map(|pair| f32::from_bits(*pair)).collect();
-        rows.iter().map(|rows| KeyPairs::new(level, heads, rows.slots, k, &rounded)).collect()
+        // SAFETY: any 32 bits are an f32, and both are as aligned.
+        let (_, rounded, _) = unsafe { rounded.numbers().align_to::<f32>() };
+        rows.iter().map(|rows| KeyPairs::new(level, heads, rows.slots, k, rounded)).collect()
     }
 
     fn new(_: Level, heads: Heads) -> Self {
