@@ -47,6 +47,17 @@ pub(crate) fn block_sites(block: usize) -> Range<usize> {
     if block == 0 { Q..GATE } else { GATE..SITES.len() }
 }
 
+/// Layer and site of the linears that come after a site's and those of the same input.
+pub(crate) fn sites_after(layer: usize, site: usize) -> impl Iterator<Item = (usize, usize)> {
+    let (layer, sites) = match site {
+        Q | K | V => (layer, O..GATE),
+        O => (layer, GATE..DOWN),
+        GATE | UP => (layer, DOWN..SITES.len()),
+        _ => (layer + 1, Q..O),
+    };
+    sites.map(move |site| (layer, site))
+}
+
 /// Reads a checkpoint's tensors in the dtypes the decoder computes with.
 pub(crate) struct Reader<'a> {
     pub(crate) checkpoint: &'a Checkpoint,

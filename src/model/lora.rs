@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::layer::{block_sites, site_path, site_shape};
+use super::layer::{block_sites, site_path, site_shape, sites_after};
 use super::{Decoder, ModelConfig};
 use crate::error::{Error, Result};
 use crate::ops::{FrozenLinear, ServedRows, Trained, add, dropout, linears, low_rank};
@@ -259,13 +259,15 @@ impl LoraRows<'_> {
         x: &Tensor,
     ) -> Result<[Tensor; L]> {
         match *self {
-            LoraRows::Base => linears(x, of.map(|(_, base)| (base, Vec::new()))),
+            LoraRows::Base => linears(x, of.map(|(_, base)| (base, Vec::new())), &[]),
             LoraRows::Served(groups) => {
                 let covered = groups.iter().try_fold(0, |at, group| (group.start == at).then_some(at + group.len));
                 if covered != Some(x.dim(0)?) {
                     return Err(Error::internal("Row groups must cover all rows in order. This is a bug."));
                 }
-                linears(x, of.map(|(site, base)| (base, served(groups, (layer, site)))))
+                let next = of.first().map(|(site, _)| sites_after(layer, *site)).into_iter().flatten();
+                let soon = next.flat_map(|place| served(groups, place)).map(|(_, a, _)| a).collect::<Vec<_>>();
+                linears(x, of.map(|(site, base)| (base, served(groups, (layer, site)))), &soon)
             }
             LoraRows::Train { params, dropout_seed } => {
                 let dropout_seed = dropout_seed.filter(|_| params.config.lora_dropout > 0.0);

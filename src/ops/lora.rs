@@ -121,7 +121,7 @@ fn forward_on_cpu(x: &Tensor, sites: &[Site], packed_b: &[Packed]) -> Result<Vec
     let products = cpu::with_floats([x], |[x]| {
         let together = sites.iter().zip(&parts).filter_map(|(site, parts)| Some((site.base.as_ref()?, parts)));
         let together = together.map(|(base, parts)| Ok(Adapted { weight: base.packed()?, parts }));
-        let mut together = forward_together(x, &together.collect::<candle_core::Result<Vec<_>>>()?).into_iter();
+        let mut together = forward_together(x, &together.collect::<candle_core::Result<Vec<_>>>()?, &[]).into_iter();
         let one = |(site, [part]): (&Site, &[kernels::LowRank<'_>; 1])| match &site.base {
             Some(_) => together.next().unwrap_or_default(),
             None => part.b.forward(&part.a.forward(x)),
@@ -220,8 +220,12 @@ impl Site {
 pub type ServedRows<'a> = (Range<usize>, &'a FrozenLinear, &'a FrozenLinear);
 
 /// `base(x)` of several linears over one input, with the low-rank parts of some rows added. x: (N, in) → (N, out) each. Differentiable
-/// in x where there are no parts.
-pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'_>>); L]) -> Result<[Tensor; L]> {
+/// in x where there are no parts. `soon` are the A's of the linears that come next.
+pub fn linears<const L: usize>(
+    x: &Tensor,
+    of: [(&FrozenLinear, Vec<ServedRows<'_>>); L],
+    soon: &[&FrozenLinear],
+) -> Result<[Tensor; L]> {
     let mut found = Vec::with_capacity(L);
     if x.device().is_cpu() && !tape::tracked(&[x]) {
         of.iter().try_for_each(|(base, _)| base.check(x))?;
@@ -230,7 +234,8 @@ pub fn linears<const L: usize>(x: &Tensor, of: [(&FrozenLinear, Vec<ServedRows<'
         let parts = parts.collect::<candle_core::Result<Vec<Vec<_>>>>()?;
         let products = of.iter().zip(&parts).map(|((base, _), parts)| Ok(Adapted { weight: base.packed()?, parts }));
         let products = products.collect::<candle_core::Result<Vec<_>>>()?;
-        let numbers = cpu::with_floats([&x], |[x]| Ok(forward_together(x, &products)))?;
+        let soon = soon.iter().map(|a| a.packed()).collect::<candle_core::Result<Vec<_>>>()?;
+        let numbers = cpu::with_floats([&x], |[x]| Ok(forward_together(x, &products, &soon)))?;
         for (numbers, (base, _)) in numbers.into_iter().zip(&of) {
             found.push(cpu::tensor(numbers, (x.dim(0)?, base.out_features()))?);
         }

@@ -57,7 +57,7 @@ fn linear() {
     let frozen = FrozenLinear::new(&numbers(&[5, 7], 7), Some(&bias)).unwrap();
     check("frozen linear", &[&[3, 7]], |x| frozen.forward(&x[0]));
     check("linears", &[&[3, 7]], |x| {
-        let [y, z] = linears(&x[0], [(&frozen, vec![]), (&frozen, vec![])])?;
+        let [y, z] = linears(&x[0], [(&frozen, vec![]), (&frozen, vec![])], &[])?;
         add(&y, &gated(&z, &z, Activation::Silu)?)
     });
     let trained = |base, x: &[Tensor]| {

@@ -5,10 +5,11 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::ahead::send_for;
 use super::coded::BLOCK;
 use super::stored::Stored;
 use super::tile::{CHAIN, PANEL, Plain, Sums, Tile};
-use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, send_for, turn};
+use super::{MOST_PRODUCTS, MOST_WHOLE, Mode, Packed, Panels, TASKS, blocks, row_blocks, turn};
 #[cfg(target_arch = "x86_64")]
 use super::{PairTile, Pairs, Panel};
 use crate::cores::each_with;
@@ -90,11 +91,14 @@ impl Packed {
     /// Has the processor read 32 columns of a panel ahead.
     fn send_for_square(&self, panel: usize, k: usize) {
         let numbers = k * self.width()..(k + PANEL).min(self.k) * self.width();
+        fn all<W>(numbers: &[W]) {
+            send_for(numbers.as_ptr(), numbers.len());
+        }
         match &self.panels {
-            Panels::F32(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
-            Panels::Bf16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
-            Panels::F16(panels) => send_for(&self.panel_of(panels, panel)[numbers]),
-            Panels::Codes(panels) => send_for(panels.block(panel, k / BLOCK)),
+            Panels::F32(panels) => all(&self.panel_of(panels, panel)[numbers]),
+            Panels::Bf16(panels) => all(&self.panel_of(panels, panel)[numbers]),
+            Panels::F16(panels) => all(&self.panel_of(panels, panel)[numbers]),
+            Panels::Codes(panels) => all(panels.block(panel, k / BLOCK)),
         }
     }
 

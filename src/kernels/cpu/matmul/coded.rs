@@ -10,6 +10,8 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::ahead::{Ahead, send_for};
 use super::tile::PANEL;
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::rowwise::at_every_level;
@@ -18,6 +20,9 @@ use crate::kernels::cpu::rowwise::at_every_level;
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a line.
 pub(super) const LINE: usize = 64;
+/// How far ahead the blocks of a panel are sent for.
+#[cfg(target_arch = "x86_64")]
+const BLOCKS_AHEAD: usize = 3;
 
 /// A quantized W: (N, K), row-major; K is a multiple of 32.
 #[derive(Clone, Debug)]
@@ -190,17 +195,23 @@ at_every_level! {
     }
 }
 
-/// A panel that is unpacked as it is multiplied, from a block on.
+/// A panel that is unpacked as it is multiplied, from a block on, and what is sent for meanwhile.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize, pub(super) usize);
+pub(super) struct CodedPanel<'a>(pub(super) &'a CodePanels, pub(super) usize, pub(super) usize, pub(super) &'a Ahead);
 
 #[cfg(target_arch = "x86_64")]
 impl super::pairs::Weights for CodedPanel<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn each(self, pairs: usize, mut emit: impl FnMut(usize, [__m512bh; 2])) {
-        for block in 0..pairs / (BLOCK / 2) {
+        let blocks = pairs / (BLOCK / 2);
+        let mut send_for_some = self.3.in_parts(blocks);
+        for block in 0..blocks {
+            send_for_some();
+            // At every page the processor would begin anew to foresee them.
+            let lines = self.0.block(self.1, self.2 + block);
+            send_for(lines.as_ptr().wrapping_add(BLOCKS_AHEAD * lines.len()), lines.len());
             // SAFETY: the caller's promise.
             unsafe { self.0.walk(self.1, self.2 + block, |pair, weights| emit(block * (BLOCK / 2) + pair, weights)) };
         }
@@ -210,7 +221,7 @@ impl super::pairs::Weights for CodedPanel<'_> {
 #[cfg(target_arch = "x86_64")]
 impl super::tile::Rows for CodedPanel<'_> {
     fn after(self, k: usize) -> Self {
-        CodedPanel(self.0, self.1, self.2 + k / BLOCK)
+        CodedPanel(self.0, self.1, self.2 + k / BLOCK, self.3)
     }
 }
 
@@ -219,7 +230,9 @@ impl super::tile::Weights for CodedPanel<'_> {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn each16<const V: usize>(self, k: usize, mut emit: impl FnMut(usize, [__m512; V])) {
+        let mut send_for_some = self.3.in_parts(k / BLOCK);
         for block in 0..k / BLOCK {
+            send_for_some();
             // SAFETY: the caller's promise.
             unsafe {
                 self.0.rows(self.1, self.2 + block, |row, weights| {

@@ -1,12 +1,12 @@
-//! Low-rank parts of a product, worked out beside it: whoever comes to a block of rows first multiplies it with A, while the others
-//! begin with the weight itself.
+//! Low-rank parts of a product, worked out beside it: whoever comes to a block of rows first multiplies it with A, once it has done its
+//! first panel of the weight, while others go on with theirs.
 
 use std::hint::spin_loop;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Input, Packed};
+use super::{Ahead, Input, Onto, Packed};
 
 /// How often one who needs another thread's result looks for it before he sleeps: some microseconds.
 const LOOKS: usize = 2000;
@@ -29,11 +29,12 @@ pub(super) struct Lows<'a> {
     blocks: Vec<Vec<Low<'a>>>,
 }
 
-struct Low<'a> {
+/// A part's rows of one block.
+pub(super) struct Low<'a> {
     /// Rows of the step.
-    rows: Range<usize>,
+    pub(super) rows: Range<usize>,
     a: &'a Packed,
-    b: &'a Packed,
+    pub(super) b: &'a Packed,
     claimed: AtomicBool,
     found: OnceLock<Input<'static>>,
 }
@@ -44,7 +45,6 @@ impl<'a> Lows<'a> {
         for LowRank { rows, a, b } in parts {
             let fits = (a.k, a.n, b.n) == (weight.k, b.k, weight.n) && rows.end <= m;
             assert!(fits && [a, b].iter().all(|of| of.is_bf16() == weight.is_bf16()), "a part that does not fit");
-            a.send_for(0);
         }
         let of_block = |start: usize| {
             let common = |rows: &Range<usize>| start.max(rows.start)..(start + block).min(rows.end);
@@ -61,38 +61,47 @@ impl<'a> Lows<'a> {
         Lows { block, blocks: starts.step_by(block).map(of_block).collect() }
     }
 
-    fn of(&self, rows: &Range<usize>) -> &[Low<'a>] {
+    pub(super) fn of(&self, rows: &Range<usize>) -> &[Low<'a>] {
         self.blocks.get(rows.start / self.block).map_or(&[], Vec::as_slice)
     }
+}
 
-    /// Works out what nobody has begun of a block, and sends for what [`Self::add_to`] reads for a panel: pieces too short for the
-    /// processor to foresee, whose wait would cost more than their bytes.
-    pub(super) fn begin(&self, rows: &Range<usize>, panel: usize, input: &Input<'_>) {
-        for low in self.of(rows) {
-            low.b.send_for(panel);
-            if !low.claimed.load(Ordering::Relaxed) && !low.claimed.swap(true, Ordering::Relaxed) {
-                low.found.get_or_init(|| {
-                    Input::new(low.a.some_rows(input, low.rows.clone()), low.b.k, input.mode, [low.b].into_iter())
-                });
-            }
-        }
+impl Low<'_> {
+    /// Whether it is left to the caller to multiply with A.
+    pub(super) fn claim(&self) -> bool {
+        !self.claimed.load(Ordering::Relaxed) && !self.claimed.swap(true, Ordering::Relaxed)
     }
 
-    /// Adds the parts to one panel's columns of a block that was begun.
+    /// Multiplies with A what was claimed.
+    pub(super) fn multiply(&self, input: &Input<'_>) {
+        self.found.get_or_init(|| {
+            Input::new(self.a.some_rows(input, self.rows.clone()), self.b.k, input.mode, [self.b].into_iter())
+        });
+    }
+
+    /// Whether it was multiplied with A.
+    pub(super) fn is_there(&self) -> bool {
+        self.found.get().is_some()
+    }
+
+    /// Adds one panel's columns, once whoever claimed it is done.
     /// # Safety
-    /// `to` has room for the block's rows, N apart, and nobody else uses it.
-    pub(super) unsafe fn add_to(&self, rows: &Range<usize>, panel: usize, columns: usize, to: *mut f32) {
-        for low in self.of(rows) {
-            let mut looks = 0;
-            while low.found.get().is_none() && looks < LOOKS {
-                looks += 1;
-                spin_loop();
+    /// `to` has room for the rows, N apart, and nobody else uses it.
+    pub(super) unsafe fn add_to(&self, panel: usize, columns: usize, to: *mut f32) {
+        let found = self.found.get().unwrap_or_else(|| self.wait());
+        let how = Onto { columns, add: true, ahead: &Ahead::default() };
+        // SAFETY: the caller's promise.
+        unsafe { self.b.panel(found, panel, 0..self.rows.len(), to, &how) };
+    }
+
+    #[cold]
+    fn wait(&self) -> &Input<'static> {
+        for _ in 0..LOOKS {
+            if let Some(found) = self.found.get() {
+                return found;
             }
-            // SAFETY: the caller's promise.
-            unsafe {
-                let to = to.add((low.rows.start - rows.start) * low.b.n);
-                low.b.panel(low.found.wait(), panel, 0..low.rows.len(), columns, true, to);
-            }
+            spin_loop();
         }
+        self.found.wait()
     }
 }

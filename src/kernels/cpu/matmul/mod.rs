@@ -2,10 +2,12 @@
 //!
 //! Every output number is summed over the inner dimension in order, by chains that begin at fixed places, so it does not depend on
 //! how many rows the call has, nor on how the work was cut up. A weight in bf16 or quantized is multiplied by `vdpbf16ps` where the
-//! processor has it, in one chain; that rounds the activations (and what codes stand for) to bf16. Elsewhere a weight in bf16 is
-//! widened and multiplied in f32, a quantized one too with AVX-512; without it codes are multiplied with activations of 16 bits
+//! processor has it, in one chain (in four where its columns are 16 or fewer); that rounds the activations, and what codes stand for,
+//! to bf16. Elsewhere a weight in bf16 is widened and multiplied in f32, a quantized one too with AVX-512; without it codes are
+//! multiplied with activations of 16 bits
 //! (`sixteen.rs`). So processors differ by such roundings.
 
+mod ahead;
 mod backward;
 mod coded;
 mod low;
@@ -31,6 +33,7 @@ use rayon::prelude::*;
 use super::level::{Level, has_bf16_products, level};
 use super::places::{Out, filled};
 use crate::cores::each;
+use ahead::Ahead;
 use coded::CodePanels;
 #[cfg(target_arch = "x86_64")]
 use coded::CodedPanel;
@@ -56,8 +59,6 @@ const UNPACKED: usize = CHAIN;
 const FEW_ROWS: usize = 8;
 /// Largest weight that is unpacked whole (if quantized) or turned whole for a call of many rows: 64 MiB of bf16.
 const MOST_WHOLE: usize = 1 << 25;
-/// Most bytes of a panel that are read ahead.
-const MOST_AHEAD: usize = 4096;
 /// Tasks a thread gets: enough to even out, few enough to cost nothing when one row is read.
 const TASKS: usize = 4;
 /// Most multiplications of a task: a core that is called off ends its task first.
@@ -143,6 +144,17 @@ impl Mode {
     }
 }
 
+/// How a panel's product is stored.
+#[derive(Clone, Copy)]
+struct Onto<'a> {
+    /// 1..=32.
+    columns: usize,
+    /// Whether the sums start from what is there.
+    add: bool,
+    /// What is sent for meanwhile.
+    ahead: &'a Ahead,
+}
+
 impl Packed {
     /// Packs W: (N, K), row-major.
     pub fn new(weight: &Width, n: usize, k: usize) -> Self {
@@ -195,7 +207,7 @@ impl Packed {
     /// `x·Wᵀ + bias` with `x·Aᵀ·Bᵀ` added to some of its rows, each sum going on where the one before ended. x: (M, K) → (M, N); no row
     /// is in two parts.
     pub fn forward_adapted(&self, x: &[f32], parts: &[LowRank<'_>]) -> Vec<f32> {
-        forward_together(x, &[Adapted { weight: self, parts }]).remove(0)
+        forward_together(x, &[Adapted { weight: self, parts }], &[]).remove(0)
     }
 
     /// Row `n` of W into `out`: (K).
@@ -215,6 +227,10 @@ impl Packed {
         }
     }
 
+    fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
     /// Columns of a panel.
     fn width(&self) -> usize {
         width(self.n)
@@ -228,10 +244,10 @@ impl Packed {
     /// All columns of some rows of the input, on this thread: (rows, N).
     fn some_rows(&self, input: &Input<'_>, rows: Range<usize>) -> Vec<f32> {
         let multiply = |y: Out| {
-            for panel in 0..self.n.div_ceil(PANEL) {
-                let columns = PANEL.min(self.n - panel * PANEL);
+            for panel in 0..self.panels() {
+                let how = Onto { columns: PANEL.min(self.n - panel * PANEL), add: false, ahead: &Ahead::default() };
                 // SAFETY: rows and columns are inside y.
-                unsafe { self.panel(input, panel, rows.clone(), columns, false, y.at(panel * PANEL)) };
+                unsafe { self.panel(input, panel, rows.clone(), y.at(panel * PANEL), &how) };
             }
         };
         // SAFETY: the panels are all columns.
@@ -241,23 +257,19 @@ impl Packed {
     /// One panel's columns of some rows of the input.
     /// # Safety
     /// `to` has room for them, rows N apart, and nobody else uses it.
-    unsafe fn panel(
-        &self,
-        input: &Input<'_>,
-        panel: usize,
-        rows: Range<usize>,
-        columns: usize,
-        add: bool,
-        to: *mut f32,
-    ) {
-        let (len, level) = (rows.len(), input.mode.level);
+    unsafe fn panel(&self, input: &Input<'_>, panel: usize, rows: Range<usize>, to: *mut f32, how: &Onto<'_>) {
+        let (len, level, Onto { columns, add, ahead }) = (rows.len(), input.mode.level, *how);
+        let sends = matches!(self.panels, Panels::Codes(_)) && input.sixteens.is_none() && level.is_avx512();
+        if !(sends && len <= FEW_ROWS) {
+            ahead.send();
+        }
         // SAFETY: the caller's promise; the tiles say what is there.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if let Some(x) = &input.rounded
                 && self.is_bf16()
             {
-                return self.panel_of_pairs(x, panel, rows, columns, add, to);
+                return self.panel_of_pairs(x, panel, rows, to, how);
             }
             let x = input.plain[rows.start * self.k..].as_ptr();
             match &self.panels {
@@ -273,7 +285,7 @@ impl Packed {
                     let tile = Tile { x, stride: self.k, turned: false, weights: (), k: self.k, columns, sums };
                     #[cfg(target_arch = "x86_64")]
                     if level.is_avx512() && len <= FEW_ROWS {
-                        return tile.of(CodedPanel(panels, panel, 0)).avx512_rows::<false>(len, to, self.n);
+                        return tile.of(CodedPanel(panels, panel, 0, ahead)).avx512_rows::<false>(len, to, self.n);
                     }
                     unpacked(tile, panels, panel, level, len, to, self.n);
                 }
@@ -281,15 +293,12 @@ impl Packed {
         }
     }
 
-    /// Has the processor read a panel ahead, the start of a long one.
-    fn send_for(&self, panel: usize) {
-        fn start<W>(numbers: &[W]) -> &[W] {
-            &numbers[..numbers.len().min(MOST_AHEAD / size_of::<W>())]
-        }
+    /// A panel is read soon.
+    fn push_to(&self, ahead: &mut Ahead, panel: usize) {
         match &self.panels {
-            Panels::F32(panels) => send_for(start(self.panel_of(panels, panel))),
-            Panels::Bf16(panels) => send_for(start(self.panel_of(panels, panel))),
-            Panels::F16(panels) => send_for(start(self.panel_of(panels, panel))),
+            Panels::F32(panels) => ahead.push(self.panel_of(panels, panel)),
+            Panels::Bf16(panels) => ahead.push(self.panel_of(panels, panel)),
+            Panels::F16(panels) => ahead.push(self.panel_of(panels, panel)),
             Panels::Codes(_) => {}
         }
     }
@@ -319,41 +328,25 @@ impl Packed {
     }
 
     /// # Safety
-    /// As [`Self::panel`], and for [`unpacked`]'s reason apart; the processor has the instructions.
+    /// As [`Self::panel`]; the processor has the instructions.
     #[cfg(target_arch = "x86_64")]
-    #[inline(never)]
-    unsafe fn panel_of_pairs(
-        &self,
-        x: &Pairs,
-        panel: usize,
-        rows: Range<usize>,
-        columns: usize,
-        add: bool,
-        to: *mut f32,
-    ) {
+    #[inline(always)]
+    unsafe fn panel_of_pairs(&self, x: &Pairs, panel: usize, rows: Range<usize>, to: *mut f32, how: &Onto<'_>) {
         let (stride, pairs) = (x.stride(), x.stride());
-        let (x, turned) = (x.from(rows.start, 0), false);
+        let (x, turned, Onto { columns, add, ahead }) = (x.from(rows.start, 0), false, *how);
         let tile = PairTile { x, stride, turned, weights: (), pairs, columns, add };
         // SAFETY: the caller's promise; the fields say what is there.
         unsafe {
             match &self.panels {
                 Panels::Codes(panels) if rows.len() <= FEW_ROWS => {
-                    tile.of(CodedPanel(panels, panel, 0)).run(rows.len(), to, self.n);
+                    tile.of(CodedPanel(panels, panel, 0, ahead)).run(rows.len(), to, self.n);
                 }
-                Panels::Codes(panels) => {
-                    let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
-                    for k in pieces(self.k, UNPACKED) {
-                        panels.unpack(panel, blocks(&k), numbers.as_mut_ptr());
-                        let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, add || k.start > 0);
-                        let tile = PairTile { x, pairs, add, ..tile };
-                        tile.of(Panel::<2>(numbers.as_ptr())).run(rows.len(), to, self.n);
-                    }
-                }
+                Panels::Codes(panels) => unpacked_in_pairs(tile, panels, panel, rows.len(), to, self.n),
                 Panels::Bf16(panels) => {
                     let weights = self.panel_of(panels, panel).as_ptr();
                     match self.width() {
                         PANEL => tile.of(Panel::<2>(weights)).run(rows.len(), to, self.n),
-                        _ => tile.of(Panel::<1>(weights)).run(rows.len(), to, self.n),
+                        _ => tile.of(Panel::<1>(weights)).narrow(rows.len(), to, self.n),
                     }
                 }
                 _ => {}
@@ -397,12 +390,28 @@ unsafe fn unpacked(
     }
 }
 
-/// Has the processor read some numbers ahead, where it can be told.
-fn send_for<W>(numbers: &[W]) {
-    #[cfg(target_arch = "x86_64")]
-    tile::send_for(numbers.as_ptr(), numbers.len());
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = numbers;
+/// As [`unpacked`], in bf16.
+/// # Safety
+/// As [`PairTile::run`].
+#[cfg(target_arch = "x86_64")]
+#[inline(never)]
+unsafe fn unpacked_in_pairs(
+    tile: PairTile<()>,
+    panels: &CodePanels,
+    panel: usize,
+    rows: usize,
+    to: *mut f32,
+    n: usize,
+) {
+    let mut numbers = [bf16::ZERO; UNPACKED * PANEL];
+    for k in pieces(2 * tile.pairs, UNPACKED) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            panels.unpack(panel, blocks(&k), numbers.as_mut_ptr());
+            let (x, pairs, add) = (tile.x.add(k.start / 2), k.len() / 2, tile.add || k.start > 0);
+            PairTile { x, pairs, add, ..tile }.of(Panel::<2>(numbers.as_ptr())).run(rows, to, n);
+        }
+    }
 }
 
 /// Columns `0..k` some at a time, in order.

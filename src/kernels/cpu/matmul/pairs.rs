@@ -7,11 +7,16 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::ahead::send_for;
 use super::tile::ROWS;
 use crate::cores::each;
 
 /// Rows rounded by one task.
 const TOGETHER: usize = 16;
+/// Chains of a sum of a narrow panel, which take pairs in turn: with a row or two one chain would wait for its own sums.
+const NARROW_CHAINS: usize = 4;
+/// How many pairs ahead a narrow panel is sent for.
+const NARROW_AHEAD: usize = 32;
 
 /// Activations as pairs along K: (M, ⌈K/2⌉), an odd K padded with zero.
 pub(in super::super) struct Pairs {
@@ -144,6 +149,65 @@ impl<N> PairTile<N> {
     pub(super) fn of<W: Weights>(&self, weights: W) -> PairTile<W> {
         let PairTile { x, stride, turned, pairs, columns, add, .. } = *self;
         PairTile { x, stride, turned, weights, pairs, columns, add }
+    }
+}
+
+impl PairTile<Panel<1>> {
+    /// Up to 16 columns, each sum of [`NARROW_CHAINS`].
+    /// # Safety
+    /// As [`Self::run`]; x is not turned.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn narrow(&self, rows: usize, out: *mut f32, out_stride: usize) {
+        let mut row = 0;
+        while row < rows {
+            let tile = PairTile { x: self.x.wrapping_add(row * self.stride), ..*self };
+            let out = out.wrapping_add(row * out_stride);
+            // SAFETY: the caller's promise; each arm takes no more rows than are left.
+            row += unsafe {
+                match rows - row {
+                    1 => tile.in_chains::<1>(out, out_stride),
+                    2 => tile.in_chains::<2>(out, out_stride),
+                    3 | 4 => tile.in_chains::<3>(out, out_stride),
+                    _ => tile.in_chains::<5>(out, out_stride),
+                }
+            };
+        }
+    }
+
+    /// M rows; gives M.
+    /// # Safety
+    /// As [`Self::narrow`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn in_chains<const M: usize>(&self, out: *mut f32, out_stride: usize) -> usize {
+        let mask = ((1_u32 << self.columns) - 1) as u16;
+        let mut sums = [[_mm512_setzero_ps(); NARROW_CHAINS]; M];
+        // SAFETY: pair < self.pairs and r < M: what the fields say is there; the mask leaves out what is past `columns`.
+        unsafe {
+            if self.add {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[0] = _mm512_maskz_loadu_ps(mask, out.wrapping_add(r * out_stride));
+                }
+            }
+            let mut step = |pair: usize, chain: usize| {
+                let bits = |vector| std::mem::transmute::<__m512i, __m512bh>(vector);
+                let weights = bits(_mm512_loadu_si512(self.weights.0.add(pair * 32).cast()));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let value = bits(_mm512_set1_epi32(*self.x.add(r * self.stride + pair) as i32));
+                    sums[chain] = _mm512_dpbf16_ps(sums[chain], value, weights);
+                }
+            };
+            let whole = self.pairs / NARROW_CHAINS * NARROW_CHAINS;
+            for first in (0..whole).step_by(NARROW_CHAINS) {
+                send_for(self.weights.0.wrapping_add((first + NARROW_AHEAD) * 32), NARROW_CHAINS * 32);
+                (0..NARROW_CHAINS).for_each(|chain| step(first + chain, chain));
+            }
+            (whole..self.pairs).for_each(|pair| step(pair, 0));
+            for (r, [first, second, third, fourth]) in sums.into_iter().enumerate() {
+                let sum = _mm512_add_ps(_mm512_add_ps(first, second), _mm512_add_ps(third, fourth));
+                _mm512_mask_storeu_ps(out.wrapping_add(r * out_stride), mask, sum);
+            }
+        }
+        M
     }
 }
 

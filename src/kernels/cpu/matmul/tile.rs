@@ -7,6 +7,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::ahead::send_for;
 use super::stored::Stored;
 use crate::kernels::cpu::level::Level;
 
@@ -135,16 +137,6 @@ impl<W: Stored> Plain<W> {
             }
             emit(at, &row);
         }
-    }
-}
-
-/// Has the processor read some numbers ahead.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(super) fn send_for<W>(from: *const W, numbers: usize) {
-    for line in (0..numbers * size_of::<W>()).step_by(64) {
-        // SAFETY: a hint, which reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(line)) };
     }
 }
 
