@@ -15,6 +15,9 @@ pub(super) struct Ahead {
     places: Vec<(usize, usize)>,
 }
 
+/// Nothing to send for.
+pub(super) static NOTHING: Ahead = Ahead { places: Vec::new() };
+
 impl Ahead {
     pub(super) fn clear(&mut self) {
         self.places.clear();

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::ahead::{Ahead, send_for};
+use super::ahead::{Ahead, NOTHING, send_for};
 use super::tile::PANEL;
 use crate::kernels::cpu::level::Level;
 use crate::kernels::cpu::rowwise::at_every_level;
@@ -221,7 +221,8 @@ impl super::pairs::Weights for CodedPanel<'_> {
 #[cfg(target_arch = "x86_64")]
 impl super::tile::Rows for CodedPanel<'_> {
     fn after(self, k: usize) -> Self {
-        CodedPanel(self.0, self.1, self.2 + k / BLOCK, self.3)
+        // The first chain sends for all of it.
+        CodedPanel(self.0, self.1, self.2 + k / BLOCK, &NOTHING)
     }
 }
 

@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Ahead, Input, Onto, Packed};
+use super::ahead::NOTHING;
+use super::{Input, Onto, Packed};
 
 /// How often one who needs another thread's result looks for it before he sleeps: some microseconds.
 const LOOKS: usize = 2000;
@@ -89,7 +90,7 @@ impl Low<'_> {
     /// `to` has room for the rows, N apart, and nobody else uses it.
     pub(super) unsafe fn add_to(&self, panel: usize, columns: usize, to: *mut f32) {
         let found = self.found.get().unwrap_or_else(|| self.wait());
-        let how = Onto { columns, add: true, ahead: &Ahead::default() };
+        let how = Onto { columns, add: true, ahead: &NOTHING };
         // SAFETY: the caller's promise.
         unsafe { self.b.panel(found, panel, 0..self.rows.len(), to, &how) };
     }

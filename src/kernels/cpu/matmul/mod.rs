@@ -33,7 +33,7 @@ use rayon::prelude::*;
 use super::level::{Level, has_bf16_products, level};
 use super::places::{Out, filled};
 use crate::cores::each;
-use ahead::Ahead;
+use ahead::{Ahead, NOTHING};
 use coded::CodePanels;
 #[cfg(target_arch = "x86_64")]
 use coded::CodedPanel;
@@ -245,7 +245,7 @@ impl Packed {
     fn some_rows(&self, input: &Input<'_>, rows: Range<usize>) -> Vec<f32> {
         let multiply = |y: Out| {
             for panel in 0..self.panels() {
-                let how = Onto { columns: PANEL.min(self.n - panel * PANEL), add: false, ahead: &Ahead::default() };
+                let how = Onto { columns: PANEL.min(self.n - panel * PANEL), add: false, ahead: &NOTHING };
                 // SAFETY: rows and columns are inside y.
                 unsafe { self.panel(input, panel, rows.clone(), y.at(panel * PANEL), &how) };
             }
