@@ -265,7 +265,9 @@ impl LoraRows<'_> {
                 if covered != Some(x.dim(0)?) {
                     return Err(Error::internal("Row groups must cover all rows in order. This is a bug."));
                 }
-                let next = of.first().map(|(site, _)| sites_after(layer, *site)).into_iter().flatten();
+                // A GPU has no use for it.
+                let first = of.first().filter(|_| x.device().is_cpu());
+                let next = first.map(|(site, _)| sites_after(layer, *site)).into_iter().flatten();
                 let soon = next.flat_map(|place| served(groups, place)).map(|(_, a, _)| a).collect::<Vec<_>>();
                 linears(x, of.map(|(site, base)| (base, served(groups, (layer, site)))), &soon)
             }
