@@ -65,7 +65,8 @@ cuda-check: ## type-check the CUDA build (needs nvcc)
 
 gpu-build: ## the executables for gpu-check, into build/gpu (needs nvcc)
 	set -o pipefail; flags="--release --no-default-features --features $(GPU_FEATURES) --message-format=json-render-diagnostics"; \
-	{ $(CARGO) test --no-run --lib --test it $$flags && $(CARGO) bench --no-run --bench bench $${flags/--release /}; } | python3 tests/gpu/gather.py $(GPU_DIR) $(GPU_PARTS)
+	$(if $(filter-out rdpo,$(GPU_PARTS)),{ $(CARGO) test --no-run --lib --test it $$flags && $(CARGO) bench --no-run --bench bench $${flags/--release /}; },$(CARGO) build --bin rdpo $$flags) \
+	| python3 tests/gpu/gather.py $(GPU_DIR) $(GPU_PARTS)
 
 gpu-check: ## check and measure on a GPU, report in gpu-report.md (docs/gpu.md)
 	$(PYTHON) tests/gpu/check.py --binaries $(GPU_DIR) $(GPU_ARGS)

@@ -60,7 +60,6 @@ struct Plan {
     tokenizer: Arc<Tokenizer>,
     kv_memory_bytes: usize,
     max_sequences: usize,
-    prefix_caching: bool,
     queue: Arc<Queue>,
 }
 
@@ -91,7 +90,6 @@ impl Mistral {
             tokenizer: tokenizer.clone(),
             kv_memory_bytes: memory.kv_bytes(cache, 1)?.unwrap_or(KV_BYTES),
             max_sequences: cache.max_sequences,
-            prefix_caching: cache.prefix_caching,
             queue: queue.clone(),
         })?;
         Ok(Arc::new(Mistral {

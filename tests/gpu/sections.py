@@ -1,5 +1,6 @@
 """The sections of check.py: each gets the bench, the time it has to end by, and its rows of the table to fill in."""
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
@@ -26,6 +27,8 @@ ALONE = 30
 # 8 to 16 that is rounded the other way is off by 0.06.
 MOST_GAP = 0.05
 NEW_TOKENS, BATCH, PREFILL = 128, 64, 2048
+# The build with mistral.rs on a GPU, which no build with `cuda` can be; and answers at once of it.
+MISTRALRS, AT_ONCE = "mistralrs/rdpo", 32
 PAIRS, LENGTH, STEPS = 8, 1024, 3
 TEXT = ROOT / "LICENSE"
 # Of the peer's memory beside the weights, which both hold; what a training run takes beside weights and kept activations, and the least for
@@ -101,16 +104,16 @@ def test_process(bench, binary, names, dtype, until):
 
 
 @contextlib.contextmanager
-def serving(bench, until, name, text):
+def serving(bench, until, name, text, binary="rdpo", kind=None):
     """A server on these settings; `ask(path, body)` gives the reply, or raises with it."""
     folder = bench.folder / name
     folder.mkdir()
     (folder / "rdpo.toml").write_text(
-        f'[server]\nport = 0\n[device]\nkind = "{bench.device}"\n[store]\npath = "{folder}/jobs.sqlite"\n'
+        f'[server]\nport = 0\n[device]\nkind = "{kind or bench.device}"\n[store]\npath = "{folder}/jobs.sqlite"\n'
         f'[adapters]\npath = "{folder}/adapters"\n{text}')
     log = folder / "log"
     with log.open("w") as file:
-        process = bench.start([bench.binaries / "rdpo", "serve", "--config", folder / "rdpo.toml"], subprocess.PIPE, file)
+        process = bench.start([bench.binaries / binary, "serve", "--config", folder / "rdpo.toml"], subprocess.PIPE, file)
     try:
         # A server that does not start says why and ends.
         line = first_line(process, until)
@@ -139,14 +142,22 @@ def chat(ask, model, text="What is the capital of France?"):
     return ask("/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0})
 
 
+def small_model(bench):
+    """The folder of the small real model, or of one of its shape, and what to say of that."""
+    model = ROOT / "models/smollm2-135m-instruct"
+    if list(model.glob("*.gguf")):
+        return model, ""
+    model = bench.folder / "small"
+    if not model.exists():
+        shape.write("smollm2-135m", model, ROOT / "tests/fixtures/tiny-llama", "cpu")
+    return model, "random weights of its shape (`models/fetch.sh smollm2-135m-instruct` was not run): "
+
+
 def job(bench, until, rows):
     """A whole job of the small real model over HTTP: synthesis, scores, training, report, swap. Without the model's file, of one of its shape
     with random weights and the fixtures' vocabulary."""
     (row,) = rows
-    model, which = ROOT / "models/smollm2-135m-instruct", ""
-    if not list(model.glob("*.gguf")):
-        model, which = bench.folder / "small", "random weights of its shape (`models/fetch.sh smollm2-135m-instruct` was not run): "
-        shape.write("smollm2-135m", model, ROOT / "tests/fixtures/tiny-llama", "cpu")
+    model, which = small_model(bench)
     _, prompts, _ = compare.demo_work()
     body = {"behavior": "sycophancy", "prompts": prompts[:12], "eval_prompts": prompts[12:14], "synthesis": {"max_tokens": 64, "temperature": 0.3},
             "training": {"epochs": 2, "batch_size": 4, "max_length": 512}}
@@ -282,6 +293,38 @@ def residence(bench, until, rows):
     bench.notes.append("**residence**, the memory plan\n\n```\n" + "\n".join(line.split("rdpo::roles::plan: ")[-1] for line in plan) + "\n```")
 
 
+def mistralrs(bench, until, rows):
+    """A teacher on mistral.rs: answers of several lengths at once, of which each has its tokens, and a prompt that comes again, of a length that
+    ends its prefix cache before the last token."""
+    (row,) = rows
+    if not (bench.binaries / MISTRALRS).is_file():
+        row.result = f"not run: there is no {MISTRALRS} (`make gpu-build GPU_FEATURES=mistralrs-cuda GPU_DIR={bench.binaries}/mistralrs GPU_PARTS=rdpo`)"
+        return
+    model, which = small_model(bench)
+    settings = f'[models.small]\npath = "{model}"\n[roles]\nteacher = {{ backend = "mistralrs", model = "small" }}\nstudent = {{ model = "small" }}\n[kv_cache]\nmemory = "1GiB"\n'
+    tokens = 4 if bench.on_cpu else NEW_TOKENS
+    # A build with mistral.rs on a GPU has no other use of it.
+    with serving(bench, until, "mistralrs", settings, MISTRALRS, "cpu" if bench.on_cpu else "auto") as (ask, _):
+
+        def answer(length):
+            body = {"model": "teacher", "prompt": [20 + one % 40 for one in range(length)], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens}
+            reply = ask("/v1/completions", body)
+            if reply["usage"]["completion_tokens"] != tokens:
+                raise Failed(f"{length} tokens were answered with {reply}")
+            return reply["choices"][0]["text"]
+
+        again = {answer(161) for _ in range(3)}
+        rates = []
+        for at_once in (1, 8, AT_ONCE):
+            since = time.monotonic()
+            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(answer, range(30, 30 + at_once)))
+            rates.append(f"{at_once * tokens / (time.monotonic() - since):.0f}")
+        again.add(answer(161))
+    row.passed = len(again) == 1
+    row.result = which + (f"{', '.join(rates)} tok/s" if row.passed else f"failed: one prompt has {len(again)} greedy answers: {sorted(again)}")
+
+
 def tolerances():
     """As the tests name them."""
     text = (ROOT / "tests/it/parity.rs").read_text()
@@ -292,20 +335,21 @@ def tolerances():
 LIMITS = tolerances()
 # Name, function, seconds, the executables it runs, and its rows: check and target.
 ALL = [
-    ("tests", tests, 150, ["it", "unit"], [
+    ("tests", tests, 140, ["it", "unit"], [
         ("kernels beside their twins, and the Hugging Face fixtures, bf16",
          f"root mean square of what is off: {LIMITS['LOGIT_TOLERANCE_BF16']} of that of the logits, {LIMITS['GRADIENT_TOLERANCE_BF16']} of the gradients"),
         ("the fixtures in f32", f"logits within {LIMITS['LOGIT_TOLERANCE']}, gradients within {LIMITS['GRADIENT_TOLERANCE']} of the largest"),
         ("the fixtures in f16, on candle's operations", "an eighth of bf16's")]),
-    ("job", job, 50, ["rdpo"], [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
-    ("weights", weights, 40, [], []),
-    ("decode", decode, 90, ["bench"], [
+    ("job", job, 45, ["rdpo"], [("a job of SmolLM2-135M over HTTP, mean train–serve log-prob gap", f"at most {MOST_GAP} nats a token")]),
+    ("weights", weights, 35, [], []),
+    ("decode", decode, 85, ["bench"], [
         ("bandwidth of device memory, a copy by torch", ""),
         ("decode, batch 1", "70 % of the bandwidth"),
         (f"decode, batch {BATCH}", "no slower than transformers"),
         (f"prefill, {PREFILL} tokens", "no slower than transformers")]),
-    ("training", training, 100, ["bench"], [
+    ("training", training, 95, ["bench"], [
         (f"LoRA rDPO step, {PAIRS} pairs × {LENGTH} tokens, time", "half of TRL + PEFT with gradient checkpointing"),
         ("its peak memory", "60 % of TRL + PEFT, beside the weights that both hold")]),
-    ("residence", residence, 35, ["rdpo"], [("teacher, judge and student resident together", "one copy of the weights")]),
+    ("residence", residence, 30, ["rdpo"], [("teacher, judge and student resident together", "one copy of the weights")]),
+    ("mistralrs", mistralrs, 35, [], [(f"a teacher on mistral.rs, 1, 8 and {AT_ONCE} answers of {NEW_TOKENS} tokens at once", "all of their tokens; a prompt's answer again")]),
 ]

@@ -69,6 +69,8 @@ struct House {
     end: u32,
     /// Ids of the tokenizer.
     vocabulary: usize,
+    /// Least tokens of a prompt.
+    shortest: usize,
 }
 
 impl House {
@@ -94,7 +96,11 @@ impl House {
         let (metrics, prompt) = (metrics(), writer.request.prompt.clone());
         metrics.request_queue_time_seconds.with_label_values(&[role]).observe(writer.arrived.elapsed().as_secs_f64());
         metrics.prompt_tokens_total.with_label_values(&[role]).inc_by(prompt.len() as u64);
-        let state = State { writer, output: Vec::new(), ended: false };
+        let mut state = State { writer, output: Vec::new(), ended: false };
+        if prompt.len() < self.shortest {
+            let text = format!("needs at least {} tokens where mistralrs runs on a GPU", self.shortest);
+            return state.end(Ending::Failed(Error::invalid("prompt", text)));
+        }
         let hand = Arc::new(Hand { state: Mutex::new(state), end: self.end, vocabulary: self.vocabulary });
         // The receiver lives until mistral.rs is done: an answer that cannot be sent fails all that run beside it.
         let (replies, mut replied) = channel(1);

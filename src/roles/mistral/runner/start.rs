@@ -28,13 +28,6 @@ pub(super) async fn start(plan: &Plan) -> Result<(House, usize)> {
              RUSTFLAGS=\"-C target-cpu=native\", or use the native backend"
         );
     }
-    if device.is_cuda() {
-        tracing::warn!(
-            model = plan.name,
-            "mistralrs 0.8.1 stopped with 32 requests at once on the one GPU it was tried on, not with 8: set \
-             kv_cache.max_sequences, or use another backend (docs/backends.md)"
-        );
-    }
     let field = |key: &str| format!("models.{}.{key}", plan.name);
     let (dtype, quantization) = format(&plan.dtype, &device).map_err(|text| Error::invalid(field("dtype"), text))?;
     let is_file = plan.path.is_file();
@@ -83,8 +76,10 @@ pub(super) async fn start(plan: &Plan) -> Result<(House, usize)> {
         None => SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(most) },
     };
     let engine = MistralRsBuilder::new(pipeline, scheduler, false, None)
-        // A cache that is not on a device is never evicted: it would grow until memory is full.
-        .with_no_prefix_cache(on_cpu || !plan.prefix_caching)
+        // On a CPU its cache of prefixes is never evicted: it would grow until memory is full. On a GPU a prompt of which all but one
+        // token is cached goes through the kernel for decoding with shared memory for one key, and that writes past it; and a block
+        // may be kept before its last key is written (0.8.1, `make_prompt_chunk` and `PagedAttentionScheduler::_preempt`).
+        .with_no_prefix_cache(true)
         // Where an answer ends is decided here.
         .with_disable_eos_stop(true)
         .build()
@@ -96,6 +91,8 @@ pub(super) async fn start(plan: &Plan) -> Result<(House, usize)> {
         queue: plan.queue.clone(),
         end: *end,
         vocabulary: plan.tokenizer.id_limit() as usize,
+        // The same kernel, told that there is no key at all.
+        shortest: if on_cpu { 1 } else { 2 },
     };
     Ok((house, context))
 }
@@ -123,11 +120,15 @@ fn paths(plan: &Plan, scratch: &Path) -> Result<Box<dyn ModelPaths>> {
     )))
 }
 
-/// transformers 5 writes `rope_parameters`, where mistral.rs looks for `rope_theta` and `rope_scaling`.
+/// transformers 5 writes `rope_parameters`, where mistral.rs looks for `rope_theta`, `partial_rotary_factor` and `rope_scaling`.
 fn with_old_ropes(mut config: Value) -> Value {
     let new = config["rope_parameters"].clone();
     if let Some(fields) = config.as_object_mut().filter(|_| new["rope_theta"].is_number()) {
-        fields.insert("rope_theta".into(), new["rope_theta"].clone());
+        for key in ["rope_theta", "partial_rotary_factor"] {
+            if !new[key].is_null() {
+                fields.insert(key.into(), new[key].clone());
+            }
+        }
         if new["rope_type"] != "default" {
             fields.insert("rope_scaling".into(), new);
         }
