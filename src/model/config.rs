@@ -119,12 +119,9 @@ impl ModelConfig {
             return Err(keys.bad("head_dim", "must be even for the rotary embedding"));
         }
 
-        let (activation_key, activation) = keys
-            .text("hidden_activation")
-            .map(|name| ("hidden_activation", name))
-            .or(keys.text("hidden_act").map(|name| ("hidden_act", name)))
-            .unwrap_or(("hidden_act", if gemma { "gelu_pytorch_tanh" } else { "silu" }));
-        let activation = match activation {
+        let (activation_key, usual) =
+            if gemma { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+        let activation = match keys.text(activation_key).unwrap_or(usual) {
             "silu" | "swish" => Activation::Silu,
             "gelu_pytorch_tanh" | "gelu_new" => Activation::GeluTanh,
             _ => return Err(keys.bad(activation_key, "is not supported: only silu and gelu_pytorch_tanh are")),
@@ -324,9 +321,11 @@ impl<'a> Keys<'a> {
                 return Err(self.bad(&format!("{local}.rope_type"), "must be default"));
             }
             let full = "rope_parameters.full_attention";
+            let (theta, local_theta) =
+                (self.number("rope_theta", Some(default_theta))?, self.number("rope_local_base_freq", Some(1e4))?);
             Rope {
-                theta: self.sub(full).number("rope_theta", Some(default_theta))?,
-                local_theta: Some(self.sub(local).number("rope_theta", Some(1e4))?),
+                theta: self.sub(full).number("rope_theta", Some(theta))?,
+                local_theta: Some(self.sub(local).number("rope_theta", Some(local_theta))?),
                 scaling: self.rope_scaling(full, context)?,
             }
         } else {
@@ -340,6 +339,12 @@ impl<'a> Keys<'a> {
                 scaling: self.rope_scaling("rope_parameters", context)?,
             }
         };
+        // transformers lets the old spelling win where a file has both.
+        let new = self.sub(if gemma { "rope_parameters.full_attention" } else { "rope_parameters" });
+        let old = self.keys["rope_scaling"].as_object().filter(|_| !parameters.is_null());
+        if old.is_some_and(|old| old.iter().any(|(key, value)| new.keys.get(key) != Some(value))) {
+            return Err(self.bad("rope_scaling", "is not supported beside a `rope_parameters` that says otherwise"));
+        }
         if rope.theta <= 0.0 || rope.local_theta.is_some_and(|theta| theta <= 0.0) {
             return Err(self.bad("rope_theta", "must be above zero"));
         }
@@ -395,7 +400,6 @@ impl<'a> Keys<'a> {
         }
         let listed = &self.keys["layer_types"];
         let is_sliding = match (family, listed) {
-            (Family::Llama | Family::Mistral, _) => vec![true; layers],
             (_, Value::Array(types)) => {
                 let is_sliding = types.iter().map(|kind| match kind.as_str() {
                     Some("sliding_attention") => Ok(true),
@@ -408,13 +412,9 @@ impl<'a> Keys<'a> {
                 }
                 is_sliding
             }
+            (Family::Llama | Family::Mistral, _) => vec![true; layers],
             (Family::Gemma3, _) => {
-                let key = if self.keys["_sliding_window_pattern"].is_null() {
-                    "sliding_window_pattern"
-                } else {
-                    "_sliding_window_pattern"
-                };
-                let every = self.size(key, Some(6))?;
+                let every = self.size("sliding_window_pattern", Some(6))?;
                 (0..layers).map(|layer| (layer + 1) % every != 0).collect()
             }
             (Family::Qwen2 | Family::Qwen3, _) => {

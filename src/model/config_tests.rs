@@ -52,6 +52,10 @@ fn llama_in_the_old_and_the_new_spelling() {
     new["rope_parameters"] = llama()["rope_scaling"].clone();
     new["rope_parameters"]["rope_theta"] = json!(500000.0);
     assert_eq!(read(&new), old);
+    // Both, of one mind; and a scaling that was put beside the new spelling.
+    let both = with(&new, json!({"rope_scaling": llama()["rope_scaling"]}));
+    assert_eq!(read(&both), old);
+    assert_eq!(refused(&with(&new, json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))), "rope_scaling");
 }
 
 #[test]
@@ -78,6 +82,9 @@ fn windows_of_each_family() {
     assert_eq!((config.architecture, config.sliding_window), (Architecture::Llama, Some(4096)));
     assert_eq!(config.is_sliding, [true; 4]);
     assert_eq!(read(&with(&mistral, json!({"sliding_window": null}))).sliding_window, None);
+    // Ministral's layers differ.
+    let listed = json!(["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]);
+    assert_eq!(read(&with(&mistral, json!({"layer_types": listed}))).is_sliding, [false, true, true, true]);
     // A Llama has no window whatever its file says.
     assert_eq!(read(&with(&llama(), json!({"sliding_window": 16}))).sliding_window, None);
 
@@ -125,6 +132,10 @@ fn gemma3_text_and_the_text_part_of_gemma3() {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     });
     assert_eq!(read(&new), config);
+    // A base that the new spelling leaves out is the old one's.
+    new["rope_parameters"]["full_attention"]["rope_theta"] = Value::Null;
+    new["rope_theta"] = json!(5e5);
+    assert_eq!(read(&new).rope_theta, 5e5);
 }
 
 #[test]

@@ -34,8 +34,7 @@ impl Adapter {
     /// Checks every tensor against the model (422 naming the tensor) and copies it.
     pub fn from_file(file: &AdapterFile, model: &Decoder) -> Result<Self> {
         let mut sites = BTreeMap::new();
-        for ((layer, site), (a, b)) in checked(file, model.config())? {
-            let (_, scale) = file.config.rank_and_scale(&module_path(layer, site));
+        for ((layer, site), (a, b, scale)) in checked(file, model.config())? {
             let frozen = |tensor: &Tensor| {
                 let dtype = model.linear(layer, site).low_rank_dtype();
                 FrozenLinear::new(&tensor.detach().copy()?.to_device(model.device())?.to_dtype(dtype)?, None)
@@ -51,15 +50,20 @@ impl Adapter {
     }
 }
 
-/// `model.layers.0.self_attn.q_proj`.
-pub(super) fn module_path(layer: usize, site: usize) -> String {
-    format!("model.layers.{layer}.{}", site_path(site))
+/// `model.layers.0.self_attn.q_proj`, as PEFT sees the module; `root` is where the layers are ([`Decoder::layers_root`]).
+pub(super) fn module_path(root: &str, layer: usize, site: usize) -> String {
+    format!("{root}layers.{layer}.{}", site_path(site))
 }
 
 /// PEFT's name; `root` is where the layers are in Hugging Face's model ([`Decoder::layers_root`]).
 fn tensor_name(root: &str, layer: usize, site: usize, part: char) -> String {
     format!("base_model.model.{root}layers.{layer}.{}.lora_{part}.weight", site_path(site))
 }
+
+/// Layer, and index into [`SITES`].
+type Place = (usize, usize);
+/// A, B and the factor of their product.
+type Pair = (Tensor, Tensor, f64);
 
 /// Layer, site and part (`A`, `B`) of a tensor name. A Gemma 3 that also sees has its text layers one name deeper.
 fn parse_name(name: &str, layers: usize) -> Option<(usize, usize, char)> {
@@ -77,8 +81,8 @@ fn parse_name(name: &str, layers: usize) -> Option<(usize, usize, char)> {
 }
 
 /// The pairs of a file in f32 where they lie, once all of them fit the model: known names, A with its B, shapes, finite values.
-fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, usize), (Tensor, Tensor)>> {
-    let mut found: BTreeMap<(usize, usize), [Option<Tensor>; 2]> = BTreeMap::new();
+fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<Vec<(Place, Pair)>> {
+    let mut found: BTreeMap<Place, ([Option<Tensor>; 2], f64)> = BTreeMap::new();
     for (name, tensor) in &file.tensors {
         let Some((layer, site, part)) = parse_name(name, config.num_hidden_layers) else {
             return Err(Error::unprocessable(
@@ -90,7 +94,10 @@ fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, 
                 ),
             ));
         };
-        let (rank, _) = file.config.rank_and_scale(&module_path(layer, site));
+        // Patterns are of the model it was made for, whose name for the module the tensor bears.
+        let path = name.strip_prefix("base_model.model.").unwrap_or(name);
+        let path = path.rsplit_once(".lora_").map_or(path, |(path, _)| path);
+        let (rank, scale) = file.config.rank_and_scale(path);
         let (input, out) = site_shape(config, site);
         let shape = if part == 'A' { [rank, input] } else { [out, rank] };
         if rank == 0 || tensor.dims() != shape {
@@ -107,7 +114,7 @@ fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, 
         if !tensor.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.is_finite() {
             return Err(Error::unprocessable(name, format!("The adapter's tensor `{name}` holds NaN or infinity.")));
         }
-        let parts = found.entry((layer, site)).or_default();
+        let (parts, _) = found.entry((layer, site)).or_insert_with(|| (Default::default(), scale));
         if parts[usize::from(part == 'B')].replace(tensor).is_some() {
             return Err(Error::unprocessable(name, format!("The adapter's tensor `{name}` occurs twice.")));
         }
@@ -115,8 +122,8 @@ fn checked(file: &AdapterFile, config: &ModelConfig) -> Result<BTreeMap<(usize, 
     if found.is_empty() {
         return Err(Error::unprocessable("adapter_model.safetensors", "The adapter holds no LoRA tensors."));
     }
-    let paired = found.into_iter().map(|((layer, site), parts)| match parts {
-        [Some(a), Some(b)] => Ok(((layer, site), (a, b))),
+    let paired = found.into_iter().map(|((layer, site), (parts, scale))| match parts {
+        [Some(a), Some(b)] => Ok(((layer, site), (a, b, scale))),
         [a, _] => {
             let (there, missing) = if a.is_some() { ('A', 'B') } else { ('B', 'A') };
             let (there, missing) =
@@ -159,7 +166,7 @@ impl LoraParams {
         let (mut sites, mut scales) = (BTreeMap::new(), BTreeMap::new());
         for layer in 0..model.config().num_hidden_layers {
             for &site in &targets {
-                let (rank, scale) = config.rank_and_scale(&module_path(layer, site));
+                let (rank, scale) = config.rank_and_scale(&module_path(model.layers_root(), layer, site));
                 if rank == 0 {
                     return Err(Error::invalid("lora.r", "The rank must be at least 1."));
                 }
@@ -180,12 +187,12 @@ impl LoraParams {
     /// Continues from a stored adapter.
     pub fn from_file(file: &AdapterFile, model: &Decoder) -> Result<Self> {
         let (mut sites, mut scales) = (BTreeMap::new(), BTreeMap::new());
-        for (place, (a, b)) in checked(file, model.config())? {
+        for (place, (a, b, scale)) in checked(file, model.config())? {
             let variable = |tensor: Tensor| -> Result<Var> {
                 Ok(Var::from_tensor(&tensor.detach().copy()?.to_device(model.device())?)?)
             };
             sites.insert(place, (variable(a)?, variable(b)?));
-            scales.insert(place, file.config.rank_and_scale(&module_path(place.0, place.1)).1);
+            scales.insert(place, scale);
         }
         Ok(LoraParams { config: file.config.clone(), sites, scales, root: model.layers_root() })
     }

@@ -85,7 +85,7 @@ impl Decoder {
 fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
     let of = |layer: usize, site: usize| {
         let (input, out) = site_shape(config, site);
-        lora.rank_and_scale(&module_path(layer, site)).0 * (input + out)
+        lora.rank_and_scale(&module_path("model.", layer, site)).0 * (input + out)
     };
     let targets = |site: &usize| lora.target_modules.iter().any(|name| name == SITES[*site]);
     let layers = 0..config.num_hidden_layers;

@@ -110,6 +110,10 @@ impl Gguf {
         };
         let Ok((rows, columns)) = info.shape.dims2() else { return Ok(None) };
         let kind = info.ggml_dtype;
+        if columns % kind.block_size() != 0 {
+            let text = format!("tensor `{name}` of {} has rows that are no whole blocks", self.path.display());
+            return Err(Error::unprocessable(name, text));
+        }
         let start = (self.content.tensor_data_offset + info.offset) as usize;
         let bytes = &self.map[start..start + rows * columns / kind.block_size() * kind.type_size()];
         let blocks = Blocks::new(kind, bytes, rows, columns);
@@ -133,7 +137,9 @@ impl Gguf {
             _ if name.contains("self_attn.k_proj") => "attention.head_count_kv",
             _ => return Ok(None),
         };
-        let Some(heads) = self.number(key).map(|heads| heads as usize) else { return Ok(None) };
+        // A file of equally many heads of both kinds need not say so twice.
+        let heads = self.number(key).or_else(|| self.number("attention.head_count"));
+        let Some(heads) = heads.map(|heads| heads as usize) else { return Ok(None) };
         if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(2)) {
             let message =
                 format!("tensor `{name}` of {} has {rows} rows, which are no {heads} heads", self.path.display());
@@ -181,6 +187,7 @@ impl Gguf {
                 ),
             ));
         }
+        self.check_tensors()?;
         let heads = self.required("attention.head_count")? as u64;
         let hidden = self.required("embedding_length")? as u64;
         let layers = self.required("block_count")? as u64;
@@ -212,26 +219,41 @@ impl Gguf {
             "rope_theta": self.number("rope.freq_base").unwrap_or(10000.0),
             "max_position_embeddings": self.required("context_length")? as u64,
             "tie_word_embeddings": !self.content.tensor_infos.contains_key("output.weight"),
+            // Qwen 2 has them without a word; of the others the query's stands for all four.
+            "attention_bias": self.architecture != "qwen2" && self.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
         });
         let fields = config.as_object_mut().expect("built as an object above. This is a bug.");
         // Files older than the type's key scale linearly. The configuration refuses what it cannot compute.
         let kind = self.content.metadata.get(&format!("{}.rope.scaling.type", self.architecture));
         let kind = kind.and_then(|kind| kind.to_string().ok()).map_or("linear", String::as_str);
-        let scaling = self.number("rope.scaling.factor").filter(|factor| *factor != 1.0 && kind != "none");
+        let factor = self.number("rope.scaling.factor").or_else(|| self.number("rope.scale_linear"));
+        let scaling = factor.filter(|factor| *factor != 1.0 && kind != "none");
         if let Some(factor) = scaling {
             fields.insert("rope_scaling".into(), json!({"rope_type": kind, "factor": factor}));
         }
         if self.content.tensor_infos.contains_key("rope_freqs.weight") {
-            fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim)?);
+            let theta = fields["rope_theta"].as_f64().unwrap_or_default();
+            fields.insert("rope_scaling".into(), self.llama3_scaling(head_dim, theta)?);
+        }
+        for key in ["final_logit_softcapping", "attn_logit_softcapping"] {
+            if let Some(cap) = self.number(key).filter(|cap| *cap != 0.0) {
+                fields.insert(key.into(), json!(cap));
+            }
         }
         if self.architecture == "gemma3" {
-            let pattern = self.number("attention.sliding_window_pattern").map_or(6, |pattern| (pattern as u64).max(1));
+            let key = "gemma3.attention.sliding_window_pattern";
+            let pattern = match self.content.metadata.get(key) {
+                None => 6,
+                Some(value) => number(value).map(|pattern| (pattern as u64).max(1)).ok_or_else(|| {
+                    Error::unprocessable(key, format!("metadata key `{key}` is not supported: it is not a number"))
+                })?,
+            };
             let kinds: Vec<&str> = (0..layers)
                 .map(|layer| if (layer + 1) % pattern == 0 { "full_attention" } else { "sliding_attention" })
                 .collect();
             fields.insert("layer_types".into(), json!(kinds));
             fields.insert("sliding_window".into(), json!(self.required("attention.sliding_window")? as u64));
-            fields.insert("rope_local_base_freq".into(), json!(10000.0));
+            fields.insert("rope_local_base_freq".into(), json!(self.number("rope.freq_base_swa").unwrap_or(10000.0)));
             // 27B alone scales by its hidden size a head; every other size by the head dimension.
             let scalar = if layers == 62 { hidden / heads.max(1) } else { head_dim };
             fields.insert("query_pre_attn_scalar".into(), json!(scalar));
@@ -240,15 +262,55 @@ impl Gguf {
         Ok(config)
     }
 
+    /// A tensor of a layer that the decoder would not read changes what the model says.
+    fn check_tensors(&self) -> Result<()> {
+        for name in self.content.tensor_infos.keys() {
+            let Some((part, kind)) =
+                name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.1.rsplit_once('.'))
+            else {
+                continue;
+            };
+            let is_read = match kind {
+                // Rotary frequencies of old converters, which follow from the metadata.
+                "weight" => self.names.values().any(|known| known == name) || part == "attn_rot_embd",
+                "bias" => {
+                    matches!(part, "attn_q" | "attn_k" | "attn_v")
+                        || (part == "attn_output" && self.architecture != "qwen2")
+                }
+                _ => false,
+            };
+            if !is_read {
+                let text = format!(
+                    "tensor `{name}` of {} is not supported: the model would be computed without it",
+                    self.path.display()
+                );
+                return Err(Error::unprocessable(name, text));
+            }
+        }
+        Ok(())
+    }
+
     /// Llama 3's scaling, read back from the factors the converter wrote (it keeps no parameters): the family's own constants
-    /// with the largest factor.
-    fn llama3_scaling(&self, head_dim: u64) -> Result<Value> {
+    /// with the largest factor, which have to give what the file holds.
+    fn llama3_scaling(&self, head_dim: u64, theta: f64) -> Result<Value> {
         let quantized = self.content.tensor(&mut Cursor::new(&self.map[..]), "rope_freqs.weight", &Device::Cpu)?;
         let factors = quantized.dequantize(&Device::Cpu)?.to_vec1::<f32>()?;
         if factors.len() as u64 != head_dim / 2 {
             return Err(Error::unprocessable("rope_freqs.weight", "has another length than half the head dimension"));
         }
         let factor = factors.iter().copied().fold(1.0f32, f32::max);
+        for (index, given) in factors.iter().enumerate() {
+            // Turns in the original context: 1 and fewer are stretched, 4 and more are not.
+            let turns = 8192.0 * theta.powf(-2.0 * index as f64 / head_dim as f64) / std::f64::consts::TAU;
+            let smooth = ((turns - 1.0) / 3.0).clamp(0.0, 1.0);
+            let expected = 1.0 / ((1.0 - smooth) / f64::from(factor) + smooth);
+            if (f64::from(*given) / expected - 1.0).abs() > 1e-3 {
+                let text = format!(
+                    "factor {index} is {given} where Llama 3.1's scaling has {expected}: others are not supported"
+                );
+                return Err(Error::unprocessable("rope_freqs.weight", text));
+            }
+        }
         Ok(json!({"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}))
     }

@@ -67,7 +67,9 @@ pub(super) fn build(metadata: &HashMap<String, Meta>) -> Result<TokenizerOptions
         bos_token: token("tokenizer.ggml.bos_token_id"),
         eos_token: token("tokenizer.ggml.eos_token_id"),
         pad_token: token("tokenizer.ggml.padding_token_id"),
-        add_bos_token: flag(metadata, "tokenizer.ggml.add_bos_token").unwrap_or(model == "llama"),
+        // llama.cpp's defaults.
+        add_bos_token: flag(metadata, "tokenizer.ggml.add_bos_token")
+            .unwrap_or(model == "llama" || is_llama3(metadata)),
         eos_token_ids,
     })
 }
@@ -86,7 +88,7 @@ fn byte_level(metadata: &HashMap<String, Meta>, tokens: &[String]) -> Result<Val
         "smollm" => {
             json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, bytes(true)]})
         }
-        "llama-bpe" | "llama3" | "llama-v3" => split(LLAMA3_SPLIT),
+        _ if is_llama3(metadata) => split(LLAMA3_SPLIT),
         "qwen2" => split(&LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
         other => {
             return Err(Error::unprocessable(
@@ -104,8 +106,14 @@ fn byte_level(metadata: &HashMap<String, Meta>, tokens: &[String]) -> Result<Val
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "decoder": bytes(true),
-        "model": {"type": "BPE", "vocab": vocab(tokens), "merges": merges, "byte_fallback": false, "fuse_unk": false},
+        "model": {"type": "BPE", "vocab": vocab(tokens), "merges": merges, "byte_fallback": false, "fuse_unk": false,
+            // A word of the vocabulary is one token, whether merges lead to it or not.
+            "ignore_merges": is_llama3(metadata)},
     }))
+}
+
+fn is_llama3(metadata: &HashMap<String, Meta>) -> bool {
+    text(metadata, "tokenizer.ggml.pre").is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3"].contains(&pre.as_str()))
 }
 
 /// Sentencepiece BPE: the merges are not stored; every split of a piece into two pieces is one, the best-scored piece first.

@@ -68,6 +68,11 @@ fn a_cut_or_foreign_file_is_named() {
 
 /// A tiny model's file with this metadata changed, whose `attn_k` has this many rows.
 fn write(path: &Path, changed: &[(&str, Value)], key_rows: usize) {
+    write_with(path, changed, key_rows, &[]);
+}
+
+/// The same with more tensors.
+fn write_with(path: &Path, changed: &[(&str, Value)], key_rows: usize, more: &[(&str, &[f32])]) {
     let number = |name: &'static str, value| (name, Value::U32(value));
     let mut metadata = vec![
         ("general.architecture", Value::String("llama".into())),
@@ -86,8 +91,54 @@ fn write(path: &Path, changed: &[(&str, Value)], key_rows: usize) {
         QTensor::quantize(&zeros, GgmlDType::Q8_0).unwrap()
     };
     let (embedding, key) = (zeros(4), zeros(key_rows));
-    let tensors = [("token_embd.weight", &embedding), ("blk.0.attn_k.weight", &key)];
+    let float =
+        |values: &[f32]| QTensor::quantize(&Tensor::new(values, &Device::Cpu).unwrap(), GgmlDType::F32).unwrap();
+    let more: Vec<_> = more.iter().map(|(name, values)| (*name, float(values))).collect();
+    let mut tensors = vec![("token_embd.weight", &embedding), ("blk.0.attn_k.weight", &key)];
+    tensors.extend(more.iter().map(|(name, tensor)| (*name, tensor)));
     gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn what_a_layer_has_and_the_decoder_would_not_read_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("more.gguf");
+    let open = |more: &[(&str, &[f32])]| {
+        write_with(&path, &[], 32, more);
+        Checkpoint::open(&path).map(|checkpoint| ModelConfig::from_json(checkpoint.config()).unwrap())
+    };
+    let zeros: &[f32] = &[0.0; 32];
+    assert!(!open(&[]).unwrap().qkv_bias);
+    let biased = open(&[("blk.0.attn_q.bias", zeros), ("blk.0.attn_output.bias", zeros)]).unwrap();
+    assert!(biased.qkv_bias && biased.o_bias);
+    for name in ["blk.0.ffn_up.bias", "blk.0.attn_sinks.weight", "blk.0.attn_q.scale"] {
+        let error = open(&[(name, zeros)]).unwrap_err();
+        assert_eq!((error.status(), error.param.as_deref()), (422, Some(name)));
+    }
+}
+
+#[test]
+fn rotary_factors_are_llama_3s_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("factors.gguf");
+    // Heads of 16 at base 10000: 8192 tokens turn the slowest pair once and two thirds of a time.
+    let turns = |index: usize| 8192.0 * 10000f32.powf(-(index as f32) / 8.0) / std::f32::consts::TAU;
+    let factors = |context: f32| -> Vec<f32> {
+        let smooth = |index| ((turns(index) * context / 8192.0 - 1.0) / 3.0).clamp(0.0, 1.0);
+        (0..8).map(|index| 1.0 / ((1.0 - smooth(index)) / 8.0 + smooth(index))).collect()
+    };
+    let open = |factors: &[f32]| {
+        // A pair that is stretched whole has the scaling's own factor.
+        write_with(&path, &[("llama.rope.freq_base", Value::F32(10000.0))], 32, &[("rope_freqs.weight", factors)]);
+        Checkpoint::open(&path).map(|checkpoint| ModelConfig::from_json(checkpoint.config()).unwrap().rope_scaling)
+    };
+    let error = open(&factors(64.0)).unwrap_err();
+    assert_eq!((error.status(), error.param.as_deref()), (422, Some("rope_freqs.weight")));
+    let plain = open(&[1.0; 8]).unwrap();
+    assert_eq!(
+        plain,
+        Some(RopeScaling::Llama3 { factor: 1.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192 })
+    );
 }
 
 #[test]
@@ -108,6 +159,9 @@ fn rotary_scaling_of_another_type_than_linear_is_not_taken_for_it() {
     write(&path, &[factor], 32);
     let older = ModelConfig::from_json(Checkpoint::open(&path).unwrap().config()).unwrap();
     assert_eq!(older.rope_scaling, linear, "files older than the key");
+    write(&path, &[("llama.rope.scale_linear", Value::F32(4.0))], 32);
+    let oldest = ModelConfig::from_json(Checkpoint::open(&path).unwrap().config()).unwrap();
+    assert_eq!(oldest.rope_scaling, linear, "and files older than that");
 }
 
 #[test]
