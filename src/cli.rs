@@ -68,6 +68,7 @@ pub(crate) struct Remote {
 pub fn main() -> ExitCode {
     // Before there is a second thread that could read the environment.
     crate::kernels::cpu::keep_candle_on_one_thread();
+    end_with_the_reader();
     let cli = Cli::parse();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,6 +77,18 @@ pub fn main() -> ExitCode {
             ExitCode::from(if client::is_unreachable(&error) { 3 } else { 1 })
         }
     }
+}
+
+/// What is printed into a pipe that nobody reads any more (`rdpo models | head -1`) is no bug to report.
+fn end_with_the_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        usual(panic);
+    }));
 }
 
 fn run(command: Command) -> Result<()> {

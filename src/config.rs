@@ -1,9 +1,11 @@
 //! Settings: `rdpo.toml`, then `RDPO_*` variables, then flags; resolved once. The only place that reads the environment.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::engine::SpeculativeOptions;
 use crate::error::{Error, Result};
@@ -13,6 +15,7 @@ use crate::roles::{
 
 /// The file that is read when none is named and it exists.
 const DEFAULT_FILE: &str = "rdpo.toml";
+const MASK: &str = "********";
 /// The model of all three roles where the settings name none.
 const DEFAULT_MODEL: &str = "smollm2";
 
@@ -24,7 +27,8 @@ pub struct ServerOptions {
     pub host: String,
     /// Port; 0 takes a free one.
     pub port: u16,
-    /// Keys that open `/v1`; none leaves it open.
+    /// Keys that open `/v1`; none leaves it open. One may stand without a list.
+    #[serde(deserialize_with = "one_or_more")]
     pub api_keys: Vec<String>,
     /// Largest request body.
     pub max_body_bytes: usize,
@@ -148,12 +152,18 @@ impl Settings {
                 let text = std::fs::read_to_string(file)
                     .map_err(|error| Error::invalid(&name, format!("cannot read the settings file {name}: {error}")))?;
                 // Checked alone first, so that a mistake is shown with its line.
-                toml::from_str::<Settings>(&text)
-                    .map_err(|error| Error::invalid(&name, format!("in {name}: {}", error.to_string().trim_end())))?;
+                toml::from_str::<Settings>(&text).map_err(|error| {
+                    let shown = error.to_string();
+                    // Not with a line of keys.
+                    let shown = if shown.contains("api_keys") { error.message() } else { shown.trim_end() };
+                    Error::invalid(&name, format!("in {name}: {shown}"))
+                })?;
                 toml::from_str(&text).map_err(|error| Error::invalid(&name, error.to_string()))?
             }
         };
-        let mut variables: Vec<(String, String)> = std::env::vars().collect();
+        // Others' need not be text.
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        let mut variables: Vec<(String, String)> = std::env::vars_os().filter_map(text).collect();
         variables.sort();
         apply_variables(&mut table, &variables)?;
         let server = |table: &mut toml::Table, key: &str, value: toml::Value| set(table, &["server", key], value);
@@ -171,10 +181,11 @@ impl Settings {
             Error::invalid(error.path().to_string(), format!("{}: {}", error.path(), error.inner().message()))
         })?;
         let is_named = settings.models_of_roles().iter().any(|(_, model)| *model == DEFAULT_MODEL);
-        if is_named && !settings.models.contains_key(DEFAULT_MODEL) {
-            let model =
-                ModelOptions { path: "models/smollm2-135m-instruct".into(), dtype: "auto".into(), max_model_len: None };
-            settings.models.insert(DEFAULT_MODEL.into(), model);
+        if is_named {
+            settings.models.entry(DEFAULT_MODEL.into()).or_default();
+        }
+        if let Some(model) = settings.models.get_mut(DEFAULT_MODEL).filter(|model| model.path.as_os_str().is_empty()) {
+            model.path = "models/smollm2-135m-instruct".into();
         }
         settings.check()?;
         Ok(settings)
@@ -190,6 +201,17 @@ impl Settings {
         }
         if self.server.api_keys.iter().any(String::is_empty) {
             return Err(Error::invalid("server.api_keys", "`server.api_keys` holds an empty key"));
+        }
+        for (field, value) in
+            [("server.max_body_bytes", self.server.max_body_bytes), ("adapters.max_rank", self.adapters.max_rank)]
+        {
+            if value == 0 {
+                return Err(Error::invalid(field, format!("`{field}` must be at least 1")));
+            }
+        }
+        if let Some((name, _)) = self.models.iter().find(|(_, model)| model.path.as_os_str().is_empty()) {
+            let field = format!("models.{name}.path");
+            return Err(Error::invalid(&field, format!("`{field}` is missing: a folder, or a .gguf file")));
         }
         self.roles().check()?;
         let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
@@ -238,16 +260,54 @@ impl Settings {
     /// What is in force, as TOML, with secrets masked.
     pub fn masked_toml(&self) -> Result<String> {
         let mut shown = self.clone();
-        shown.server.api_keys.iter_mut().for_each(|key| *key = "********".into());
+        shown.server.api_keys.iter_mut().for_each(|key| *key = MASK.into());
+        if let RewardOptions::Http(http) = &mut shown.roles.reward
+            && let Ok(mut url) = reqwest::Url::parse(&http.url)
+        {
+            // Each may hold a key; an address that cannot have a user has none.
+            let _ = url.set_password(url.password().map(|_| MASK));
+            if url.query().is_some() {
+                url.set_query(Some(MASK));
+            }
+            http.url = url.into();
+        }
         toml::to_string_pretty(&shown).map_err(|error| Error::internal(format!("settings cannot be shown: {error}")))
+    }
+}
+
+/// A list of texts, or one text. What it is instead is not said: it may be a key.
+fn one_or_more<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Vec<String>, D::Error> {
+    match toml::Value::deserialize(source)? {
+        toml::Value::String(one) => Ok(vec![one]),
+        toml::Value::Array(all) => all
+            .into_iter()
+            .map(|one| one.as_str().map(str::to_owned).ok_or_else(|| D::Error::custom("`api_keys` are texts")))
+            .collect(),
+        _ => Err(D::Error::custom("`api_keys` is a list of texts")),
     }
 }
 
 /// `RDPO_SERVER__PORT=9000` is `server.port = 9000`: sections are parted by two underscores, values read as TOML where they are.
 fn apply_variables(table: &mut toml::Table, variables: &[(String, String)]) -> Result<()> {
+    let known = toml::Table::try_from(Settings::default())
+        .map_err(|error| Error::internal(format!("settings cannot be listed: {error}")))?;
     for (name, text) in variables {
-        let Some(path) = name.strip_prefix("RDPO_").filter(|path| path.contains("__")) else { continue };
-        let path = path.to_lowercase();
+        let Some(path) = name.strip_prefix("RDPO_").map(str::to_lowercase) else { continue };
+        if !path.contains("__") {
+            // A setting with one underscore would go unheard, and a server without its keys be open.
+            let of = |(section, keys): (&String, &toml::Value)| {
+                let key = path.strip_prefix(section.as_str())?.strip_prefix('_')?;
+                keys.get(key).map(|_| format!("RDPO_{section}__{key}").to_uppercase())
+            };
+            // Kubernetes sets such a name for a service called like a section.
+            if let Some(meant) = known.iter().find_map(of).filter(|_| !text.starts_with("tcp://")) {
+                let text = format!(
+                    "the variable {name} names no setting: a section and its keys are parted by two underscores, as in {meant}"
+                );
+                return Err(Error::invalid(name, text));
+            }
+            continue;
+        }
         let parts: Vec<&str> = path.split("__").collect();
         if parts.iter().any(|part| part.is_empty()) {
             return Err(Error::invalid(name, format!("the variable {name} names no setting")));
@@ -324,7 +384,7 @@ mod tests {
     fn variables_win_over_the_file() {
         let settings = load(
             "[server]\nport = 1\n[models.m]\npath = \"x\"\n[roles]\nteacher = {model = \"m\"}\nstudent = {model = \"m\"}\nreward = {kind = \"rules\", terms = []}",
-            &[("RDPO_SERVER__PORT", "2"), ("RDPO_KV_CACHE__MEMORY", "64MiB"), ("RDPO_URL", "ignored")],
+            &[("RDPO_SERVER__PORT", "2"), ("RDPO_KV_CACHE__MEMORY", "64MiB"), ("RDPO_URL", "ignored"), ("RDPO_SERVER_PORT", "tcp://10.0.0.1:80")],
         )
         .unwrap();
         assert_eq!((settings.server.port, settings.kv_cache.memory.as_str()), (2, "64MiB"));
@@ -341,6 +401,10 @@ mod tests {
             ("[speculative_config]\nprompt_lookup_min = 0", vec![], "speculative_config.prompt_lookup_min"),
             ("[speculative_config]\nprompt_lookup_min = 20", vec![], "speculative_config.prompt_lookup_min"),
             ("[roles]\nteacher = {model = \"m\"}", vec![], "roles.teacher.model"),
+            ("", vec![("RDPO_SERVER_API_KEYS", "[]")], "RDPO_SERVER_API_KEYS"),
+            ("[server]\nmax_body_bytes = 0", vec![], "server.max_body_bytes"),
+            ("[adapters]\nmax_rank = 0", vec![], "adapters.max_rank"),
+            ("[models.m]\ndtype = \"f32\"", vec![], "models.m.path"),
         ] {
             let error = load(text, &variables).unwrap_err();
             assert!(error.param.as_deref().unwrap().starts_with(param), "{text}: {error:?}");
@@ -349,6 +413,10 @@ mod tests {
         // One model more takes the default away from nobody.
         let settings = load("[models.m]\npath = \"x\"\n[roles]\nteacher = {model = \"m\"}", &[]).unwrap();
         assert_eq!(settings.models.keys().collect::<Vec<_>>(), ["m", "smollm2"]);
+        // Nor does a part of it take away the rest.
+        let settings = load("", &[("RDPO_MODELS__SMOLLM2__DTYPE", "q8_0")]).unwrap();
+        let path = load("", &[]).unwrap().models["smollm2"].path.clone();
+        assert_eq!(settings.models["smollm2"], ModelOptions { path, dtype: "q8_0".into(), max_model_len: None });
     }
 
     #[test]
@@ -396,5 +464,13 @@ mod tests {
     fn secrets_are_masked() {
         let shown = load("[server]\napi_keys = [\"hush\"]", &[]).unwrap().masked_toml().unwrap();
         assert!(!shown.contains("hush") && shown.contains("********"));
+        let reward = "[roles.reward]\nkind = \"http\"\nurl = \"http://me:hush@host/score?token=hush\"";
+        let shown = load(reward, &[]).unwrap().masked_toml().unwrap();
+        assert!(!shown.contains("hush") && shown.contains("http://me:********@host/score?********"), "{shown}");
+        // Without its brackets a key is one all the same, and a wrong one is not repeated.
+        let one = load("", &[("RDPO_SERVER__API_KEYS", "hush")]).unwrap();
+        assert_eq!(one.server.api_keys, ["hush"]);
+        let error = load("[server]\napi_keys = [1234567]", &[]).unwrap_err();
+        assert!(!error.message.contains("1234567"), "{error}");
     }
 }

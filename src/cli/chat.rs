@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub(super) struct ChatArgs {
     #[command(flatten)]
     remote: Remote,
-    /// Who answers: student, student:base, student@3, teacher, reward, or an adapter's name
+    /// Who answers: student, student:base, student@3, teacher, or an adapter's name (`rdpo score` asks the reward model)
     #[arg(long, short, default_value = "student")]
     model: String,
     /// System message

@@ -1,6 +1,7 @@
 //! `rdpo models`, `jobs`, `score`, `synthesize`: one request each, the answer as lines or as JSON.
 
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -119,7 +120,9 @@ pub(super) async fn jobs(args: &JobsArgs) -> Result<()> {
         JobAction::List => {
             let list = client.get("/v1/rdpo/train?limit=50").await?;
             for job in list["data"].as_array().into_iter().flatten() {
-                println!("{}  {:<13} {}", text(job, "id"), text(job, "status"), summary(job));
+                let alias = job["request"]["publish"]["alias"].as_str().unwrap_or_default();
+                let (id, status, age) = (text(job, "id"), text(job, "status"), ago(&job["created_at"]));
+                println!("{id}  {status:<13} {age:>11}  {alias:<12} {}", summary(job));
             }
             Ok(())
         }
@@ -129,7 +132,12 @@ pub(super) async fn jobs(args: &JobsArgs) -> Result<()> {
             loop {
                 let page = client.get(&path(id, &format!("/events?limit=1000&after={after}"))).await?;
                 for event in page["data"].as_array().into_iter().flatten() {
-                    println!("{} {:<5} {}", event["created_at"], text(event, "level"), text(event, "message"));
+                    println!(
+                        "{:>11}  {:<5} {}",
+                        ago(&event["created_at"]),
+                        text(event, "level"),
+                        text(event, "message")
+                    );
                     after = event["id"].as_i64().unwrap_or(after);
                 }
                 if page["has_more"] != true {
@@ -158,7 +166,21 @@ async fn change(client: &Client, id: &str, verb: &str) -> Result<()> {
     Ok(())
 }
 
+/// How long ago a time in Unix seconds was.
+fn ago(at: &Value) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    match now.saturating_sub(at.as_u64().unwrap_or(now)) {
+        seconds @ ..120 => format!("{seconds} s ago"),
+        seconds @ ..7200 => format!("{} min ago", seconds / 60),
+        seconds @ ..172_800 => format!("{} h ago", seconds / 3600),
+        seconds => format!("{} days ago", seconds / 86_400),
+    }
+}
+
 fn summary(job: &Value) -> String {
+    if let Some(version) = job["adapter_version"].as_u64() {
+        return format!("version {version}");
+    }
     if let Some(message) = job["error"]["message"].as_str() {
         return table::clip(message, 60);
     }

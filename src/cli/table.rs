@@ -19,11 +19,17 @@ pub(super) fn report(report: &Value) -> String {
             let _ = writeln!(out, "  {name:<28} {:>12} {:>12} {change:>12}", show(before), show(after));
         }
     };
+    let held_out = number(&["/prompts"]) != Some(0.0);
+    let number = |paths: &[&str]| number(paths).filter(|_| held_out);
     row("mean reward", number(&["/mean_reward_base"]), number(&["/mean_reward_aligned"]), 3);
     row("mean length, tokens", number(&["/mean_tokens_base"]), number(&["/mean_tokens_aligned"]), 1);
     let mut text = format!("  {:<28} {:>12} {:>12} {:>12}\n", "held-out prompts", "before", "after", "change");
     let _ = writeln!(text, "  {}", "─".repeat(67));
-    text.push_str(&out);
+    text.push_str(if held_out {
+        &out
+    } else {
+        "  none: nothing was compared (training.eval_fraction, eval_prompts)\n"
+    });
     if let Some(rate) = number(&["/win_rate"]) {
         let interval = match (number(&["/win_rate_interval/0"]), number(&["/win_rate_interval/1"])) {
             (Some(low), Some(high)) => format!("  (95% interval {:.0}%–{:.0}%)", low * 100.0, high * 100.0),

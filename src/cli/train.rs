@@ -120,7 +120,7 @@ fn request_of(args: &TrainArgs) -> Result<Value> {
     set(["behavior", ""], args.behavior.as_ref().map(|name| json!(name)));
     set(["prompts", ""], lines(&args.prompts)?.map(Value::Array));
     set(["eval_prompts", ""], lines(&args.eval_prompts)?.map(Value::Array));
-    set(["pairs", ""], args.pairs.as_deref().map(json_lines).transpose()?.map(Value::Array));
+    set(["pairs", ""], args.pairs.as_deref().map(|path| json_lines(path, &read(path)?)).transpose()?.map(Value::Array));
     set(["loss", "type"], args.loss.as_ref().map(|name| json!(name)));
     set(["loss", "beta"], args.beta.map(|value| json!(value)));
     set(["training", "epochs"], args.epochs.map(|value| json!(value)));
@@ -140,8 +140,7 @@ fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|error| Error::not_found(format!("cannot read {}: {error}", path.display())))
 }
 
-fn json_lines(path: &Path) -> Result<Vec<Value>> {
-    let text = read(path)?;
+fn json_lines(path: &Path, text: &str) -> Result<Vec<Value>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parsed = lines.map(|(number, line)| {
         serde_json::from_str(line)
@@ -150,18 +149,19 @@ fn json_lines(path: &Path) -> Result<Vec<Value>> {
     parsed.collect()
 }
 
-/// Prompts of a file: JSON lines where the first line looks like JSON, plain lines otherwise.
+/// Prompts of a file: JSON lines where it is named `.jsonl` or its first line is a JSON string or object, plain lines otherwise.
 pub(super) fn prompts_of(path: &Path) -> Result<Vec<Value>> {
     let text = read(path)?;
-    let first = text.trim_start().chars().next();
-    if !matches!(first, Some('{' | '"')) {
+    let first = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    let is_json = matches!(serde_json::from_str(first), Ok(Value::String(_) | Value::Object(_)));
+    if !is_json && path.extension().is_none_or(|extension| extension != "jsonl") {
         return Ok(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(|line| json!(line)).collect());
     }
     let unwrap_prompt = |mut value: Value| match value.get_mut("prompt") {
         Some(prompt) => prompt.take(),
         None => value,
     };
-    Ok(json_lines(path)?.into_iter().map(unwrap_prompt).collect())
+    Ok(json_lines(path, &text)?.into_iter().map(unwrap_prompt).collect())
 }
 
 #[cfg(test)]
@@ -177,6 +177,11 @@ mod tests {
         assert_eq!(prompts_of(&path).unwrap(), [json!("one"), json!("two")]);
         std::fs::write(&path, "{\"prompt\": \"a\"}\n\"b\"\n{\"messages\": []}\n").unwrap();
         assert_eq!(prompts_of(&path).unwrap(), [json!("a"), json!("b"), json!({"messages": []})]);
+        std::fs::write(&path, "\"Bats are blind\", he says. Is he right?\n").unwrap();
+        assert_eq!(prompts_of(&path).unwrap(), [json!("\"Bats are blind\", he says. Is he right?")]);
+        let named = folder.path().join("prompts.jsonl");
+        std::fs::write(&named, "{oops\n").unwrap();
+        assert!(prompts_of(&named).unwrap_err().param.unwrap().ends_with(":1"));
         std::fs::write(&path, "\"b\"\n{oops\n").unwrap();
         assert!(prompts_of(&path).unwrap_err().param.unwrap().ends_with(":2"));
     }

@@ -44,21 +44,21 @@ pub struct KvCacheOptions {
 
 /// `[models.NAME]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct ModelOptions {
     /// Folder or `.gguf` file.
     pub path: PathBuf,
     /// `auto` (as stored, floats as bf16), `f32`, `bf16`, `f16`, or quantized when loaded: `q8_0`, `q4_1`, `q4_k`, and on
     /// `mistralrs` whatever its in-situ quantization has.
-    #[serde(default = "auto")]
     pub dtype: String,
     /// Longest prompt + answer, tokens.
-    #[serde(default)]
     pub max_model_len: Option<usize>,
 }
 
-fn auto() -> String {
-    "auto".into()
+impl Default for ModelOptions {
+    fn default() -> Self {
+        ModelOptions { path: PathBuf::new(), dtype: "auto".into(), max_model_len: None }
+    }
 }
 
 /// Where a role's model runs.

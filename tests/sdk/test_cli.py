@@ -26,6 +26,13 @@ def rdpo(*arguments, server="tiny", code=0, **options):
     return done.stdout if code == 0 else done.stderr
 
 
+def open_closed():
+    """The writing end of a pipe without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
 def test_models():
     lines = rdpo("models").splitlines()
     assert {"teacher", "reward", "student:base"} <= {line.split()[0] for line in lines}
@@ -96,6 +103,13 @@ def test_config():
     assert "port = 1234" in shown and "hush" not in shown
     assert "prot" in rdpo("config", env={"RDPO_SERVER__PROT": "1"}, code=1)
     assert "none.toml" in rdpo("config", "--config", "none.toml", code=1)
+    assert "RDPO_SERVER__PORT" in rdpo("config", env={"RDPO_SERVER_PORT": "1"}, code=1)
+
+
+def test_what_is_not_text_or_not_read_any_more_is_no_panic():
+    assert "port = " in subprocess.run([BINARY, "config"], env=os.environb | {b"OTHERS": b"\xff"}, cwd=WORK, capture_output=True, text=True, check=True).stdout
+    closed = subprocess.run(f"'{BINARY}' config; echo $? >&2", shell=True, cwd=WORK, stdout=open_closed(), stderr=subprocess.PIPE, text=True)
+    assert closed.stderr.strip() == "0"
 
 
 def test_keys_and_addresses():
