@@ -193,3 +193,32 @@ impl Default for JobRequest {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// The page of jobs shows every field with its default, and says what each does.
+    #[test]
+    fn the_page_of_jobs_is_true() {
+        let page = include_str!("../../docs/jobs.md");
+        let block = page.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+        assert_eq!(serde_json::from_str::<JobRequest>(block).unwrap(), JobRequest::default());
+        let shown: Value = serde_json::from_str(block).unwrap();
+        let named = |field: &str| assert!(page.contains(&format!("`{field}`")), "{field} is not explained");
+        for (key, value) in serde_json::to_value(JobRequest::default()).unwrap().as_object().unwrap() {
+            let section = value.as_object().filter(|section| !section.is_empty());
+            if section.is_none() {
+                named(key);
+            }
+            for (inner, value) in section.into_iter().flatten() {
+                assert!(!shown[key][inner].is_null() || value.is_null(), "{key}.{inner} is not shown");
+                match value.as_object().filter(|deep| !deep.is_empty()) {
+                    Some(deep) => deep.keys().for_each(|deep| named(&format!("{key}.{inner}.{deep}"))),
+                    None => named(&format!("{key}.{inner}")),
+                }
+            }
+        }
+    }
+}

@@ -154,7 +154,7 @@ pub(crate) struct AdapterList {
     data: Vec<AdapterVersion>,
     /// The same by content.
     generations: Vec<Generation>,
-    /// Versions in memory.
+    /// Generations in memory.
     resident_generations: usize,
     /// Generations that are live nowhere.
     retired_generations: usize,
@@ -223,7 +223,7 @@ async fn list(state: web::Data<AppState>) -> Reply {
     Ok(HttpResponse::Ok().json(AdapterList {
         object: "list",
         data: cards.iter().map(AdapterVersion::from).collect(),
-        resident_generations: cards.iter().filter(|one| one.bytes > 0).count(),
+        resident_generations: generations.iter().filter(|one| one.bytes > 0).count(),
         retired_generations: generations.iter().filter(|one| one.retired).count(),
         resident_bytes: cards.iter().map(|one| one.bytes).sum(),
         generations,
