@@ -54,8 +54,8 @@ impl Live {
     }
 
     /// What the grammar leaves no choice about.
-    pub(super) fn forced(&self, most: usize) -> Option<Draft> {
-        self.writer.forced(most).map(Draft::forced)
+    pub(super) fn forced(&self, sequence: &Sequence, most: usize) -> Option<Draft> {
+        self.writer.forced(&sequence.tokens[sequence.prompt_len..], most).map(Draft::forced)
     }
 
     /// What the logits after the sequence's last token say, and those after each token of its draft up to the first that is

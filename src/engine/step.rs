@@ -138,7 +138,7 @@ impl Owner {
             }
             answers += 1;
             let room = live.room(sequence);
-            let forced = || live.forced(room.min(self.speculative.num_speculative_tokens));
+            let forced = || live.forced(sequence, room.min(self.speculative.num_speculative_tokens));
             if let Some(mut draft) = forced().or_else(|| self.speculative.find(&sequence.tokens, room)) {
                 let end = draft.tokens.iter().position(|token| eos.contains(token));
                 draft.tokens.truncate(end.unwrap_or(usize::MAX));

@@ -14,6 +14,9 @@ use crate::model::{RowLogprobs, SampleRow, Sampled};
 use crate::telemetry::metrics;
 use crate::text::{Matcher, StreamDecoder, TokenMask, Tokenizer};
 
+/// Few tokens have more bytes.
+const MOST_TOKEN_BYTES: usize = 16;
+
 /// A request and all that its answer needs besides its tokens.
 pub struct Writer {
     /// What was asked.
@@ -156,9 +159,14 @@ impl Writer {
     }
 
     /// The tokens that usually write what the grammar leaves no choice about. The last may run into what follows: it is left out.
-    pub(super) fn forced(&self, most: usize) -> Option<Vec<u32>> {
-        let forced = self.matcher()?.forced();
-        let text = std::str::from_utf8(&forced).ok().filter(|text| !text.is_empty())?;
+    pub(super) fn forced(&self, output: &[u32], most: usize) -> Option<Vec<u32>> {
+        let mut forced = self.matcher()?.forced(self.request.params.grammar.as_ref()?, output);
+        // Enough for that many: reading all of a long text at every step would hold up everybody.
+        forced.truncate(MOST_TOKEN_BYTES * (most + 1));
+        let text = match std::str::from_utf8(&forced) {
+            Ok(text) => text,
+            Err(cut) => std::str::from_utf8(&forced[..cut.valid_up_to()]).ok()?,
+        };
         let mut tokens = self.tokenizer.encode(text, false).ok()?;
         tokens.pop();
         tokens.truncate(most);

@@ -1,7 +1,10 @@
 //! Chat templates: the model's own Jinja source, run by minijinja with Python's string methods.
 
+use std::sync::LazyLock;
+
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, ErrorKind, context};
+use regex::{Captures, Regex};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -14,6 +17,10 @@ const MOST_STEPS: u64 = 20_000_000;
 const MOST_BYTES: usize = 128 << 20;
 /// Put behind the turn that is to be gone on with, to find its end in what is rendered.
 const END_OF_TURN: &str = "\u{e000}end of turn\u{e000}";
+/// A mark's sign before, whether it is the end's, and the sign behind.
+static GENERATION: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("the pattern is constant. This is a bug.")
+});
 /// Widest `indent` of `tojson`.
 const MOST_INDENT: usize = 32;
 
@@ -90,17 +97,12 @@ impl ChatTemplate {
         );
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
-        // Marks of the assistant's text for trainers; they render nothing.
-        let source = [
-            "{% generation %}",
-            "{% endgeneration %}",
-            "{%- generation %}",
-            "{%- endgeneration %}",
-            "{%- generation -%}",
-            "{%- endgeneration -%}",
-        ]
-        .iter()
-        .fold(source.to_owned(), |source, mark| source.replace(mark, ""));
+        // Marks of the assistant's text for trainers: blocks without an effect of their own, but for the space around them.
+        let source = GENERATION.replace_all(source, |mark: &Captures<'_>| {
+            let word = if mark.get(2).is_some() { "endif" } else { "if true" };
+            format!("{{%{} {word} {}%}}", &mark[1], &mark[3])
+        });
+        let source = source.into_owned();
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| Error::unprocessable(NAME, format!("the chat template does not parse: {error}")))?;
@@ -340,6 +342,28 @@ mod tests {
         );
         assert_eq!(text.unwrap(), "A <s>");
         assert_eq!((civil(0), civil(11_016), civil(20_781)), ((1970, 1, 1), (2000, 2, 29), (2026, 11, 24)));
+    }
+
+    /// As jinja2 3.1 renders them with transformers' settings and extensions.
+    #[test]
+    fn trainers_marks_and_loop_controls() {
+        let messages = [Message::new("assistant", "A"), Message::new("user", "B")];
+        for (source, expected) in [
+            (
+                "{% for message in messages %}<{{ message['role'] }}>\n{% generation %}{{- message['content'] | trim }}<|eot_id|>{% endgeneration %}\n{% endfor %}",
+                "<assistant>\nA<|eot_id|><user>\nB<|eot_id|>",
+            ),
+            (
+                "{% for message in messages %}\n    {%generation-%}\n    {{ message['content'] }}\n    {%- endgeneration %}\n{% endfor %}|",
+                "AB|",
+            ),
+            (
+                "{% for message in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ message['content'] }}{% endfor %}",
+                "A",
+            ),
+        ] {
+            assert_eq!(render(source, &messages, &RenderOptions::default()).unwrap(), expected, "{source}");
+        }
     }
 
     #[test]

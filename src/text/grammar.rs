@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use super::Tokenizer;
 use crate::error::{Code, Error, Result};
 
+/// Most bytes that are looked ahead for in an answer.
+const MOST_FORCED: usize = 4096;
 /// Longest text of a schema, expression or grammar.
 const MOST_BYTES: usize = 256 << 10;
 /// Deepest brackets of a Lark grammar; JSON and expressions have limits of their own.
@@ -77,7 +79,7 @@ impl Grammar {
     /// The state of one answer, at its beginning.
     pub fn matcher(&self) -> Matcher {
         // Deep: the states of answers are used on different threads and would wait for each other's lock.
-        Matcher(self.fresh.deep_clone())
+        Matcher { inner: self.fresh.deep_clone(), is_blind: false }
     }
 }
 
@@ -94,37 +96,53 @@ impl PartialEq for Grammar {
 }
 
 /// Where one answer stands in its grammar.
-pub struct Matcher(llguidance::Matcher);
+pub struct Matcher {
+    inner: llguidance::Matcher,
+    /// Looking ahead is not for this answer.
+    is_blind: bool,
+}
 
 impl Matcher {
     /// A matcher at the same place that moves on its own.
     pub fn fork(&self) -> Self {
-        Matcher(self.0.deep_clone())
+        Matcher { inner: self.inner.deep_clone(), is_blind: self.is_blind }
     }
 
     /// Which tokens may come next.
     pub fn mask(&mut self) -> Result<TokenMask> {
-        self.0.compute_mask_or_eos().map(TokenMask).map_err(|error| invalid(&error.to_string()))
+        self.inner.compute_mask_or_eos().map(TokenMask).map_err(|error| invalid(&error.to_string()))
     }
 
     /// Takes the next token, which the mask allowed.
     pub fn commit(&mut self, id: u32) -> Result<()> {
-        self.0.consume_token(id).map_err(|error| invalid(&error.to_string()))
+        self.inner.consume_token(id).map_err(|error| invalid(&error.to_string()))
     }
 
-    /// What must be written next, in whatever tokens; nothing where there is a choice.
-    pub fn forced(&mut self) -> Vec<u8> {
-        self.0.compute_ff_bytes()
+    /// What must be written next, in whatever tokens; nothing where there is a choice. `output` is what `grammar` has taken so far.
+    pub fn forced(&mut self, grammar: &Grammar, output: &[u32]) -> Vec<u8> {
+        if self.is_blind {
+            return Vec::new();
+        }
+        let forced = self.inner.compute_ff_bytes();
+        // Looking moves the parser. A special token that is forced is then in it as a text (0xFF and its number), which no token
+        // writes, and a long text uses up the parser's limits: this answer goes on without looking.
+        if forced.contains(&0xff) || forced.len() > MOST_FORCED || self.inner.get_error().is_some() {
+            *self = Matcher { is_blind: true, ..grammar.matcher() };
+            // What it took before it takes again; what it does not, the next mask says.
+            let _ = output.iter().try_for_each(|id| self.commit(*id));
+            return Vec::new();
+        }
+        forced
     }
 
     /// Whether the text so far could be the whole.
     pub fn is_accepting(&mut self) -> bool {
-        self.0.is_accepting().unwrap_or(false)
+        self.inner.is_accepting().unwrap_or(false)
     }
 
     /// Whether nothing may follow.
     pub fn is_complete(&self) -> bool {
-        self.0.is_stopped()
+        self.inner.is_stopped()
     }
 }
 

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::Tokenizer;
 
+/// Tokens without a character of their own that are waited with; a character has four bytes.
+const MOST_PENDING: usize = 8;
 /// Tokens of the prompt that the first tokens of the answer are read with.
 const CONTEXT: usize = 6;
 
@@ -20,6 +22,8 @@ pub struct StreamDecoder {
     read: usize,
     /// Certain characters that may begin a stop string.
     held: String,
+    /// Bytes of `held` that came while nothing was a stop string.
+    exempt: usize,
 }
 
 impl StreamDecoder {
@@ -43,6 +47,7 @@ impl StreamDecoder {
             prefix: 0,
             read,
             held: String::new(),
+            exempt: 0,
         };
         // Half a character would change with the answer's first byte: what came before could not be told from it.
         if decoder.text(0..read).ends_with('\u{fffd}') {
@@ -59,23 +64,35 @@ impl StreamDecoder {
             return (String::new(), None);
         }
         self.ids.push(id);
-        let (before, after) = (self.text(self.prefix..self.read), self.text(self.prefix..self.ids.len()));
-        // A trailing U+FFFD is a character whose other bytes are still to come.
-        if after.len() <= before.len() || after.ends_with('\u{fffd}') {
+        let new = self.unread();
+        // A trailing U+FFFD is a character whose other bytes are still to come, where they can be. What never becomes one would be read
+        // again at each token.
+        let waits = new.is_empty() || new.ends_with('\u{fffd}');
+        if waits && self.ids.len() - self.read < MOST_PENDING {
             return (String::new(), None);
         }
-        self.held.push_str(after.get(before.len()..).unwrap_or_default());
-        (self.prefix, self.read) = (self.read, self.ids.len());
+        self.held.push_str(&new);
+        (self.prefix, self.read) = (if waits { self.ids.len() - 1 } else { self.read }, self.ids.len());
         self.release(may_stop)
     }
 
     /// The text still held back when generation ends, and the stop string if one is in it, before a character that is not whole.
     pub fn finish(&mut self, may_stop: bool) -> (String, Option<String>) {
-        let (before, after) = (self.text(self.prefix..self.read), self.text(self.prefix..self.ids.len()));
-        self.held.push_str(after.get(before.len()..).unwrap_or_default());
+        let new = self.unread();
+        self.held.push_str(&new);
         let (mut text, stop) = self.release(may_stop);
         text.push_str(&std::mem::take(&mut self.held));
         (text, stop)
+    }
+
+    /// What the tokens that are not read yet add to the text.
+    fn unread(&self) -> String {
+        let (before, mut after) = (self.text(self.prefix..self.read), self.text(self.prefix..self.ids.len()));
+        if after.starts_with(&before) {
+            return after.split_off(before.len());
+        }
+        // A byte that is part of no character takes the bytes before it along (the decoder `ByteFallback`), which are sent already.
+        self.text(self.read..self.ids.len())
     }
 
     fn text(&self, range: std::ops::Range<usize>) -> String {
@@ -84,8 +101,14 @@ impl StreamDecoder {
 
     /// Everything held up to a stop string, or up to where one may be beginning.
     fn release(&mut self, may_stop: bool) -> (String, Option<String>) {
+        // One that ended too early does not count later either.
+        self.exempt = if may_stop { self.exempt } else { self.held.len() };
+        let ends_late = |stop: &&String| {
+            let found = self.held.match_indices(stop.as_str()).map(|(at, _)| at);
+            found.into_iter().find(|at| at + stop.len() > self.exempt)
+        };
         let stops = self.stop.iter().filter(|_| may_stop);
-        let found = stops.filter_map(|stop| self.held.find(stop).map(|at| (at, stop))).min_by_key(|(at, _)| *at);
+        let found = stops.filter_map(|stop| Some((ends_late(&stop)?, stop))).min_by_key(|(at, _)| *at);
         if let Some((at, stop)) = found {
             let stop = stop.clone();
             let mut text = std::mem::take(&mut self.held);
@@ -95,13 +118,16 @@ impl StreamDecoder {
         }
         let keep = self.stop.iter().map(|stop| longest_beginning(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
+        self.exempt = self.exempt.saturating_sub(self.held.len());
         (std::mem::replace(&mut self.held, rest), None)
     }
 }
 
-/// Bytes at the end of `text` that are a beginning of `stop`.
+/// Bytes at the end of `text` that are a beginning of `stop`. Only ends of `text` are tried, which is short: stop strings may be long.
 fn longest_beginning(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(at, _)| at).rev().find(|at| text.ends_with(&stop[..*at])).unwrap_or(0)
+    let longest = text.len().min(stop.len().saturating_sub(1));
+    let mut ends = (text.len() - longest..text.len()).filter_map(|at| text.get(at..));
+    ends.find(|end| stop.starts_with(end)).map_or(0, str::len)
 }
 
 #[cfg(test)]
@@ -153,6 +179,25 @@ mod tests {
         let (pieces, found) = run(&tokenizer, "one</s>two", &["</s>"], false);
         assert_eq!((pieces.concat().as_str(), found.as_deref()), ("one", Some("</s>")));
         assert_eq!(run(&tokenizer, "one</s>two", &["</s>"], true).0.concat(), "one</s>");
+    }
+
+    #[test]
+    fn the_longest_end_that_begins_a_stop_string_is_held_back() {
+        for (text, stop, held) in [
+            ("", "ab", 0),
+            ("ab", "ab", 0),
+            ("xa", "ab", 1),
+            ("aaa", "aab", 2),
+            ("xabab", "ababc", 4),
+            ("ab", "abababab", 2),
+            ("xé", "éa", 2),
+            ("aé", "é", 0),
+            ("🙂é", "é🙂é!", 2),
+            ("é🙂", "é🙂é!", 6),
+            ("a", "", 0),
+        ] {
+            assert_eq!(longest_beginning(text, stop), held, "{text:?} {stop:?}");
+        }
     }
 
     #[test]
@@ -232,6 +277,29 @@ mod tests {
         let [prompt, half] = ["Caf", "Caf\u{c3}"].map(|text| text.chars().map(u32::from).collect::<Vec<_>>());
         assert_eq!(answer(&bytes(), &prompt, &[0xc3, 0xa9, 0x21], true), "é!");
         assert_eq!(answer(&bytes(), &half, &[0xa9, 0x21], true), "\u{fffd}!");
+    }
+
+    #[test]
+    fn a_byte_of_no_character_takes_no_other_text_along() {
+        assert_eq!(answer(&sentences(true), &[2], &[7, 8, 7, 5], true), "é\u{fffd} Paris");
+        // Nor is a run of them waited with for ever.
+        let mut decoder = StreamDecoder::new(bytes(), &[], Vec::new(), false, true);
+        let pieces: Vec<usize> = (0..16).map(|_| decoder.push(0xc3, true).0.chars().count()).collect();
+        assert_eq!((pieces[7], pieces.iter().sum::<usize>()), (8, 16));
+    }
+
+    #[test]
+    fn a_stop_string_that_ended_too_early_does_not_end_the_answer_later() {
+        for (third, text, found) in [(b'x', "abx", None), (b'c', "", Some("abc"))] {
+            let stop = vec!["ab".into(), "abc".into()];
+            let mut decoder = StreamDecoder::new(bytes(), &[], stop, false, true);
+            let mut said = String::new();
+            for (byte, may_stop) in [(b'a', false), (b'b', false)] {
+                said += &decoder.push(u32::from(byte), may_stop).0;
+            }
+            let (piece, stopped) = decoder.push(u32::from(third), true);
+            assert_eq!((said + &piece, stopped.as_deref()), (text.to_owned(), found));
+        }
     }
 
     proptest! {

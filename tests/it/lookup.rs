@@ -28,7 +28,10 @@ fn requests(engine: &Engine, role: &'static str) -> Vec<Request> {
     let prompt = [a, b, c, b, a, c].repeat(3);
     let few = |seed| SamplingParams { allowed_token_ids: Some(vec![a, b, c]), ..sampled(40, seed) };
     let sure = |max_tokens| SamplingParams { logit_bias: [(a, 100.0)].into(), ..greedy(max_tokens) };
-    let grammar = Grammar::compile(engine.tokenizer(), Constraint::Regex("(abc?){5,12}".into())).unwrap();
+    let form = |constraint, seed| {
+        let grammar = Arc::new(Grammar::compile(engine.tokenizer(), constraint).unwrap());
+        SamplingParams { grammar: Some(grammar), ignore_eos: false, ..sampled(60, seed) }
+    };
     let end =
         SamplingParams { allowed_token_ids: Some(vec![EOS, a]), min_tokens: 9, ignore_eos: false, ..sampled(40, 5) };
     let all = [
@@ -42,7 +45,10 @@ fn requests(engine: &Engine, role: &'static str) -> Vec<Request> {
         SamplingParams { min_p: 0.2, top_k: 2, logprobs: None, ..few(7) },
         sure(13),
         end,
-        SamplingParams { grammar: Some(Arc::new(grammar)), ignore_eos: false, ..sampled(60, 8) },
+        form(Constraint::Regex("(abc?){5,12}".into()), 8),
+        // A special token that is forced, and more than the parser looks ahead.
+        form(Constraint::Lark("start: \"ab\" <[1]> \"cd\"".into()), 9),
+        form(Constraint::Regex("a{100000}".into()), 10),
     ];
     let adapter = adapter(engine);
     let of = |(index, params)| {
