@@ -92,13 +92,13 @@ impl MemoryPlan {
         let job = student.training_memory(&lora, &size(&usual)?);
 
         let wanted = room.kv_bytes(wishes.kv_cache, models.len())?;
-        let left = room.usable.saturating_sub(weights + other + adapters + job.total());
+        let left = room.usable.saturating_sub(sum([weights, other, adapters, job.total()]));
         let automatic = left / models.len().max(1);
         let each = wanted.unwrap_or(if room.device.is_cpu() { automatic.min(KV_BYTES) } else { automatic });
         let mut kv = 0;
         for (model, options) in models.iter_mut() {
             options.kv_memory_bytes = each;
-            kv += options.pool_bytes(model)?;
+            kv = sum([kv, options.pool_bytes(model)?]);
         }
         let pools = if models.len() > 1 { format!(", {} pools", models.len()) } else { String::new() };
         let notes = [
@@ -118,12 +118,18 @@ impl MemoryPlan {
 
     /// What must be there for serving has to fit; a job of the usual size is not worth a refusal.
     fn check(&self, no_cache: bool) -> Result<()> {
-        let needed = self.weights + self.other + self.kv + self.adapters;
-        if needed <= self.room.usable && !no_cache {
+        let (fixed, usable) = (sum([self.weights, self.other]), self.room.usable);
+        let needed = sum([fixed, self.kv, self.adapters]);
+        if needed <= usable && !no_cache {
             return Ok(());
         }
-        let field =
-            if self.weights + self.other + self.adapters > self.room.usable { "models" } else { "kv_cache.memory" };
+        let field = if fixed > usable {
+            "models"
+        } else if sum([fixed, self.adapters]) > usable {
+            "adapters.max_resident"
+        } else {
+            "kv_cache.memory"
+        };
         let cache = if no_cache { "nothing is left for the key/value cache".to_owned() } else { self.cache() };
         Err(Error::invalid(
             field,
@@ -136,7 +142,7 @@ impl MemoryPlan {
                 show(self.adapters),
                 self.notes[2],
                 show(needed),
-                show(self.room.usable),
+                show(usable),
                 show(self.room.found.free as usize),
                 show(self.room.found.total as usize),
             ),
@@ -176,8 +182,8 @@ impl MemoryPlan {
     }
 
     fn left(&self) -> usize {
-        let planned: usize = self.uses().iter().map(|(_, bytes)| bytes).sum();
-        self.room.usable.saturating_sub(planned + self.other)
+        let planned = sum(self.uses().map(|(_, bytes)| bytes));
+        self.room.usable.saturating_sub(sum([planned, self.other]))
     }
 
     /// Logs the plan and exports it.
@@ -186,7 +192,7 @@ impl MemoryPlan {
         for (kind, bytes) in self.uses() {
             metrics().gpu_memory_planned_bytes.with_label_values(&[kind]).set(bytes as i64);
         }
-        if self.room.usable < self.weights + self.other + self.kv + self.adapters + self.job.total() {
+        if self.room.usable < sum([self.weights, self.other, self.kv, self.adapters, self.job.total()]) {
             tracing::warn!("a job of the usual size does not fit beside this: it is refused unless it asks for less");
         }
         self.measure();
@@ -216,7 +222,7 @@ impl MemoryPlan {
         let held = |kind: &str| metrics().gpu_memory_bytes.with_label_values(&[kind]).get().max(0) as usize;
         let now = device_memory(&self.room.device)?.free as usize;
         let now = now.saturating_add(held("optimizer")).saturating_add(held("activation"));
-        let room = self.room.usable.saturating_sub(self.weights + self.other + self.kv + resident).min(now);
+        let room = self.room.usable.saturating_sub(sum([self.weights, self.other, self.kv, resident])).min(now);
         if job.total() <= room {
             return Ok(());
         }
@@ -252,6 +258,11 @@ impl MemoryPlan {
     }
 }
 
+/// Settings may ask for more than a number holds: that is still too much, not little.
+fn sum<const N: usize>(parts: [usize; N]) -> usize {
+    parts.into_iter().fold(0, usize::saturating_add)
+}
+
 /// The adapter of a job that says nothing, as far as the server takes its rank.
 fn usual_lora(adapters: &AdapterOptions) -> LoraConfig {
     let usual = LoraOptions::default();
@@ -264,4 +275,41 @@ fn size(options: &TrainingOptions) -> Result<TrainingSize> {
         batch_size: options.batch_size,
         keep_bytes: options.activation_bytes()?,
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::{LoadOptions, WeightFormat};
+    use crate::weights::Checkpoint;
+
+    #[test]
+    fn more_adapters_than_can_be_counted_are_refused() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama");
+        let load = LoadOptions { device: Device::Cpu, weights: WeightFormat::Float(candle_core::DType::F32) };
+        let model = Decoder::load(&Checkpoint::open(&path).unwrap(), &load).unwrap();
+        for cache in ["auto", "1MiB"] {
+            let room = Room::measure(&Device::Cpu, &DeviceOptions::default()).unwrap();
+            let cache = KvCacheOptions { memory: cache.into(), ..KvCacheOptions::default() };
+            let adapters = AdapterOptions { max_resident: i64::MAX as usize, ..AdapterOptions::default() };
+            let mut engine = EngineOptions {
+                name: "tiny".into(),
+                block_size: cache.block_size,
+                kv_memory_bytes: 0,
+                max_batch_tokens: cache.max_batch_tokens,
+                max_sequences: cache.max_sequences,
+                max_waiting: cache.max_waiting,
+                max_model_len: None,
+                prefix_caching: cache.prefix_caching,
+                speculative: Default::default(),
+            };
+            let wishes = Wishes { kv_cache: &cache, adapters: &adapters };
+            let error = MemoryPlan::divide(room, &mut [(&model, &mut engine)], &model, &wishes).err().unwrap();
+            assert_eq!(error.param.as_deref(), Some("adapters.max_resident"), "{error}");
+            assert!(error.message.contains("adapters 16777216.0 TiB (adapters.max_resident = 92233"), "{error}");
+        }
+    }
 }

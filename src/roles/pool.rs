@@ -78,15 +78,7 @@ impl Pool {
         }
         let key = match &options.api_key_env {
             None => None,
-            Some(name) => {
-                let wrong =
-                    |why: &str| Error::invalid(field("api_key_env"), format!("the environment variable {name} {why}"));
-                let key = std::env::var(name).map_err(|_| wrong("is not set"))?;
-                let mut header = HeaderValue::from_str(&format!("Bearer {}", key.trim()))
-                    .map_err(|_| wrong("holds what cannot be sent in a header"))?;
-                header.set_sensitive(true);
-                Some(header)
-            }
+            Some(name) => Some(bearer(name, &field("api_key_env"))?),
         };
         let client = Client::builder()
             .connect_timeout(CONNECT.min(timeout))
@@ -125,7 +117,6 @@ impl Pool {
     /// A place at the endpoint with the fewest requests, at `failed`, where the last try was, only if no other has one; waits
     /// while any endpoint is up.
     pub(super) async fn place(self: &Arc<Self>, failed: Option<usize>) -> Result<Place> {
-        let _waiting = Counted::new(&metrics().requests_waiting, self.role);
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -329,16 +320,31 @@ impl Drop for Counted {
     }
 }
 
-/// A base URL: http or https, without what could be a secret, since addresses are shown.
-fn base(text: &str, field: &str) -> Result<Url> {
+/// The header with the key in the environment variable `name`, marked so that no log shows it.
+pub(super) fn bearer(name: &str, field: &str) -> Result<HeaderValue> {
+    let wrong = |why: &str| Error::invalid(field, format!("the environment variable {name} {why}"));
+    let key = std::env::var(name).map_err(|_| wrong("is not set"))?;
+    let header = HeaderValue::from_str(&format!("Bearer {}", key.trim()));
+    let mut header = header.map_err(|_| wrong("holds what cannot be sent in a header"))?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
+/// An endpoint's URL: http or https.
+pub(super) fn address(text: &str, field: &str) -> Result<Url> {
     // The text may hold a password: it is not repeated.
     let wrong = |why: &str| Error::invalid(field, format!("an endpoint's address {why}"));
     let url = Url::parse(text).map_err(|error| wrong(&format!("cannot be read: {error}")))?;
-    if !matches!(url.scheme(), "http" | "https") {
-        return Err(wrong("begins with http:// or https://"));
-    }
+    if matches!(url.scheme(), "http" | "https") { Ok(url) } else { Err(wrong("begins with http:// or https://")) }
+}
+
+/// A base URL, without what could be a secret, since addresses are shown.
+fn base(text: &str, field: &str) -> Result<Url> {
+    let url = address(text, field)?;
     if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
-        return Err(wrong("has no user, password, query or fragment: name the key's variable in `api_key_env`"));
+        let why =
+            "an endpoint's address has no user, password, query or fragment: name the key's variable in `api_key_env`";
+        return Err(Error::invalid(field, why));
     }
     Ok(url)
 }

@@ -9,7 +9,7 @@ use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use serde_json::{Map, Value, json};
 
-use super::flight::{Flight, Lines, usage, why};
+use super::flight::{Flight, Line, Lines, usage, why};
 use super::pool::{Place, Pool};
 use super::{Answer, Role, RoleOptions};
 use crate::engine::{FinishReason, SamplingParams};
@@ -53,6 +53,15 @@ impl Start {
             Start::Chat => "messages",
             Start::Text => "prompt",
         }
+    }
+
+    /// The chunk that ends these choices, for an endpoint that does not.
+    fn ending(self, open: &[u64]) -> Value {
+        let end = |index: &u64| match self {
+            Start::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": "stop"}),
+            Start::Text => json!({"index": index, "text": "", "logprobs": null, "finish_reason": "stop"}),
+        };
+        json!({"choices": open.iter().map(end).collect::<Vec<_>>()})
     }
 }
 
@@ -178,9 +187,16 @@ impl Remote {
         Ok(Box::pin(async_stream::stream! {
             let mut lines = Lines::new(response);
             loop {
-                match lines.next().await {
-                    Ok(Some(chunk)) => {
-                        if let Some(error) = chunk.get("error") {
+                let line = lines.next().await;
+                if matches!(line, Ok(Line::Done)) {
+                    let open = flight.end();
+                    if !open.is_empty() {
+                        yield Ok(start.ending(&open));
+                    }
+                }
+                match line {
+                    Ok(Line::Event(chunk)) => {
+                        if let Some(error) = chunk.get("error").filter(|error| !error.is_null()) {
                             flight.failed();
                             yield Err(Error::new(Code::Unreachable, format!("`{role}`'s endpoint failed in the middle of an answer: {}", said(error))));
                             return;
@@ -189,12 +205,16 @@ impl Remote {
                         flight.read(&chunk);
                         yield Ok(chunk);
                     }
-                    Ok(None) if flight.has_ended() => {
+                    Ok(Line::Done | Line::Closed) if flight.has_ended() => {
                         place.worked();
                         return;
                     }
                     end => {
-                        let why = end.err().unwrap_or_else(|| "the connection was closed".into());
+                        let why = match end {
+                            Err(why) => why,
+                            Ok(Line::Done) => "it ended without a choice".into(),
+                            Ok(_) => "the connection was closed".into(),
+                        };
                         place.failed(&why);
                         flight.failed();
                         yield Err(Error::new(Code::Unreachable, format!("`{role}`'s endpoint stopped in the middle of an answer: {why}")));
@@ -239,6 +259,7 @@ impl Remote {
             let index = place.index();
             failed = Some(index);
             drop(place);
+            flight.wait();
             if attempt < self.retries && !self.pool.has_another(index) {
                 tokio::time::sleep(pause.mul_f64(0.5 + rand::random::<f64>() / 2.0)).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);

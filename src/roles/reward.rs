@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use reqwest::header::{AUTHORIZATION, HeaderValue};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
 use super::judge::{judge, unreadable};
+use super::pool::{address, bearer};
 use super::rules::Rule;
 use super::{HttpRewardOptions, RewardOptions, Target};
 use crate::engine::{SamplingParams, Task};
@@ -63,7 +65,7 @@ enum Kind {
 struct Endpoint {
     client: reqwest::Client,
     url: reqwest::Url,
-    api_key: Option<String>,
+    key: Option<HeaderValue>,
     retries: usize,
     places: Semaphore,
 }
@@ -176,7 +178,7 @@ fn as_text(messages: &[Message]) -> String {
 impl Endpoint {
     fn new(options: &HttpRewardOptions) -> Result<Self> {
         let field = |key: &str| format!("roles.reward.{key}");
-        let url = reqwest::Url::parse(&options.url).map_err(|error| Error::invalid(field("url"), error.to_string()))?;
+        let url = address(&options.url, &field("url"))?;
         let seconds = options.timeout_seconds.unwrap_or(30.0);
         let timeout = Duration::try_from_secs_f64(seconds)
             .ok()
@@ -185,12 +187,7 @@ impl Endpoint {
         if options.concurrency == Some(0) {
             return Err(Error::invalid(field("concurrency"), "must be at least 1"));
         }
-        let api_key = match &options.api_key_env {
-            None => None,
-            Some(name) => Some(std::env::var(name).map_err(|_| {
-                Error::invalid(field("api_key_env"), format!("the environment variable {name} is not set"))
-            })?),
-        };
+        let key = options.api_key_env.as_ref().map(|name| bearer(name, &field("api_key_env"))).transpose()?;
         let client = reqwest::Client::builder()
             .timeout(timeout)
             .build()
@@ -198,7 +195,7 @@ impl Endpoint {
         Ok(Endpoint {
             client,
             url,
-            api_key,
+            key,
             retries: options.max_retries.unwrap_or(3),
             places: Semaphore::new(options.concurrency.unwrap_or(8).min(Semaphore::MAX_PERMITS)),
         })
@@ -210,8 +207,8 @@ impl Endpoint {
         let mut pause = Duration::from_millis(200);
         for left in (0..=self.retries).rev() {
             let mut request = self.client.post(self.url.clone()).json(&body);
-            if let Some(key) = &self.api_key {
-                request = request.bearer_auth(key);
+            if let Some(key) = &self.key {
+                request = request.header(AUTHORIZATION, key.clone());
             }
             let problem = match request.send().await {
                 Ok(reply) if reply.status().is_success() => match reply.json::<Value>().await {
@@ -226,7 +223,7 @@ impl Endpoint {
                             .ok_or_else(|| unreadable("the reward endpoint gave no finite number `score`".into()));
                     }
                 },
-                Ok(reply) if reply.status().is_server_error() || reply.status().as_u16() == 429 => {
+                Ok(reply) if reply.status().is_server_error() || [408, 429].contains(&reply.status().as_u16()) => {
                     format!("status {}", reply.status().as_u16())
                 }
                 Ok(reply) => {

@@ -38,8 +38,9 @@ pub(super) async fn stream(
     body: Map<String, Value>,
     limit: Option<Duration>,
 ) -> Result<Chunks> {
-    let Some(limit) = limit else { return remote.stream(start, body).await };
-    let end = Instant::now() + limit;
+    // A limit that no clock reaches is none.
+    let end = limit.and_then(|limit| Some((limit, Instant::now().checked_add(limit)?)));
+    let Some((limit, end)) = end else { return remote.stream(start, body).await };
     let mut chunks = within(Some(limit), remote.stream(start, body)).await?;
     Ok(Box::pin(async_stream::stream! {
         loop {

@@ -93,7 +93,7 @@ fn paused_in(server: &Server, id: &str, after: &mut i64, stage: &str) -> u64 {
     kept
 }
 
-fn metric(server: &Server, line: &str) -> f64 {
+pub(super) fn metric(server: &Server, line: &str) -> f64 {
     let text = server.text("/metrics");
     let found = text.lines().find_map(|one| one.strip_prefix(line));
     found.unwrap_or_else(|| panic!("no {line} in {text}")).trim().parse().unwrap()

@@ -9,13 +9,15 @@ use futures_util::{StreamExt, future::join_all};
 use rdpo::engine::SamplingParams;
 use rdpo::error::{Code, Error};
 use rdpo::rdpo::{PromptInput, Sample, SynthesisOptions, behaviors, synthesize};
-use rdpo::roles::{Backend, JudgeOptions, RewardOptions, RoleOptions, Roles, Rubric, Score, Start};
+use rdpo::roles::{Backend, HttpRewardOptions, JudgeOptions, RewardOptions, RoleOptions, Roles, Rubric, Score, Start};
 use rdpo::text::Message;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::hot_swap::{options, rules};
+use super::binary::{Server, command, settings_of};
+use super::hot_swap::{fixture, options, rules};
+use super::remote::metric;
 
 /// An answer of a [`Fake`].
 #[derive(Clone)]
@@ -282,29 +284,136 @@ async fn tries_end_and_the_last_reason_is_said() {
     assert_eq!(ask(&load(remote(&[&fake])).unwrap()).await.unwrap(), "Hello");
 }
 
-#[tokio::test]
-async fn a_stream_that_breaks_off_says_so() {
-    let chunk = |reason: Value| {
-        let choice = json!({"index": 0, "delta": {"content": "Hel"}, "finish_reason": reason});
-        format!(": a comment\r\ndata:{}\n\n", json!({"choices": [choice]}))
-    };
-    let whole = format!("{}{}data: [DONE]\n\n", chunk(Value::Null), chunk(json!("stop")));
-    let cut = chunk(Value::Null);
-    let fake =
-        Fake::start(move |number| Say { body: if number == 0 { whole.clone() } else { cut.clone() }, ..hello() }).await;
+/// A piece of a streamed answer.
+fn chunk(reason: Value) -> String {
+    let choice = json!({"index": 0, "delta": {"content": "Hel"}, "finish_reason": reason});
+    format!(": a comment\r\ndata:{}\n\n", json!({"choices": [choice], "error": null}))
+}
+
+fn whole_stream() -> Say {
+    let body = format!("{}{}data: [DONE]\n\n", chunk(Value::Null), chunk(json!("stop")));
+    Say { body, ..hello() }
+}
+
+/// What comes of each of these streams, asked for in turn at one endpoint.
+async fn streamed(bodies: Vec<String>) -> (Arc<Fake>, Vec<Vec<Result<Value, Error>>>) {
+    let count = bodies.len();
+    let fake = Fake::start(move |number| Say { body: bodies[number].clone(), ..hello() }).await;
     let roles = load(remote(&[&fake])).unwrap();
     let teacher = roles.teacher().unwrap();
-    let stream = async || {
+    let mut streams = Vec::new();
+    for _ in 0..count {
         let body = json!({"messages": [{"role": "user", "content": "Hi"}]}).as_object().unwrap().clone();
-        let chunks: Vec<_> = teacher.remote().unwrap().stream(Start::Chat, body).await.unwrap().collect().await;
-        chunks
-    };
-    let whole = stream().await;
-    assert!(whole.len() == 2 && whole.iter().all(Result::is_ok), "{whole:?}");
-    let cut = stream().await;
-    assert_eq!(cut[0].as_ref().unwrap()["choices"][0]["delta"]["content"], "Hel");
-    assert!(cut.len() == 2 && cut[1].as_ref().unwrap_err().message.contains("middle of an answer"), "{cut:?}");
+        streams.push(teacher.remote().unwrap().stream(Start::Chat, body).await.unwrap().collect().await);
+    }
+    (fake, streams)
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_off_says_so() {
+    let cut = chunk(Value::Null);
+    let middle = format!("{cut}data:{{\"choices\": [");
+    let failed = format!("{cut}data: {}\n\n", json!({"error": {"message": "out of luck"}}));
+    let empty = "data: [DONE]\n\n".to_owned();
+    let (fake, streams) = streamed(vec![whole_stream().body, cut, middle, whole_stream().body, failed, empty]).await;
+    for whole in [&streams[0], &streams[3]] {
+        assert!(whole.len() == 2 && whole.iter().all(Result::is_ok), "{whole:?}");
+    }
+    for (number, why) in [(1, "connection was closed"), (2, "connection was closed"), (4, "out of luck")] {
+        let cut = &streams[number];
+        assert_eq!(cut[0].as_ref().unwrap()["choices"][0]["delta"]["content"], "Hel");
+        let error = cut[1].as_ref().unwrap_err();
+        assert!(error.message.contains("middle of an answer") && error.message.contains(why), "{error}");
+        assert_eq!(cut.len(), 2);
+    }
+    assert!(streams[5].len() == 1 && streams[5][0].is_err(), "an answer without a choice: {:?}", streams[5]);
     assert!(fake.seen.lock().unwrap()[0].contains("\"include_usage\":true"), "the counts are always asked for");
+}
+
+#[tokio::test]
+async fn a_stream_may_end_as_the_endpoint_likes() {
+    let unsaid = format!("{}data: [DONE]", chunk(Value::Null));
+    let bare = format!("{}{}", chunk(Value::Null), chunk(json!("length")).trim_end());
+    // More of them than failures put an endpoint out.
+    let (_, streams) = streamed(vec![unsaid.clone(), unsaid.clone(), unsaid.clone(), unsaid, bare]).await;
+    for (number, stream) in streams.iter().enumerate() {
+        let chunks: Vec<&Value> = stream.iter().map(|chunk| chunk.as_ref().unwrap()).collect();
+        let reason = if number == 4 { "length" } else { "stop" };
+        assert_eq!(chunks.len(), 2, "{chunks:?}");
+        assert_eq!(chunks[0]["choices"][0]["finish_reason"], Value::Null);
+        assert_eq!(chunks[1]["choices"][0]["finish_reason"], reason);
+        assert_eq!(chunks[1]["choices"][0]["index"], 0);
+    }
+}
+
+/// The settings of a reward behind this endpoint.
+fn scorer(fake: &Fake) -> HttpRewardOptions {
+    // The only path that a `Fake` knows.
+    let url = format!("{}/chat/completions", fake.url);
+    HttpRewardOptions { url, timeout_seconds: None, max_retries: Some(2), concurrency: None, api_key_env: None }
+}
+
+#[tokio::test]
+async fn a_scorer_that_is_busy_is_asked_again() {
+    for (status, tries) in [(408, 2), (429, 2), (503, 2), (404, 1)] {
+        let answer = move |number| if number == 0 { say(status, json!({})) } else { say(200, json!({"score": 0.5})) };
+        let fake = Fake::start(answer).await;
+        let data = tempfile::tempdir().unwrap();
+        let roles = Roles::load(options(data.path(), RewardOptions::Http(scorer(&fake)))).unwrap();
+        let turns = [Message::new("user", "Hi"), Message::new("assistant", "Hello")];
+        let score = roles.reward().unwrap().score(&turns, None).await;
+        assert_eq!(
+            (score.map(|score| score.value).ok(), fake.asked()),
+            ((tries == 2).then_some(0.5), tries),
+            "{status}"
+        );
+    }
+}
+
+/// The release server between fakes: with a key that has blanks around it, and more time for a request than a clock counts.
+#[test]
+fn a_server_waits_for_its_endpoints_and_trims_their_keys() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let busy = Say { header: "retry-after: 3\r\n", ..say(429, json!({})) };
+    let answer = move |number| if number == 0 { busy.clone() } else { whole_stream() };
+    let teacher = runtime.block_on(Fake::start(answer));
+    let reward = runtime.block_on(Fake::start(|_| say(200, json!({"score": 0.5}))));
+    let folder = tempfile::tempdir().unwrap();
+    let key = "api_key_env = \"ENDPOINTS_KEY\"";
+    let settings = settings_of(
+        folder.path(),
+        &fixture("tiny-llama"),
+        &format!("{{backend = \"remote\", model = \"big\", url = {:?}, {key}}}", teacher.url),
+        &format!("{{kind = \"http\", url = {:?}, {key}}}", scorer(&reward).url),
+    );
+    let text = std::fs::read_to_string(&settings).unwrap();
+    let text = text.replace("port = 0\n", &format!("port = 0\nrequest_timeout = {}\n", i64::MAX));
+    std::fs::write(&settings, text).unwrap();
+    let mut command = command(&settings);
+    command.env("ENDPOINTS_KEY", " sesame\n");
+    let server = Server::spawn(command);
+    let ask = |model: &str, stream: bool| {
+        let turns = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]);
+        let body = json!({"model": model, "messages": turns, "stream": stream});
+        let sent = reqwest::Client::new().post(format!("{}/v1/chat/completions", server.url)).json(&body).send();
+        runtime.spawn(async { sent.await.unwrap().text().await.unwrap() })
+    };
+    let (asked, since) = (ask("teacher", true), Instant::now());
+    let count = |state: &str| metric(&server, &format!("rdpo_requests_{state}{{role=\"teacher\"}}"));
+    // While it waits for another try, it waits and does nothing else.
+    while teacher.asked() == 0 || (count("waiting"), count("running")) != (1.0, 0.0) {
+        assert!(teacher.asked() < 2 && since.elapsed() < Duration::from_secs(20), "it never only waits");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let said = runtime.block_on(asked).unwrap();
+    assert!(said.contains("\"finish_reason\":\"stop\"") && said.ends_with("data: [DONE]\n\n"), "{said}");
+    assert_eq!((count("waiting"), count("running")), (0.0, 0.0));
+    let said = runtime.block_on(ask("reward", false)).unwrap();
+    assert!(said.contains("\"reward\":0.5"), "{said}");
+    for fake in [&teacher, &reward] {
+        let seen = fake.seen.lock().unwrap();
+        assert!(seen[0].to_lowercase().contains("authorization: bearer sesame\r\n"), "{seen:?}");
+    }
 }
 
 async fn judged(answer: Value, rubric: Value) -> Result<Score, Error> {
@@ -357,6 +466,11 @@ fn settings_that_cannot_work_are_named() {
         change(&mut teacher);
         load(teacher).err().unwrap()
     };
+    let scored_at = |url: &str, key: Option<&str>| {
+        let http = json!({"kind": "http", "url": url, "api_key_env": key});
+        let data = tempfile::tempdir().unwrap();
+        Roles::load(options(data.path(), serde_json::from_value(http).unwrap())).err().unwrap()
+    };
     for (error, param) in [
         (with(|role| role.api_key_env = Some("RDPO_NO_SUCH_VARIABLE".into())), "roles.teacher.api_key_env"),
         (with(|role| role.max_concurrency = Some(0)), "roles.teacher.max_concurrency"),
@@ -366,6 +480,9 @@ fn settings_that_cannot_work_are_named() {
         (with(|role| role.url = Some("a".into())), "roles.teacher.urls"),
         (with(|role| role.url = Some("http://me:sesame@a/v1".into())), "roles.teacher.urls"),
         (with(|role| role.url = Some("http://a/v1?key=sesame".into())), "roles.teacher.urls"),
+        (scored_at("ftp://me:sesame@a", None), "roles.reward.url"),
+        (scored_at("a", None), "roles.reward.url"),
+        (scored_at("http://a", Some("RDPO_NO_SUCH_VARIABLE")), "roles.reward.api_key_env"),
     ] {
         assert_eq!(error.param.as_deref(), Some(param), "{error}");
         assert!(!error.message.contains("sesame"), "{error}");
