@@ -102,6 +102,10 @@ create index if not exists events_by_job on events (job, id);
 ";
 const SCHEMA_VERSION: i64 = 1;
 const COLUMNS: &str = "id, status, request, created_at, started_at, finished_at, error, progress, result";
+/// The same without what may be megabytes: the prompts and pairs of the request, the samples of the report.
+const SHORT_COLUMNS: &str =
+    "id, status, json_remove(request, '$.prompts', '$.pairs', '$.eval_prompts'), created_at, started_at,
+    finished_at, error, progress, json_remove(result, '$.report.samples')";
 
 /// The database. Cheap to clone; one connection behind a lock, WAL. A second process on the same file is refused: two
 /// workers would run the same job.
@@ -168,20 +172,26 @@ impl Store {
         })
         .and_then(|job| {
             self.count()?;
-            self.found(job, &id)
+            self.parsed(job, &id)
         })
     }
 
     /// A job; 404 if there is none.
     pub fn get(&self, id: &str) -> Result<Job> {
         let job = read_job(&self.lock(), id).map_err(|error| self.explain(error))?;
-        self.found(job, id)
+        self.parsed(job, id)
     }
 
-    /// Jobs, newest first, after the job `after`.
+    /// Where a job is, without reading the rest of it; 404 if there is none.
+    pub fn status(&self, id: &str) -> Result<Status> {
+        let status = read_status(&self.lock(), id).map_err(|error| self.explain(error))?;
+        self.found(status, id)
+    }
+
+    /// Jobs, newest first, after the job `after`; without `prompts`, `pairs` and `eval_prompts` of the request and the report's samples.
     pub fn list(&self, after: Option<&str>, limit: usize) -> Result<Page<Job>> {
-        let connection = self.lock();
-        let read = || -> rusqlite::Result<Option<Vec<Job>>> {
+        let read = || -> rusqlite::Result<Option<Vec<Stored>>> {
+            let connection = self.lock();
             let below = match after {
                 None => i64::MAX,
                 Some(id) => {
@@ -194,8 +204,8 @@ impl Store {
                 }
             };
             let mut statement = connection
-                .prepare_cached(&format!("select {COLUMNS} from jobs where seq < ? order by seq desc limit ?"))?;
-            let jobs = statement.query_map(params![below, (limit + 1) as i64], job_of)?;
+                .prepare_cached(&format!("select {SHORT_COLUMNS} from jobs where seq < ? order by seq desc limit ?"))?;
+            let jobs = statement.query_map(params![below, (limit + 1) as i64], stored)?;
             Ok(Some(jobs.collect::<rusqlite::Result<_>>()?))
         };
         let found = read().map_err(|error| self.explain(error))?;
@@ -203,15 +213,16 @@ impl Store {
             found.ok_or_else(|| Error::invalid("after", "no job has this id; take the last id of the page before"))?;
         let has_more = data.len() > limit;
         data.truncate(limit);
-        Ok(Page { data, has_more })
+        let data = data.into_iter().map(Stored::parse).collect::<rusqlite::Result<_>>();
+        Ok(Page { data: data.map_err(|error| self.explain(error))?, has_more })
     }
 
     /// One transition, with its event, in one transaction; 409 if the state machine does not allow it.
     pub fn set_status(&self, id: &str, next: Status, error: Option<Value>) -> Result<Job> {
         let outcome = self.write(|transaction| {
-            let Some(job) = read_job(transaction, id)? else { return Ok(None) };
-            if !job.status.allows(next) {
-                return Ok(Some(Err(job.status)));
+            let Some(status) = read_status(transaction, id)? else { return Ok(None) };
+            if !status.allows(next) {
+                return Ok(Some(Err(status)));
             }
             let finished = next.is_final().then(now);
             transaction.execute(
@@ -232,7 +243,7 @@ impl Store {
         })?;
         self.count()?;
         match self.found(outcome, id)? {
-            Ok(job) => Ok(job),
+            Ok(job) => self.parsed(Some(job), id),
             Err(status) => Err(Error::conflict(format!(
                 "job {id} is {} and cannot become {}{}",
                 status.name(),
@@ -249,14 +260,14 @@ impl Store {
 
     /// Stores what was done of `kind` for item `index`; overwrites.
     pub fn put_row(&self, id: &str, kind: &str, index: usize, value: &Value) -> Result<()> {
+        self.write(|transaction| insert_row(transaction, id, kind, index, value))
+    }
+
+    /// The same for several items in one transaction: all of them or none.
+    pub fn put_rows(&self, id: &str, kind: &str, rows: &[(usize, Value)]) -> Result<()> {
         self.write(|transaction| {
-            transaction.execute(
-                "insert into rows (job, kind, position, value) values (?, ?, ?, ?)
-                 on conflict (job, kind, position) do update set value = excluded.value",
-                params![id, kind, index as i64, value.to_string()],
-            )
+            rows.iter().try_for_each(|(index, value)| insert_row(transaction, id, kind, *index, value))
         })
-        .map(drop)
     }
 
     /// Rows of `kind`, by index.
@@ -296,9 +307,11 @@ impl Store {
 
     /// Events after `after`, oldest first.
     pub fn events(&self, id: &str, after: i64, limit: usize) -> Result<Vec<EventRow>> {
-        self.get(id)?;
         let connection = self.lock();
-        let read = || -> rusqlite::Result<Vec<EventRow>> {
+        let read = || -> rusqlite::Result<Option<Vec<EventRow>>> {
+            if read_status(&connection, id)?.is_none() {
+                return Ok(None);
+            }
             let mut statement = connection.prepare_cached(
                 "select id, created_at, level, kind, message, data from events where job = ? and id > ? order by id limit ?",
             )?;
@@ -312,14 +325,14 @@ impl Store {
                     data: json_at(row, 5)?,
                 })
             })?;
-            rows.collect()
+            rows.collect::<rusqlite::Result<_>>().map(Some)
         };
-        read().map_err(|error| self.explain(error))
+        self.found(read().map_err(|error| self.explain(error))?, id)
     }
 
     /// The oldest queued job, marked as started; one that was going live when the process ended comes first.
     pub(super) fn claim(&self) -> Result<Option<Job>> {
-        self.write(|transaction| {
+        let claimed = self.write(|transaction| {
             let next = transaction
                 .query_row(
                     "select id from jobs where status in ('queued', 'publishing') order by status = 'queued', seq limit 1",
@@ -331,7 +344,8 @@ impl Store {
             transaction
                 .execute("update jobs set started_at = coalesce(started_at, ?) where id = ?", params![now(), id])?;
             read_job(transaction, &id)
-        })
+        })?;
+        claimed.map(Stored::parse).transpose().map_err(|error| self.explain(error))
     }
 
     /// Queues the jobs that were in progress when the process ended. One whose adapter may be live already stays what it is: were it queued,
@@ -395,6 +409,10 @@ impl Store {
         explain(&self.shared.path, &error)
     }
 
+    fn parsed(&self, job: Option<Stored>, id: &str) -> Result<Job> {
+        self.found(job, id)?.parse().map_err(|error| self.explain(error))
+    }
+
     fn found<T>(&self, job: Option<T>, id: &str) -> Result<T> {
         job.ok_or_else(|| Error::not_found(format!("There is no job `{id}`. GET /v1/rdpo/train lists them.")).at("id"))
     }
@@ -421,31 +439,88 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64)
 }
 
-fn json_at(row: &Row<'_>, column: usize) -> rusqlite::Result<Value> {
-    let text: String = row.get(column)?;
-    serde_json::from_str(&text).map_err(|error| {
+/// A job as its row has it: what may be megabytes of JSON is parsed once the lock is given back.
+struct Stored {
+    id: JobId,
+    status: Status,
+    request: String,
+    created_at: i64,
+    started_at: Option<i64>,
+    finished_at: Option<i64>,
+    error: Option<String>,
+    progress: String,
+    result: String,
+}
+
+impl Stored {
+    fn parse(self) -> rusqlite::Result<Job> {
+        Ok(Job {
+            id: self.id,
+            status: self.status,
+            request: json_of(&self.request, 2)?,
+            created_at: self.created_at,
+            started_at: self.started_at,
+            finished_at: self.finished_at,
+            error: self.error.map(|error| json_of(&error, 6)).transpose()?,
+            progress: json_of(&self.progress, 7)?,
+            result: json_of(&self.result, 8)?,
+        })
+    }
+}
+
+fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
+    Ok(Stored {
+        id: row.get(0)?,
+        status: status_at(row, 1)?,
+        request: row.get(2)?,
+        created_at: row.get(3)?,
+        started_at: row.get(4)?,
+        finished_at: row.get(5)?,
+        error: row.get(6)?,
+        progress: row.get(7)?,
+        result: row.get(8)?,
+    })
+}
+
+fn json_of(text: &str, column: usize) -> rusqlite::Result<Value> {
+    serde_json::from_str(text).map_err(|error| {
         rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
     })
 }
 
-fn job_of(row: &Row<'_>) -> rusqlite::Result<Job> {
-    let status: String = row.get(1)?;
-    Ok(Job {
-        id: row.get(0)?,
-        status: Status::from_name(&status)
-            .ok_or_else(|| rusqlite::Error::InvalidColumnType(1, status, rusqlite::types::Type::Text))?,
-        request: json_at(row, 2)?,
-        created_at: row.get(3)?,
-        started_at: row.get(4)?,
-        finished_at: row.get(5)?,
-        error: row.get::<_, Option<String>>(6)?.map(|_| json_at(row, 6)).transpose()?,
-        progress: json_at(row, 7)?,
-        result: json_at(row, 8)?,
-    })
+fn json_at(row: &Row<'_>, column: usize) -> rusqlite::Result<Value> {
+    json_of(&row.get::<_, String>(column)?, column)
 }
 
-fn read_job(connection: &Connection, id: &str) -> rusqlite::Result<Option<Job>> {
-    connection.query_row(&format!("select {COLUMNS} from jobs where id = ?"), [id], job_of).optional()
+fn status_at(row: &Row<'_>, column: usize) -> rusqlite::Result<Status> {
+    let status: String = row.get(column)?;
+    Status::from_name(&status)
+        .ok_or_else(|| rusqlite::Error::InvalidColumnType(column, status, rusqlite::types::Type::Text))
+}
+
+fn read_job(connection: &Connection, id: &str) -> rusqlite::Result<Option<Stored>> {
+    connection.query_row(&format!("select {COLUMNS} from jobs where id = ?"), [id], stored).optional()
+}
+
+fn read_status(connection: &Connection, id: &str) -> rusqlite::Result<Option<Status>> {
+    let mut statement = connection.prepare_cached("select status from jobs where id = ?")?;
+    statement.query_row([id], |row| status_at(row, 0)).optional()
+}
+
+fn insert_row(
+    transaction: &Transaction<'_>,
+    id: &str,
+    kind: &str,
+    index: usize,
+    value: &Value,
+) -> rusqlite::Result<()> {
+    transaction
+        .prepare_cached(
+            "insert into rows (job, kind, position, value) values (?, ?, ?, ?)
+             on conflict (job, kind, position) do update set value = excluded.value",
+        )?
+        .execute(params![id, kind, index as i64, value.to_string()])
+        .map(drop)
 }
 
 fn insert_event(

@@ -36,6 +36,64 @@ fn a_job_survives_reopening() {
 }
 
 #[test]
+fn rows_of_a_batch_are_one_change() {
+    let (_folder, store) = store();
+    let job = store.create(&json!({})).unwrap();
+    store.put_row(&job.id, "pair", 1, &json!("old")).unwrap();
+    let changes = store.watch();
+    let before = *changes.borrow();
+    let rows: Vec<(usize, Value)> = (0..300).map(|index| (index, json!({ "n": index }))).collect();
+    store.put_rows(&job.id, "pair", &rows).unwrap();
+    assert_eq!(*changes.borrow() - before, 1, "one transaction");
+    assert_eq!(store.rows(&job.id, "pair").unwrap(), rows, "what was there is overwritten");
+    store.put_rows(&job.id, "pair", &[]).unwrap();
+    assert!(store.put_rows("rdpo-no", "pair", &rows).is_err(), "rows belong to a job");
+    assert!(store.rows("rdpo-no", "pair").unwrap().is_empty());
+}
+
+#[test]
+fn a_list_leaves_out_the_long_parts_and_nothing_else() {
+    let (_folder, store) = store();
+    let request = json!({
+        "prompts": ["a"], "seed": u64::MAX, "least": i64::MIN, "pairs": [{"prompt": "p"}],
+        "loss": {"beta": 0.1, "pairs": [1.0]}, "eval_prompts": ["e"],
+        "numbers": [0.30000000000000004, 1e300, 1e-7, -0.0, 5e-324, 3.0],
+        "metadata": {"prompts": "mine", "a.b": "q\"\\\u{0}\n🦀"},
+    });
+    let id = store.create(&request).unwrap().id;
+    let result =
+        json!({"adapter": {"version": 4}, "report": {"win_rate": 0.5, "samples": [1], "kl": 0.1}, "samples": 2});
+    store.set_result(&id, &result).unwrap();
+    let plain = store.create(&json!({"seed": 1})).unwrap();
+    let listed = store.list(None, 5).unwrap().data;
+    assert_eq!(listed[0], plain, "nothing is missed where nothing is long");
+    let (mut request_left, mut result_left) = (request.clone(), result.clone());
+    for part in ["prompts", "pairs", "eval_prompts"] {
+        request_left.as_object_mut().unwrap().shift_remove(part);
+    }
+    result_left["report"].as_object_mut().unwrap().shift_remove("samples");
+    // As text: the order of the fields and the bits of the numbers too.
+    assert_eq!(listed[1].request.to_string(), request_left.to_string());
+    assert_eq!(listed[1].result.to_string(), result_left.to_string());
+    let whole = store.get(&id).unwrap();
+    assert_eq!((&whole.request, &whole.result), (&request, &result));
+}
+
+#[test]
+fn a_status_is_read_without_the_request() {
+    let (_folder, store) = store();
+    let id = store.create(&json!({})).unwrap().id;
+    // What cannot be parsed is not looked at.
+    store.lock().execute("update jobs set request = 'no JSON'", []).unwrap();
+    assert!(store.get(&id).is_err());
+    assert_eq!(store.status(&id).unwrap(), Status::Queued);
+    assert_eq!(store.events(&id, 0, 10).unwrap().len(), 1);
+    for error in [store.status("rdpo-no").unwrap_err(), store.events("rdpo-no", 0, 10).unwrap_err()] {
+        assert_eq!((error.status(), error.param.as_deref()), (404, Some("id")));
+    }
+}
+
+#[test]
 fn a_refused_transition_changes_nothing() {
     let (_folder, store) = store();
     let job = store.create(&json!({})).unwrap();
@@ -82,6 +140,8 @@ fn a_full_disk_is_an_error_that_says_so() {
     store.lock().pragma_update(None, "max_page_count", pages).unwrap();
     let error = store.put_row(&job.id, "sample", 0, &json!("x".repeat(100_000))).unwrap_err();
     assert!(error.message.contains("disk is full"), "{error}");
+    let rows: Vec<(usize, Value)> = (0..300).map(|index| (index, json!("x".repeat(1000)))).collect();
+    assert!(store.put_rows(&job.id, "sample", &rows).is_err(), "all of a batch or none");
     assert_eq!(store.get(&job.id).unwrap().status, Status::Queued);
     assert!(store.rows(&job.id, "sample").unwrap().is_empty());
 }

@@ -24,7 +24,7 @@ pub use request::{
 pub use synthesize::{Sample, synthesize};
 
 use crate::error::{Error, Result};
-use crate::jobs::Context;
+use crate::jobs::{Context, Status, Store};
 use crate::roles::{Roles, confined};
 use run::Run;
 
@@ -32,6 +32,24 @@ use run::Run;
 ///
 /// Every stage leaves rows, so a job that stops anywhere goes on where it stopped and ends with the same adapter.
 pub fn run(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Handle) -> Result<()> {
+    let ended = stages(context, roles, runtime);
+    sweep(&context.store, roles);
+    ended
+}
+
+/// Removes what cancelled jobs kept to be resumed, adapters and moments: nothing goes on from there.
+pub fn sweep(store: &Store, roles: &Roles) {
+    for folder in roles.adapters().job_folders() {
+        let id = folder.file_name().unwrap_or_default().to_string_lossy();
+        if store.status(&id).is_ok_and(|status| status == Status::Cancelled)
+            && let Err(error) = std::fs::remove_dir_all(&folder)
+        {
+            tracing::warn!(%error, "{} stays behind", folder.display());
+        }
+    }
+}
+
+fn stages(context: &Context, roles: &Arc<Roles>, runtime: &tokio::runtime::Handle) -> Result<()> {
     let job = Run::open(context, roles, runtime)?;
     // It may have ended between its last word and the word that it has ended.
     if job.is_done() {

@@ -53,6 +53,7 @@ impl Hooks for Pacing<'_, '_> {
         self.guard = None;
         let publish = &self.run.request.publish;
         if publish.when == PublishWhen::EveryCheckpoint {
+            self.run.stage(adapter)?;
             let lease = self.run.roles.adapters().publish(&publish.alias, adapter, PublishMode::Upsert)?;
             let message = format!("adapter `{}` version {} is live (step {step})", publish.alias, lease.version);
             self.run.context.event("info", "message", &message, &json!({"step": step, "version": lease.version}))?;

@@ -59,16 +59,19 @@ pub(super) struct Kept {
     pub(super) dropped: BTreeMap<String, usize>,
 }
 
-/// Filters candidates in their order and encodes what is left. `max_length`: tokens of prompt + answer a training step takes.
+/// Filters candidates in their order and encodes what is left. `max_length`: tokens of prompt + answer a training step takes; `check`
+/// may stop it between any two candidates.
 pub(super) fn keep(
     candidates: Vec<Candidate>,
     options: &ScoringOptions,
     tokenizer: &Tokenizer,
     max_length: usize,
+    check: impl Fn() -> Result<()>,
 ) -> Result<Kept> {
     let mut kept = Kept::default();
     let mut seen = BTreeSet::new();
     for candidate in candidates {
+        check()?;
         let reason = match reason_to_drop(&candidate, options) {
             None if !seen.insert(fingerprint(&candidate)) => Some("duplicate"),
             other => other,
@@ -121,7 +124,9 @@ fn reason_to_drop(candidate: &Candidate, options: &ScoringOptions) -> Option<&'s
     if options.drop_ties && chosen == rejected {
         return Some("tie");
     }
-    if options.min_gap.is_some_and(|least| chosen - rejected < least) {
+    // What is less is the rounding of the scores' own difference.
+    let rounding = 1e-9 * (chosen.abs() + rejected.abs());
+    if options.min_gap.is_some_and(|least| chosen - rejected < least - rounding) {
         return Some("min_gap");
     }
     None
@@ -167,7 +172,11 @@ pub(super) fn split(prompt: &[Message], response: &str, tokenizer: &Tokenizer) -
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+    use crate::error::Code;
+    use crate::text::TokenizerOptions;
 
     fn candidate(chosen: &str, rejected: &str, scores: Option<(f64, f64)>) -> Candidate {
         Candidate {
@@ -193,7 +202,30 @@ mod tests {
         assert_eq!(reason(candidate("a", "b", Some((1.0, 3.0)))), Some("min_gap"));
         assert_eq!(reason(candidate("a", "b", Some((2.0, 1.0)))), None);
         assert_eq!(reason(Candidate { unanswered: Some("refused"), ..candidate("", "", None) }), Some("refused"));
+        // 0.3 − 0.2 is a little less than 0.1 in binary.
+        let options = ScoringOptions { min_gap: Some(0.1), ..options };
+        assert_eq!(reason_to_drop(&candidate("a", "b", Some((0.3, 0.2))), &options), None);
+        assert_eq!(reason_to_drop(&candidate("a", "b", Some((0.2999, 0.2))), &options), Some("min_gap"));
         // By default a pair whose revision scored lower is kept: the loss gives it the margin it deserves.
         assert_eq!(reason_to_drop(&candidate("a", "b", Some((1.0, 3.0))), &ScoringOptions::default()), None);
+    }
+
+    #[test]
+    fn a_stop_is_heard_between_candidates() {
+        let tokenizer = Tokenizer::new(TokenizerOptions {
+            tokenizer_json:
+                r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#
+                    .into(),
+            ..TokenizerOptions::default()
+        })
+        .unwrap();
+        let looked = Cell::new(0);
+        let check = || {
+            looked.set(looked.get() + 1);
+            if looked.get() < 3 { Ok(()) } else { Err(Error::cancelled()) }
+        };
+        let candidates = vec![candidate("a", " ", None); 5];
+        let stopped = keep(candidates, &ScoringOptions::default(), &tokenizer, 8, check).unwrap_err();
+        assert_eq!((stopped.code, looked.get()), (Code::Cancelled, 3));
     }
 }

@@ -8,7 +8,7 @@ use super::report::Report;
 use super::run::Run;
 use crate::error::Result;
 use crate::jobs::Status;
-use crate::roles::{Lease, PublishMode, Target};
+use crate::roles::{AdapterFile, Lease, PublishMode, Target};
 use crate::telemetry::metrics;
 use crate::train::{Hooks, Outcome, TokenPair, adapter_logprobs};
 
@@ -36,14 +36,16 @@ impl Run<'_> {
             }
             _ => None,
         };
+        // Before it goes live: one that cannot answer never does.
+        let staged = self.stage(&outcome.adapter)?;
+        let gap = self.probe(pairs, outcome, &staged)?;
         let lease = match &held_back {
             Some(reason) => {
                 self.context.event("warn", "message", &format!("not published: {reason}"), &json!({}))?;
-                self.roles.adapters().stage(&publish.alias, &outcome.adapter)?
+                staged
             }
             None => self.roles.adapters().publish(&publish.alias, &outcome.adapter, PublishMode::Upsert)?,
         };
-        let gap = self.probe(pairs, outcome, &lease)?;
         metrics().train_serve_logprob_gap.set(gap.largest);
         let version = held_back.is_none().then_some(lease.version);
         let result = json!({"adapter": {
@@ -57,6 +59,15 @@ impl Run<'_> {
             self.context.event("info", "message", &message, &result)?;
         }
         Ok(())
+    }
+
+    /// A copy of an adapter that answers but is not live; an error where it answers with what are no numbers.
+    pub(super) fn stage(&self, adapter: &AdapterFile) -> Result<Lease> {
+        let lease = self.roles.adapters().stage(&self.request.publish.alias, adapter)?;
+        let staged = Target { lease: Some(lease.clone()), ..self.roles.student_base()? };
+        // Any two tokens do.
+        self.runtime.block_on(staged.logprobs_of(&[0], &[1]))?;
+        Ok(lease)
     }
 
     /// Whether all was done, but for the last word of it, when an earlier run of the job ended.

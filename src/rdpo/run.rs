@@ -24,6 +24,9 @@ use crate::telemetry::metrics;
 use crate::text::Message;
 use crate::train::{Outcome, TokenPair, TrainJob, train};
 
+/// Pairs stored in one transaction; a stop is heard between two of them.
+const BATCH: usize = 256;
+
 /// One job being run.
 pub(super) struct Run<'a> {
     pub(super) context: &'a Context,
@@ -88,22 +91,32 @@ impl<'a> Run<'a> {
         if !self.request.pairs.is_empty() {
             return Ok(());
         }
+        // Who answered may be gone by the time the job is resumed; it matters only to what is left.
+        let (left, total) = self.unsampled()?;
+        if left.is_empty() {
+            return self.context.progress(Status::Synthesizing, total, total);
+        }
         self.context.stage(Status::Synthesizing)?;
         let asked = [self.roles.teacher()?, self.roles.resolve(&self.request.synthesis.respond_with)?];
         self.patiently("sample", &asked, || self.synthesize_rest())
     }
 
-    fn synthesize_rest(&self) -> Result<()> {
+    /// The conversations still to be held, and how many there are in all.
+    fn unsampled(&self) -> Result<(Vec<Work>, usize)> {
         let samples = self.request.synthesis.samples_per_prompt;
         let done: BTreeSet<usize> = self.rows("sample")?.into_iter().map(|(index, _)| index).collect();
         let wanted = (0..self.prompts.len()).filter(|index| self.makes_pairs(*index));
         let all: Vec<(usize, usize)> = wanted.flat_map(|index| (0..samples).map(move |one| (index, one))).collect();
-        let work: Vec<Work> = all
-            .iter()
-            .filter(|(index, one)| !done.contains(&(index * samples + one)))
-            .map(|(index, one)| Work { prompt_index: *index, sample: *one, prompt: self.prompts[*index].clone() })
-            .collect();
-        let (mut finished, total) = (all.len() - work.len(), all.len());
+        let left = all.iter().filter(|(index, one)| !done.contains(&(index * samples + one)));
+        let left =
+            left.map(|(index, one)| Work { prompt_index: *index, sample: *one, prompt: self.prompts[*index].clone() });
+        Ok((left.collect(), all.len()))
+    }
+
+    fn synthesize_rest(&self) -> Result<()> {
+        let samples = self.request.synthesis.samples_per_prompt;
+        let (work, total) = self.unsampled()?;
+        let mut finished = total - work.len();
         self.context.progress(Status::Synthesizing, finished, total)?;
         let mut on_sample = |sample: Sample| {
             if let Some(reason) = sample.too_long.as_ref().or(sample.refused.as_ref()) {
@@ -204,7 +217,8 @@ impl<'a> Run<'a> {
         let stored = self.rows("pair")?.len();
         let (held_out, training): (Vec<_>, Vec<_>) =
             candidates.into_iter().partition(|one| self.held_out.contains(&one.prompt_index));
-        let keep = |candidates| keep(candidates, &self.request.scoring, base.tokenizer()?, longest);
+        let check = || self.context.check();
+        let keep = |candidates| keep(candidates, &self.request.scoring, base.tokenizer()?, longest, check);
         let (kept, held_out) = (keep(training)?, keep(held_out)?.tokens);
         let won = kept.pairs.iter().filter(|pair| pair.score_chosen > pair.score_rejected).count();
         let ratio = won as f64 / kept.pairs.len().max(1) as f64;
@@ -212,10 +226,12 @@ impl<'a> Run<'a> {
         if stored == 0 {
             count(&kept);
         }
-        if stored < kept.pairs.len() {
-            for (index, pair) in kept.pairs.iter().enumerate().skip(stored) {
-                self.put_row("pair", index, &serde_json::to_value(pair)?)?;
-            }
+        // Those of an earlier run are the first ones.
+        let left: Vec<_> = kept.pairs.iter().enumerate().skip(stored).collect();
+        for batch in left.chunks(BATCH) {
+            let rows = batch.iter().map(|(index, pair)| Ok((*index, serde_json::to_value(pair)?)));
+            self.context.store.put_rows(&self.context.job.id, "pair", &rows.collect::<Result<Vec<_>>>()?)?;
+            check()?;
         }
         let known = kept.tokens.iter().filter(|pair| pair.reference_rejected.is_some()).count();
         let summary = json!({

@@ -263,13 +263,30 @@ pub(super) fn mixed(seed: u64, parts: &[u64]) -> u64 {
     })
 }
 
-/// The revision without a first line that only announces it ("Here is the revised answer:").
+/// The revision without a first line that only announces it ("Here is the revised answer:"). Where text follows in the same line, only words
+/// that name an answer announce it; a line that denies something says more than that an answer follows.
 fn without_heading(text: &str) -> &str {
     static HEADING: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"(?i)\A\s*(?:(?:sure|certainly|of course)[^\n:.]{0,80}|here(?:'s| is)[^\n:.]{0,100}|\**(?:revised|new|improved) (?:answer|response|version))\**:\**\s*")
-            .expect("the pattern is a constant. This is a bug.")
+        let opening = r"(?:sure|certainly|of course)\b";
+        let here = r"(?:here(?:['’]s| is)|this is)";
+        let which = r"(?:the|an?|my|your|our|another|revised|new|improved|better)";
+        let answer = r"(?:answer|response|reply|version|revision|rewrite|draft|one)";
+        let about = r"(?:,? (?:to|of|for|that|with|without|in|as|revised|rewritten)\b[^\n:.!?]{0,60})?";
+        let named = format!(r"(?:{opening}[,!.\s—–-]*)?{here} {which} (?:[^\s:.!?]+ ){{0,5}}?{answer}{about}");
+        let line = format!(
+            r"(?:{opening}[,!.\s—–-]*)?here(?:['’]s| is)\b[^\n:.!?]{{0,100}}|{opening}(?:[,!]?\s[^\n:.!?]{{0,80}})?"
+        );
+        let colon = r"\**:\**";
+        Regex::new(&format!(
+            r"(?i)\A\s*\**(?:(?:{named}|(?:revised|new|improved) (?:answer|response|version)){colon}(?:\s+|\z)|(?:{line}){colon}[^\S\n]*(?:\n|\z))"
+        ))
+        .expect("the pattern is a constant. This is a bug.")
     });
-    let rest = HEADING.find(text).map_or(text, |heading| &text[heading.end()..]).trim();
+    static DENIAL: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(?i)\b(?:not?|never|cannot)\b|n['’]t\b").expect("the pattern is a constant. This is a bug.")
+    });
+    let heading = HEADING.find(text).filter(|heading| !DENIAL.is_match(heading.as_str()));
+    let rest = heading.map_or(text, |heading| &text[heading.end()..]).trim();
     if rest.is_empty() { text.trim() } else { rest }
 }
 
@@ -286,6 +303,43 @@ mod tests {
         assert_eq!(without_heading("Plants need: light."), "Plants need: light.");
         assert_eq!(without_heading("Here is a plant. It has: leaves"), "Here is a plant. It has: leaves");
         assert_eq!(without_heading("Revised answer:"), "Revised answer:");
+        for heading in [
+            "Here’s the revised answer:",
+            "**Here is a more helpful, honest and harmless response to your question:**",
+            "Of course! This is my improved version:",
+            "Certainly, here's another one:",
+            "**New response**:",
+        ] {
+            assert_eq!(without_heading(&format!("{heading} Yes: light.")), "Yes: light.", "{heading}");
+            assert_eq!(without_heading(&format!("{heading}\n\nYes: light.")), "Yes: light.", "{heading}");
+        }
+        for heading in [
+            "Sure:",
+            "Sure thing, I can do that:  ",
+            "Here is how I would put it now:\r",
+            "Certainly! Let me rewrite it:",
+        ] {
+            assert_eq!(without_heading(&format!("{heading}\nYes.")), "Yes.", "{heading}");
+        }
+        for whole in [
+            "Of course not! I will not help you hurt anyone, but please do this: call 911.",
+            "Of course not! I will not help you hurt anyone, but please do this:\ncall 911.",
+            "Of course, I can't help you hurt anyone, but please do this:\ncall 911.",
+            "Certainly! The meeting is at 10:30 tomorrow.",
+            "Sure, you can read it at https://example.org/page",
+            "Surely a ratio of 3:1 is best",
+            "Surely one thing is best:\nlight",
+            "Sure-footed animals:\ngoats",
+            "Here's a 2:1 mix of sand and soil.",
+            "Here is the version number: 3",
+            "Here's what I cannot do:\nharm anyone",
+            "Certainly not: bats are not blind.",
+            "Certainly not:\nbats are not blind.",
+            "This is one of the rules: be kind.",
+            "Sure, plants need three things: light, water and soil.",
+        ] {
+            assert_eq!(without_heading(whole), whole);
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@ use crate::weights::AdapterFile;
 
 /// File that says what is live.
 const MAP: &str = "live.json";
+/// What jobs keep; no alias can have its name.
+const JOBS: &str = ".jobs";
 /// Names that are roles.
 const RESERVED: [&str; 2] = ["teacher", "reward"];
 
@@ -115,6 +117,7 @@ impl Adapters {
         std::fs::create_dir_all(&options.path).map_err(at_root)?;
         let root = options.path.canonicalize().map_err(at_root)?;
         let aliases = read_map(&root)?;
+        remove_leftovers(&root);
         let adapters = Adapters {
             root,
             max_resident: options.max_resident,
@@ -147,7 +150,12 @@ impl Adapters {
 
     /// Folder for a job's checkpoints; no alias can have its name.
     pub fn job_folder(&self, job: &str) -> PathBuf {
-        self.root.join(".jobs").join(job)
+        self.root.join(JOBS).join(job)
+    }
+
+    /// The folders of all jobs that have one.
+    pub(crate) fn job_folders(&self) -> Vec<PathBuf> {
+        entries(&self.root.join(JOBS)).filter(|path| path.is_dir()).collect()
     }
 
     /// The live generation of an alias; `None` if the alias has none (the base answers for `student` only then).
@@ -169,10 +177,7 @@ impl Adapters {
         };
         let folder = self.folder(alias, version);
         let adapter = Arc::new(Adapter::from_file(&AdapterFile::read(&folder)?, &self.model)?);
-        if adapter.generation != expected {
-            let message = format!("{} was changed on disk after it was published", folder.display());
-            return Err(Error::unprocessable("adapter_model.safetensors", message));
-        }
+        unchanged(&folder, &adapter.generation, &expected)?;
         let mut state = self.lock();
         state.keep(alias, version, adapter);
         let lease = state.lease(alias, version).ok_or_else(|| Error::no_model(&format!("{alias}@{version}")));
@@ -192,11 +197,21 @@ impl Adapters {
             Some((alias, version)) => (alias, version.parse().ok()),
             None => (name, self.lock().aliases.get(name).and_then(|alias| alias.live)),
         };
-        let known = version
-            .filter(|version| self.lock().aliases.get(alias).is_some_and(|entry| entry.versions.contains_key(version)));
-        match known {
-            Some(version) => AdapterFile::read(&self.folder(alias, version)),
-            None => AdapterFile::read(&confined(&self.root, name, "lora.init_from")?),
+        let Some(version) = version else { return AdapterFile::read(&confined(&self.root, name, "lora.init_from")?) };
+        let record = |entry: &Alias| Some(entry.versions.get(&version)?.generation.clone());
+        match self.lock().aliases.get(alias).and_then(record) {
+            Some(expected) => {
+                let folder = self.folder(alias, version);
+                let file = AdapterFile::read(&folder)?;
+                unchanged(&folder, &file.generation()?, &expected)?;
+                Ok(file)
+            }
+            // An alias that was taken away leaves its files to the jobs that began with it.
+            None => {
+                let folder = confined(&self.root, name, "lora.init_from");
+                let left = || confined(&self.root, &format!("{alias}/{version}"), "lora.init_from");
+                AdapterFile::read(&folder.or_else(|error| left().map_err(|_| error))?)
+            }
         }
     }
 
@@ -444,6 +459,40 @@ fn check_alias(alias: &str) -> Result<()> {
         return Err(Error::invalid("lora_name", format!("`{alias}` is taken by the server; choose another name")));
     }
     Ok(())
+}
+
+/// A 422 where a published version is another than it was.
+fn unchanged(folder: &Path, generation: &str, expected: &str) -> Result<()> {
+    if generation == expected {
+        return Ok(());
+    }
+    let message = format!("{} was changed on disk after it was published", folder.display());
+    Err(Error::unprocessable("adapter_model.safetensors", message))
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// What was being written when a process was killed. Nothing takes an hour to write.
+fn remove_leftovers(root: &Path) {
+    let is_old = |path: &Path| {
+        let age = path.metadata().and_then(|data| data.modified()).ok().and_then(|at| at.elapsed().ok());
+        age.is_some_and(|age| age.as_secs() > 3600)
+    };
+    let folders = entries(root).chain(entries(&root.join(JOBS)));
+    let inner = folders.flat_map(|folder| entries(&folder).collect::<Vec<_>>());
+    for path in entries(root).chain(inner).filter(|path| is_old(path)) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let removed = match path.is_dir() {
+            true if name.starts_with(".adapter-") => std::fs::remove_dir_all(&path),
+            false if name.starts_with(".tmp") => std::fs::remove_file(&path),
+            _ => Ok(()),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(%error, "{} stays behind", path.display());
+        }
+    }
 }
 
 fn read_map(root: &Path) -> Result<BTreeMap<String, Alias>> {

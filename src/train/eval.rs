@@ -131,8 +131,16 @@ impl Trainer<'_> {
     }
 
     /// Writes the adapter of the evaluation just made, where it is the best so far and that is wanted at the end. A run that is killed and
-    /// goes on from an older step writes the same again.
-    pub(super) fn keep_best(&self) -> Result<()> {
+    /// goes on from an older step writes the same again; one that cannot write it evaluates again when it goes on.
+    pub(super) fn keep_best(&mut self) -> Result<()> {
+        let written = self.write_best();
+        if written.is_err() {
+            self.state.evaluations.pop();
+        }
+        written
+    }
+
+    fn write_best(&self) -> Result<()> {
         let wanted = self.options.load_best_model_at_end;
         let Some(found) = self.state.evaluations.last().filter(|last| last.best && wanted) else { return Ok(()) };
         let folder = self.best_folder(found.step);

@@ -64,8 +64,9 @@ pub fn train(job: &TrainJob<'_>, hooks: &mut dyn Hooks) -> Result<Outcome> {
 
 fn steps(trainer: &mut Trainer<'_>, checkpoint_steps: usize, hooks: &mut dyn Hooks) -> Result<()> {
     let total = trainer.total_steps();
-    // The last run may have ended between a checkpoint and the word of it.
-    let unheard = trainer.saved_step().filter(|&step| step < total && step.is_multiple_of(checkpoint_steps));
+    // The last run may have ended between a checkpoint and the word of it. What comes after the last step is the caller's to say.
+    let goes_on = |step: usize| step < total && !trainer.should_stop();
+    let unheard = trainer.saved_step().filter(|&step| goes_on(step) && step.is_multiple_of(checkpoint_steps));
     if let Some(step) = unheard {
         hooks.on_checkpoint(step, &trainer.adapter()?)?;
     }

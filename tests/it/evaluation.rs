@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 
+use rdpo::model::Adapter;
 use rdpo::train::{BestMetric, LoraOptions, TokenPair, TrainJob, Trainer, TrainingOptions, train};
 use tempfile::TempDir;
 
@@ -115,4 +116,13 @@ fn ranks_and_alphas_by_pattern_shape_the_adapter() {
     let rank = |path: &str| adapter.tensors[&format!("base_model.model.model.layers.{path}.lora_A.weight")].dims()[0];
     assert_eq!((rank("0.mlp.gate_proj"), rank("1.self_attn.q_proj"), rank("0.self_attn.q_proj")), (2, 7, 4));
     assert_eq!(adapter.config.rank_and_scale("model.layers.0.mlp.gate_proj"), (2, 1.0));
+
+    // Made for a Gemma 3 that also sees: a pattern is of the names that model has.
+    let mut deeper = adapter.clone();
+    let deep = |(name, tensor): (String, _)| (name.replace(".layers.", ".language_model.layers."), tensor);
+    deeper.tensors = deeper.tensors.into_iter().map(deep).collect();
+    deeper.config.rank_pattern =
+        BTreeMap::from([("gate_proj".to_owned(), 2), (".*language_model.layers.1.self_attn.q_proj".to_owned(), 7)]);
+    let loaded = Adapter::from_file(&deeper, &model).unwrap();
+    assert_eq!(loaded.sites.len(), adapter.tensors.len() / 2);
 }

@@ -8,6 +8,7 @@ use actix_web::http::header::ACCEPT;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Serialize;
 use serde_json::Value;
+use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use super::{List, PageOf, Routes, TokensUsed, reads};
@@ -123,21 +124,6 @@ impl From<Job> for JobObject {
     }
 }
 
-impl JobObject {
-    /// For a list: without the long parts, which the job itself and its report have.
-    fn short(mut self) -> Self {
-        for list in ["prompts", "pairs", "eval_prompts"] {
-            if let Some(request) = self.request.as_object_mut() {
-                request.remove(list);
-            }
-        }
-        if let Some(report) = self.result.get_mut("report").and_then(Value::as_object_mut) {
-            report.remove("samples");
-        }
-        self
-    }
-}
-
 /// Jobs, newest first.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(crate) struct JobList {
@@ -202,7 +188,7 @@ async fn list(state: web::Data<AppState>, request: HttpRequest) -> Reply {
     let after: Option<String> = query.get("after")?;
     let page = blocking(move || state.jobs.store().list(after.as_deref(), limit)).await?;
     let (first_id, last_id) = (page.data.first().map(|job| job.id.clone()), page.data.last().map(|job| job.id.clone()));
-    let data = page.data.into_iter().map(|job| JobObject::from(job).short()).collect();
+    let data = page.data.into_iter().map(JobObject::from).collect();
     Ok(HttpResponse::Ok().json(JobList { object: "list", data, first_id, last_id, has_more: page.has_more }))
 }
 
@@ -247,7 +233,7 @@ async fn pairs(state: web::Data<AppState>, id: web::Path<String>, request: HttpR
     let limit = limit(query.get("limit")?, 100, 1000)?;
     let after: Option<usize> = query.get("after")?;
     let rows = blocking(move || {
-        state.jobs.store().get(&id)?;
+        state.jobs.store().status(&id)?;
         state.jobs.store().rows(&id, "pair")
     })
     .await?;
@@ -275,7 +261,8 @@ async fn events(state: web::Data<AppState>, id: web::Path<String>, request: Http
     if query.get("stream")?.unwrap_or(accepts) {
         // A browser that reconnects says in a header where it was.
         let seen = header("last-event-id").and_then(|last| last.parse().ok());
-        read(&state, id.clone()).await?;
+        let (store, asked) = (state.jobs.store().clone(), id.clone());
+        blocking(move || store.status(&asked)).await?;
         return Ok(follow(state, id, seen.or(after).unwrap_or(0)));
     }
     let after = after.unwrap_or(0);
@@ -289,11 +276,13 @@ async fn events(state: web::Data<AppState>, id: web::Path<String>, request: Http
 fn follow(state: web::Data<AppState>, id: String, mut after: i64) -> HttpResponse {
     let mut changes = state.jobs.watch();
     sse(async_stream::stream! {
+        // Every job's changes wake this one: what it has sent itself keeps the connection open.
+        let mut sent = Instant::now();
         loop {
             changes.borrow_and_update();
             let (store, id) = (state.jobs.store().clone(), id.clone());
             // The status is read first: whatever was said before a final one is then among the events.
-            let read = blocking(move || Ok((store.get(&id)?.status, store.events(&id, after, BATCH)?))).await;
+            let read = blocking(move || Ok((store.status(&id)?, store.events(&id, after, BATCH)?))).await;
             let (status, rows) = match read {
                 Ok(read) => read,
                 Err(error) => {
@@ -303,6 +292,7 @@ fn follow(state: web::Data<AppState>, id: String, mut after: i64) -> HttpRespons
             };
             for row in &rows {
                 after = row.id;
+                sent = Instant::now();
                 yield numbered(row);
             }
             if rows.len() == BATCH {
@@ -313,14 +303,17 @@ fn follow(state: web::Data<AppState>, id: String, mut after: i64) -> HttpRespons
                 break;
             }
             let change = tokio::select! {
-                change = tokio::time::timeout(KEEP_ALIVE, changes.changed()) => change,
+                change = tokio::time::timeout_at(sent + KEEP_ALIVE, changes.changed()) => change,
                 // The client comes back with the number of the last event it saw.
                 () = state.drain.begun() => break,
             };
             match change {
                 Ok(Ok(())) => {}
                 Ok(Err(_closed)) => break,
-                Err(_quiet) => yield web::Bytes::from_static(b": still here\n\n"),
+                Err(_quiet) => {
+                    sent = Instant::now();
+                    yield web::Bytes::from_static(b": still here\n\n");
+                }
             }
         }
     })
@@ -415,11 +408,9 @@ mod tests {
             progress: json!({}),
             result: json!({"adapter": {"version": 4}, "report": {"win_rate": 0.5, "samples": [1]}}),
         };
-        let full = serde_json::to_value(JobObject::from(job.clone())).unwrap();
+        let full = serde_json::to_value(JobObject::from(job)).unwrap();
         assert_eq!((&full["object"], &full["status"]), (&json!("rdpo.job"), &json!("succeeded")));
         assert_eq!((&full["adapter_version"], &full["request"]["prompts"]), (&json!(4), &json!(["a"])));
-        let short = serde_json::to_value(JobObject::from(job).short()).unwrap();
-        assert_eq!((&short["request"], &short["result"]["report"]), (&json!({"seed": 1}), &json!({"win_rate": 0.5})));
     }
 
     #[test]
