@@ -7,6 +7,11 @@ use crate::error::{Code, Error, Result};
 use crate::model::Adapter;
 use crate::text::Grammar;
 
+/// Most stop strings of a request.
+const MOST_STOPS: usize = 16;
+/// Most bytes of one: each is looked for at every token.
+const LONGEST_STOP: usize = 4096;
+
 /// Sampling parameters, named as vLLM names them; the defaults are OpenAI's.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
@@ -212,8 +217,12 @@ impl SamplingParams {
             return Err(Error::invalid("repetition_penalty", "`repetition_penalty` must be above 0"));
         }
         self.logit_bias.values().try_for_each(|bias| within("logit_bias", *bias, -100.0, 100.0))?;
-        if self.stop.len() > 16 || self.stop.iter().any(String::is_empty) {
-            return Err(Error::invalid("stop", "`stop` takes at most 16 strings, none of them empty"));
+        let fits = |stop: &String| (1..=LONGEST_STOP).contains(&stop.len());
+        if self.stop.len() > MOST_STOPS || !self.stop.iter().all(fits) {
+            let text = format!(
+                "`stop` takes at most {MOST_STOPS} strings, none of them empty or longer than {LONGEST_STOP} bytes"
+            );
+            return Err(Error::invalid("stop", text));
         }
         for (field, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
             if count.is_some_and(|count| count > 20) {
@@ -244,6 +253,14 @@ impl Request {
             }
             Err(Error::invalid(field, format!("`{field}`: token id {id} is outside the vocabulary of {vocab_size}")))
         };
+        let lists = [
+            ("stop_token_ids", Some(&params.stop_token_ids)),
+            ("allowed_token_ids", params.allowed_token_ids.as_ref()),
+        ];
+        // Every choice has a copy.
+        if let Some((field, _)) = lists.iter().find(|(_, ids)| ids.is_some_and(|ids| ids.len() > vocab_size)) {
+            return Err(Error::invalid(*field, format!("`{field}` has more ids than the vocabulary of {vocab_size}")));
+        }
         params.logit_bias.keys().try_for_each(|id| known("logit_bias", *id))?;
         params.stop_token_ids.iter().try_for_each(|id| known("stop_token_ids", *id))?;
         params.allowed_token_ids.iter().flatten().try_for_each(|id| known("allowed_token_ids", *id))?;
@@ -270,5 +287,30 @@ impl Request {
             .at("prompt"));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_and_strings_have_a_size() {
+        let param = |params: SamplingParams| {
+            let request = Request { prompt: vec![1], params, adapter: None, task: Task::Generate, role: "student" };
+            request.validate(4, 100).err().and_then(|error| error.param)
+        };
+        let base = SamplingParams::default;
+        assert_eq!(param(SamplingParams { stop: vec!["é".repeat(2048); 16], ..base() }), None);
+        for stop in [vec!["é".repeat(2049)], vec!["a".into(), String::new()], vec!["a".into(); 17]] {
+            assert_eq!(param(SamplingParams { stop, ..base() }).unwrap(), "stop");
+        }
+        assert_eq!(param(SamplingParams { stop_token_ids: vec![3; 4], ..base() }), None);
+        assert_eq!(param(SamplingParams { stop_token_ids: vec![3; 5], ..base() }).unwrap(), "stop_token_ids");
+        assert_eq!(param(SamplingParams { allowed_token_ids: Some(vec![0, 1, 2, 3]), ..base() }), None);
+        for ids in [vec![3; 5], vec![4], vec![]] {
+            assert_eq!(param(SamplingParams { allowed_token_ids: Some(ids), ..base() }).unwrap(), "allowed_token_ids");
+        }
     }
 }

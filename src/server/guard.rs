@@ -7,8 +7,8 @@ use std::time::Instant;
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header::{
-    ACCEPT_ENCODING, ALLOW, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, VARY,
-    WWW_AUTHENTICATE,
+    ACCEPT_ENCODING, ALLOW, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue,
+    ORIGIN, VARY, WWW_AUTHENTICATE,
 };
 use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::Next;
@@ -22,6 +22,7 @@ use crate::error::{Code, Error};
 use crate::telemetry::metrics;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// What can be asked without a key; everything else needs one where the server has keys.
 pub(super) const OPEN: [&str; 7] = ["/", "/health", "/ready", "/ping", "/version", "/metrics", "/openapi.yaml"];
@@ -71,7 +72,10 @@ pub(super) async fn guard(
 fn authorize(request: &ServiceRequest) -> Result<(), Error> {
     let Some(state) = request.app_data::<web::Data<AppState>>() else { return Ok(()) };
     let keys = &state.limits.api_keys;
-    if keys.is_empty() || OPEN.contains(&request.path()) {
+    if keys.is_empty() {
+        return own_page(request.method(), request.headers());
+    }
+    if OPEN.contains(&request.path()) {
         return Ok(());
     }
     let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -86,6 +90,30 @@ fn authorize(request: &ServiceRequest) -> Result<(), Error> {
     }
     let message = "Wrong or missing API key: send one of the server's `api_keys` as `Authorization: Bearer <key>`.";
     Err(Error::new(Code::InvalidApiKey, message))
+}
+
+/// An open server takes orders from programs and from its own page. Any other page that a browser in its network shows could
+/// send it a form, without asking first; browsers say where a request comes from, and no page can change that.
+fn own_page(method: &Method, headers: &HeaderMap) -> Result<(), Error> {
+    if method.is_safe() {
+        return Ok(());
+    }
+    let text = |name: &HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+    // The site is compared first: behind a proxy the host may be another than the page's.
+    let own = match (text(&SEC_FETCH_SITE), text(&ORIGIN)) {
+        (Some(site), _) => ["same-origin", "none"].contains(&site),
+        (None, Some(origin)) => {
+            let host = origin.split_once("://").map(|(_, host)| host);
+            host.zip(text(&HOST)).is_some_and(|(page, host)| page.eq_ignore_ascii_case(host))
+        }
+        (None, None) => true,
+    };
+    if own {
+        return Ok(());
+    }
+    let message = "This comes from the page of another site (`origin`, `sec-fetch-site`), which a server without `server.api_keys` \
+                   takes nothing from: set keys, or ask through a program.";
+    Err(Error::new(Code::Forbidden, message))
 }
 
 /// Errors that no handler made (a body too large, a path that is no text, an encoding nobody has) as the API words errors.
@@ -194,5 +222,47 @@ impl MessageBody for Tracked {
             this.flight.ended = true;
         }
         polled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use actix_web::test::TestRequest;
+
+    use super::*;
+
+    #[test]
+    fn an_open_server_takes_orders_from_its_own_page_only() {
+        let taken = |method: Method, sent: &[(&str, &str)]| {
+            let request = sent.iter().fold(TestRequest::default(), |request, header| request.insert_header(*header));
+            own_page(&method, request.to_http_request().headers()).is_ok()
+        };
+        let local = ("host", "127.0.0.1:8080");
+        for sent in [
+            &[local][..],
+            &[local, ("origin", "http://127.0.0.1:8080")],
+            &[("host", "localhost:8080"), ("origin", "http://LocalHost:8080"), ("sec-fetch-site", "same-origin")],
+            &[("host", "rdpo.example"), ("origin", "https://rdpo.example")],
+            &[local, ("origin", "https://rdpo.example"), ("sec-fetch-site", "same-origin")],
+            &[local, ("sec-fetch-site", "none")],
+        ] {
+            assert!(taken(Method::POST, sent), "{sent:?}");
+        }
+        for sent in [
+            &[local, ("origin", "https://evil.example")][..],
+            &[local, ("origin", "http://127.0.0.1:3000")],
+            &[local, ("origin", "http://localhost:8080")],
+            &[local, ("origin", "null")],
+            &[("origin", "http://127.0.0.1:8080")],
+            &[local, ("sec-fetch-site", "cross-site")],
+            &[local, ("origin", "http://127.0.0.1:3000"), ("sec-fetch-site", "same-site")],
+        ] {
+            for method in [Method::POST, Method::PUT, Method::PATCH, Method::DELETE] {
+                assert!(!taken(method, sent), "{sent:?}");
+            }
+            for method in [Method::GET, Method::HEAD, Method::OPTIONS] {
+                assert!(taken(method, sent), "{sent:?}");
+            }
+        }
     }
 }

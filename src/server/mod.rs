@@ -42,6 +42,9 @@ pub struct ServerLimits {
 /// What was answered may still be on its way out when the server stops.
 const FLUSH: Duration = Duration::from_secs(2);
 
+/// How long a request's head may take. The default of 5 s turns a stall of the machine into 408s for who has just connected.
+const HEAD_PATIENCE: Duration = Duration::from_secs(60);
+
 /// What handlers share.
 pub struct AppState {
     /// Models and adapters.
@@ -62,6 +65,7 @@ impl AppState {
         start_series();
         let store = Store::open(store)?;
         let roles = Roles::load(roles)?;
+        crate::rdpo::sweep(&store, &roles);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("jobs")
@@ -111,6 +115,7 @@ pub async fn run(state: Arc<AppState>, listener: TcpListener, shutdown: impl Fut
     })
     .workers(2)
     .shutdown_timeout(FLUSH.as_secs())
+    .client_request_timeout(HEAD_PATIENCE)
     // A client that closes its side is gone: its request is dropped, which takes its work out of the batch.
     .h1_allow_half_closed(false)
     .disable_signals()

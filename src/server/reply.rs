@@ -103,17 +103,17 @@ pub(super) fn parse<T: DeserializeOwned>(body: &web::Bytes) -> Result<T> {
         if error.inner().is_syntax() || error.inner().is_eof() {
             return Error::new(Code::InvalidValue, format!("the body is not valid JSON: {text}"));
         }
-        let field = text.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next());
-        match field {
-            Some(field) => {
-                let parent = if path == "." {
-                    String::new()
-                } else {
-                    path.strip_suffix(field).unwrap_or(&path).trim_end_matches('.').to_owned()
-                };
-                let full = if parent.is_empty() { field.to_owned() } else { format!("{parent}.{field}") };
-                Error::new(Code::UnknownField, text.clone()).at(full)
-            }
+        let quoted = |before: &str| text.strip_prefix(before).and_then(|rest| rest.split('`').next());
+        let within = |parent: &str, field: &str| match parent {
+            "" | "." => field.to_owned(),
+            parent => format!("{parent}.{field}"),
+        };
+        if let Some(field) = quoted("unknown field `") {
+            let parent = path.strip_suffix(field).unwrap_or(&path).trim_end_matches('.');
+            return Error::new(Code::UnknownField, text.clone()).at(within(parent, field));
+        }
+        match quoted("missing field `") {
+            Some(field) => Error::invalid(within(&path, field), text.clone()),
             None if path == "." => Error::new(Code::InvalidValue, text),
             None => Error::invalid(path, text),
         }
@@ -211,7 +211,33 @@ mod tests {
         deep: u8,
     }
 
-    read_from_objects_only!(Inner);
+    read_from_objects_only!(Inner, Named);
+
+    #[derive(Debug, Deserialize)]
+    struct Asked {
+        #[expect(dead_code)]
+        model: String,
+        #[expect(dead_code)]
+        turns: Vec<Named>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(remote = "Self")]
+    struct Named {
+        name: String,
+    }
+
+    #[test]
+    fn a_field_that_is_missing_is_named() {
+        for (text, field) in [
+            ("{}", "model"),
+            ("{\"model\": \"a\"}", "turns"),
+            ("{\"model\": \"a\", \"turns\": [{\"name\": \"b\"}, {}]}", "turns[1].name"),
+        ] {
+            let error = parse::<Asked>(&web::Bytes::from(text)).unwrap_err();
+            assert_eq!((error.status(), error.param.as_deref()), (400, Some(field)), "{text}");
+        }
+    }
 
     #[test]
     fn bodies_are_objects_through_and_through() {

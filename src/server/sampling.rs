@@ -8,11 +8,18 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::constrain::{self, Asked, ResponseFormat, StructuredOutputs};
-use super::reply::read_from_objects_only;
+use super::reply::{blocking, read_from_objects_only};
 use crate::engine::request::SamplingParams;
 use crate::error::{Code, Error, Result};
 use crate::roles::{GenerationDefaults, Target};
 use crate::text::Tokenizer;
+
+/// Most words of `bad_words`: each is looked for at every token.
+const MOST_BAD_WORDS: usize = 1000;
+/// Most bytes of one.
+const LONGEST_BAD_WORD: usize = 4096;
+/// Most bytes of all: every choice has a copy of their tokens.
+const MOST_BAD_BYTES: usize = 256 << 10;
 
 /// One stop string or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -234,13 +241,29 @@ impl Sampling {
         asked: Option<Asked>,
         params: &mut SamplingParams,
     ) -> Result<()> {
-        for word in self.bad_words.iter().flatten() {
-            params.bad_words.extend(runs_of(tokenizer, word)?);
+        if let Some(words) = self.bad_words()? {
+            let tokenizer = tokenizer.clone();
+            let runs = move || words.iter().map(|word| runs_of(&tokenizer, word)).collect::<Result<Vec<_>>>();
+            params.bad_words.extend(blocking(runs).await?.into_iter().flatten());
         }
         if let Some(asked) = asked {
             params.grammar = Some(constrain::compile(tokenizer.clone(), asked).await?);
         }
         Ok(())
+    }
+
+    /// The words that may not come, where there are some and not too many.
+    fn bad_words(&self) -> Result<Option<Vec<String>>> {
+        let words = self.bad_words.as_deref().unwrap_or_default();
+        let bytes: usize = words.iter().map(String::len).sum();
+        let longest = words.iter().map(String::len).max().unwrap_or(0);
+        if words.len() > MOST_BAD_WORDS || longest > LONGEST_BAD_WORD || bytes > MOST_BAD_BYTES {
+            let text = format!(
+                "`bad_words` takes at most {MOST_BAD_WORDS} words of at most {LONGEST_BAD_WORD} bytes each, {MOST_BAD_BYTES} together"
+            );
+            return Err(Error::invalid("bad_words", text));
+        }
+        Ok((!words.is_empty()).then(|| words.to_vec()))
     }
 
     /// What is kept of the prompt's tokens, where fewer are asked for.
@@ -331,4 +354,26 @@ fn runs_of(tokenizer: &Tokenizer, word: &str) -> Result<Vec<Vec<u32>>> {
     let (first, inner) = (tokenizer.encode(word, false)?, tokenizer.encode(&format!(" {word}"), false)?);
     let differs = inner.first() != first.first() && inner.len() == first.len();
     Ok(if differs { vec![first, inner] } else { vec![first] })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_words_have_a_size() {
+        let read = |words: Vec<String>| Sampling { bad_words: Some(words), ..Sampling::default() }.bad_words();
+        for fits in [vec!["a".repeat(LONGEST_BAD_WORD); 64], vec!["a".into(); MOST_BAD_WORDS]] {
+            assert_eq!(read(fits.clone()).unwrap(), Some(fits));
+        }
+        assert_eq!(read(Vec::new()).unwrap(), None);
+        for not in [
+            vec!["a".into(); MOST_BAD_WORDS + 1],
+            vec!["é".repeat(LONGEST_BAD_WORD / 2 + 1)],
+            vec!["a".repeat(LONGEST_BAD_WORD); 65],
+        ] {
+            assert_eq!(read(not).unwrap_err().param.as_deref(), Some("bad_words"));
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! Tools of a request: which functions the model is shown, whether it must call one, and the calls of earlier turns.
 
+use std::collections::HashSet;
+
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
@@ -8,7 +10,10 @@ use super::constrain::Asked;
 use super::reply::read_from_objects_only;
 use crate::engine::request::SamplingParams;
 use crate::error::{Error, Result};
-use crate::text::{Besides, CallReader, Constraint, RenderOptions, Tokenizer, call_grammar};
+use crate::text::{Besides, CallReader, Constraint, Offered, RenderOptions, Tokenizer, call_grammar};
+
+/// Most tools of a request: eight times what OpenAI takes.
+const MOST_TOOLS: usize = 1024;
 
 /// A function the model may call.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -77,6 +82,17 @@ pub(crate) struct CalledFunction {
 
 read_from_objects_only!(Function, ChatTool, FlatTool, GivenCall, CalledFunction);
 
+fn not_too_many<T>(tools: Option<Vec<T>>) -> Result<Vec<T>> {
+    let tools = tools.unwrap_or_default();
+    if tools.len() > MOST_TOOLS {
+        return Err(Error::invalid(
+            "tools",
+            format!("`tools` has {} entries, at most {MOST_TOOLS} are read", tools.len()),
+        ));
+    }
+    Ok(tools)
+}
+
 fn only_functions(kind: &str, at: usize) -> Result<()> {
     if kind == "function" {
         return Ok(());
@@ -102,7 +118,7 @@ pub(super) fn chat_functions(tools: Option<Vec<ChatTool>>) -> Result<Vec<Functio
         let missing = || Error::invalid(format!("tools[{at}].function"), "is missing");
         named(tool.function.ok_or_else(missing)?, format!("tools[{at}].function.name"))
     };
-    tools.into_iter().flatten().enumerate().map(read).collect()
+    not_too_many(tools)?.into_iter().enumerate().map(read).collect()
 }
 
 /// The functions of a response's tools.
@@ -113,14 +129,14 @@ pub(super) fn flat_functions(tools: Option<Vec<FlatTool>>) -> Result<Vec<Functio
         let name = name.ok_or_else(|| Error::invalid(format!("tools[{at}].name"), "is missing"))?;
         named(Function { name, description, parameters, strict }, format!("tools[{at}].name"))
     };
-    tools.into_iter().flatten().enumerate().map(read).collect()
+    not_too_many(tools)?.into_iter().enumerate().map(read).collect()
 }
 
 /// What the model is offered.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Offer {
-    /// The functions it is shown, and so can call.
-    functions: Vec<Function>,
+    /// The functions it is shown, and so can call, with their places in `tools`.
+    functions: Vec<(usize, Function)>,
     /// It must call one.
     must: bool,
     /// It may make several calls in one turn.
@@ -157,13 +173,16 @@ impl Offer {
             },
             Some(_) => return Err(invalid("`tool_choice` is a word or an object")),
         };
-        if let Some(unknown) = names.iter().find(|name| !functions.iter().any(|function| function.name == **name)) {
+        let known: HashSet<&str> = functions.iter().map(|function| function.name.as_str()).collect();
+        if let Some(unknown) = names.iter().find(|name| !known.contains(name.as_str())) {
             return Err(invalid(&format!("`{unknown}` is not among the `tools`")));
         }
         if must && names.is_empty() {
             return Err(invalid("a required call needs `tools`"));
         }
-        let functions = functions.into_iter().filter(|function| names.contains(&function.name)).collect();
+        let names: HashSet<String> = names.into_iter().collect();
+        let chosen = |(_, function): &(usize, Function)| names.contains(&function.name);
+        let functions = functions.into_iter().enumerate().filter(chosen).collect();
         Ok(Offer { functions, must, parallel: parallel.unwrap_or(true) })
     }
 
@@ -184,16 +203,16 @@ impl Offer {
         // Some vocabularies have the marks of calls as special tokens.
         params.skip_special_tokens = false;
         let style = tokenizer.tool_style(render);
-        let names = self.functions.iter().map(|function| function.name.clone()).collect();
+        let names = self.functions.iter().map(|(_, function)| function.name.clone()).collect();
         let most = if self.parallel { usize::MAX } else { 1 };
         let any = Map::from_iter([("type".to_owned(), json!("object"))]);
         let calls = |besides: Besides| -> Result<Option<Asked>> {
-            let functions = self.functions.iter().map(|function| {
-                let schema = match besides {
+            let functions = self.functions.iter().map(|(at, function)| {
+                let parameters = match besides {
                     Besides::Text if function.strict != Some(true) => Some(&any),
                     _ => function.parameters.as_ref(),
                 };
-                (function.name.as_str(), schema)
+                Offered { at: *at, name: &function.name, parameters }
             });
             let functions: Vec<_> = functions.collect();
             Ok(Some(("tools", call_grammar(tokenizer, style, &functions, self.parallel, besides)?)))
@@ -201,7 +220,7 @@ impl Offer {
         let asked = match asked {
             _ if self.must => calls(Besides::Nothing)?,
             Some((_, json @ (Constraint::JsonSchema(_) | Constraint::JsonObject))) => calls(Besides::Json(json))?,
-            None if self.functions.iter().any(|function| function.strict == Some(true)) => calls(Besides::Text)?,
+            None if self.functions.iter().any(|(_, function)| function.strict == Some(true)) => calls(Besides::Text)?,
             other => other,
         };
         Ok((CallReader::new(style, names, most), asked))
@@ -211,14 +230,14 @@ impl Offer {
     pub(super) fn choice(&self) -> Option<Value> {
         match self.functions.as_slice() {
             _ if !self.must => None,
-            [only] => Some(json!({"type": "function", "function": {"name": only.name}})),
+            [(_, only)] => Some(json!({"type": "function", "function": {"name": only.name}})),
             _ => Some(json!("required")),
         }
     }
 
     /// The functions as templates and chats take them.
     pub(super) fn shown(&self) -> Option<Value> {
-        let one = |function: &Function| {
+        let one = |(_, function): &(usize, Function)| {
             let mut body = json!({"name": function.name});
             let fields = [
                 ("description", json!(function.description)),
@@ -274,7 +293,7 @@ mod tests {
     fn offer(choice: Value) -> Result<(Vec<String>, bool)> {
         let functions = ["f", "g"].map(|name| Function { name: name.into(), ..Function::default() });
         let offer = Offer::read(functions.into(), Some(&choice), None)?;
-        Ok((offer.functions.into_iter().map(|function| function.name).collect(), offer.must))
+        Ok((offer.functions.into_iter().map(|(_, function)| function.name).collect(), offer.must))
     }
 
     #[test]
@@ -305,8 +324,34 @@ mod tests {
         ] {
             assert_eq!(offer(choice.clone()).unwrap_err().param.as_deref(), Some("tool_choice"), "{choice}");
         }
+        let Offer { functions, .. } = Offer::read(
+            ["f", "g", "f"].map(|name| Function { name: name.into(), ..Function::default() }).into(),
+            Some(&json!({"type": "function", "name": "f"})),
+            None,
+        )
+        .unwrap();
+        assert_eq!(functions.iter().map(|(at, _)| *at).collect::<Vec<_>>(), [0, 2], "places in `tools`");
         assert!(Offer::read(Vec::new(), Some(&json!("required")), None).is_err());
         assert!(Offer::read(Vec::new(), Some(&json!("auto")), None).is_ok());
+    }
+
+    #[test]
+    fn there_are_not_too_many() {
+        let tools = |count: usize| {
+            let one = |at: usize| json!({"type": "function", "name": format!("f{at}"), "function": {"name": format!("f{at}")}});
+            (0..count).map(one).collect::<Value>()
+        };
+        let read = |count: usize| {
+            let flat = flat_functions(serde_json::from_value(tools(count)).unwrap());
+            (chat_functions(serde_json::from_value(tools(count)).unwrap()), flat)
+        };
+        let (chat, flat) = read(MOST_TOOLS);
+        assert_eq!(chat.unwrap().len(), MOST_TOOLS);
+        let choice = json!({"type": "allowed_tools", "mode": "auto", "tools": tools(MOST_TOOLS)});
+        assert_eq!(Offer::read(flat.unwrap(), Some(&choice), None).unwrap().functions.len(), MOST_TOOLS);
+        let (chat, flat) = read(MOST_TOOLS + 1);
+        assert_eq!(chat.unwrap_err().param.as_deref(), Some("tools"));
+        assert_eq!(flat.unwrap_err().param.as_deref(), Some("tools"));
     }
 
     #[test]

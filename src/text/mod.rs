@@ -10,4 +10,4 @@ pub use chat_template::{Message, RenderOptions};
 pub use grammar::{Constraint, Grammar, Matcher, TokenMask};
 pub use stream_decoder::StreamDecoder;
 pub use tokenizer::{Tokenizer, TokenizerOptions};
-pub use tools::{Besides, CallReader, Said, ToolCall, ToolStyle, call_grammar};
+pub use tools::{Besides, CallReader, Offered, Said, ToolCall, ToolStyle, call_grammar};

@@ -35,6 +35,9 @@ pub struct Tokenizer {
     template: Option<ChatTemplate>,
     options: TokenizerOptions,
     bos_id: Option<u32>,
+    /// Tokens that stand beside the model's vocabulary: their text is what they write.
+    added: HashSet<u32>,
+    /// Those of them that are special.
     special: HashSet<u32>,
     /// Byte-level alphabets write bytes as printable characters; sentencepiece writes `<0x0A>` and `▁`.
     byte_level: bool,
@@ -56,13 +59,15 @@ impl Tokenizer {
         // Cutting and padding are the server's business.
         inner.with_truncation(None).map_err(|error| fail(&error))?;
         inner.with_padding(None);
-        let special =
-            inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let beside = inner.get_added_tokens_decoder();
+        let special = beside.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let added = beside.into_keys().collect();
         let template = options.chat_template.as_deref().map(ChatTemplate::new).transpose()?;
         let bos_id = options.bos_token.as_deref().and_then(|token| inner.token_to_id(token));
         let byte_level = json["decoder"].to_string().contains("ByteLevel");
         let id_limit = inner.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
-        Ok(Tokenizer { inner, template, options, bos_id, special, byte_level, id_limit, grammars: OnceLock::new() })
+        let grammars = OnceLock::new();
+        Ok(Tokenizer { inner, template, options, bos_id, added, special, byte_level, id_limit, grammars })
     }
 
     /// Ids of plain text; `add_special_tokens` puts BOS in front where the model wants one (never twice).
@@ -98,7 +103,7 @@ impl Tokenizer {
     /// The token's UTF-8 bytes, which may be part of a character.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
-        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+        if self.added.contains(&id) {
             return token.into_bytes();
         }
         if self.byte_level {
@@ -142,7 +147,7 @@ impl Tokenizer {
         self.grammars.get_or_init(|| grammar::factory(self)).as_ref().map_err(Clone::clone)
     }
 
-    /// Number of ids.
+    /// Number of ids, counted anew each time: a check of an id wants [`Tokenizer::id_limit`].
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }

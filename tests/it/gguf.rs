@@ -6,6 +6,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use rdpo::model::{ModelConfig, RopeScaling};
+use rdpo::text::Tokenizer;
 use rdpo::weights::Checkpoint;
 
 use super::hot_swap::fixture;
@@ -179,4 +180,27 @@ fn sizes_that_make_no_sense_are_named() {
         assert_eq!((error.status(), error.param.as_deref()), (422, Some(name)));
         assert_eq!(checkpoint.get(name, &[rows, 32], DType::F32, &Device::Cpu).unwrap_err().status(), 422);
     }
+}
+
+/// llama.cpp sets `ignore_merges` and `add_bos` for Llama 3's pre-tokenizer (its PR #7193).
+#[test]
+fn llama_3s_words_are_whole_and_its_texts_begin_with_bos() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("words.gguf");
+    let text = |text: &str| Value::String(text.into());
+    let texts = |all: &[&str]| Value::Array(all.iter().map(|one| text(one)).collect());
+    let ids = |pre: &str| {
+        let words = [
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.pre", text(pre)),
+            ("tokenizer.ggml.tokens", texts(&["A", "a", "B", "Aa", "AaB", "<s>"])),
+            ("tokenizer.ggml.merges", texts(&["A a"])),
+            ("tokenizer.ggml.bos_token_id", Value::U32(5)),
+        ];
+        write(&path, &words, 32);
+        let options = Checkpoint::open(&path).unwrap().tokenizer().unwrap();
+        Tokenizer::new(options).unwrap().encode("AaB", true).unwrap()
+    };
+    assert_eq!(ids("llama-bpe"), [5, 4]);
+    assert_eq!(ids("default"), [3, 2]);
 }

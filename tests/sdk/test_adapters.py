@@ -165,8 +165,8 @@ def test_paths_stay_under_the_root(tiny, path, kind):
 
 
 @pytest.mark.parametrize("route, body, status, param", [
-    ("load_lora_adapter", {}, 400, None),
-    ("load_lora_adapter", {"lora_name": "a"}, 400, None),
+    ("load_lora_adapter", {}, 400, "lora_name"),
+    ("load_lora_adapter", {"lora_name": "a"}, 400, "lora_path"),
     ("load_lora_adapter", {"lora_name": "", "lora_path": "incoming/first"}, 400, "lora_name"),
     ("load_lora_adapter", {"lora_name": "a/b", "lora_path": "incoming/first"}, 400, "lora_name"),
     ("load_lora_adapter", {"lora_name": "teacher", "lora_path": "incoming/first"}, 400, "lora_name"),

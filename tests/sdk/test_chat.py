@@ -180,6 +180,10 @@ def test_the_reward_role_scores_the_last_turn(real, tiny):
     assert chunks[0].choices[0].delta.content == "reward:2.5" and chunks[0].reward == 2.5 and chunks[-1].usage
     judged = ask(real, model="reward", messages=turns)
     assert judged.usage.prompt_tokens > 20 and float(text(judged).removeprefix("reward:")) == judged.reward
+    for stream in [False, True]:
+        with pytest.raises(openai.BadRequestError) as several:
+            ask(tiny, model="reward", messages=turns, n=3, stream=stream)
+        assert several.value.param == "n"
     with pytest.raises(openai.BadRequestError) as refused:
         ask(real, model="reward")
     assert refused.value.param == "messages"

@@ -1,6 +1,7 @@
 """`/v1/completions`, `/v1/models`, tokens."""
 
 import json
+import time
 import urllib.parse
 import urllib.request
 
@@ -110,3 +111,24 @@ def test_tokens_there_and_back(real):
     assert real.post("/../detokenize", body={"tokens": body["tokens"]}, cast_to=object) == {"prompt": "Grüße, 世界!"}
     chat = real.post("/../tokenize", body={"messages": [{"role": "user", "content": "Hi"}]}, cast_to=object)
     assert chat["count"] > 5 and chat["token_strs"] is None
+
+
+def test_a_conversation_has_the_tokens_of_the_chats_prompt(real):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, I"}]
+    for fields in [{}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"add_special_tokens": True},
+                   {"chat_template": "{{ messages[0].content }} {{ x }}", "chat_template_kwargs": {"x": "y"}}]:
+        chat = real.chat.completions.create(model="student", messages=messages, max_tokens=1, extra_body={**fields, "return_token_ids": True})
+        assert real.post("/../tokenize", body={"messages": messages, **fields}, cast_to=object)["tokens"] == chat.prompt_token_ids, fields
+    with pytest.raises(openai.BadRequestError) as both:
+        real.post("/../tokenize", body={"messages": messages, "continue_final_message": True, "add_generation_prompt": True}, cast_to=object)
+    assert both.value.param == "continue_final_message"
+
+
+def test_many_tokens_are_quickly_read(real):
+    ids = real.post("/../tokenize", body={"prompt": "word " * 20_000}, cast_to=object)["tokens"]
+    begun = time.monotonic()
+    assert real.post("/../detokenize", body={"tokens": ids}, cast_to=object)["prompt"] == "word " * 20_000
+    assert time.monotonic() - begun < 2
+    with pytest.raises(openai.BadRequestError) as outside:
+        real.post("/../detokenize", body={"tokens": [1, 10**6]}, cast_to=object)
+    assert outside.value.param == "tokens" and str(10**6) in outside.value.message

@@ -57,6 +57,11 @@ def fails(server, method, path, body=None, status=400, **headers):
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 4097}, "stop"),
+    ({"bad_words": ["a"] * 1001}, "bad_words"),
+    ({"bad_words": ["a" * 4097]}, "bad_words"),
+    ({"stop_token_ids": [1] * 100_000}, "stop_token_ids"),
+    ({"allowed_token_ids": [1] * 100_000}, "allowed_token_ids"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": []}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
@@ -64,6 +69,8 @@ def fails(server, method, path, body=None, status=400, **headers):
     ({"messages": [["user", "hi", None, None, None]]}, "messages[0]"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [*HELLO, {"content": "Hello"}]}, "messages[1].role"),
+    ({"response_format": {}}, "response_format.type"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "messages"),
     ({"max_tokens": 10**12}, "messages"),
@@ -72,6 +79,9 @@ def fails(server, method, path, body=None, status=400, **headers):
     ({"use_beam_search": True}, "use_beam_search"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": 3}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": f"f{at}"}} for at in range(1025)]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}, {"type": "function", "function": {"name": "g", "parameters": {"type": "array"}}}],
+      "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tools[1]"),
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
@@ -80,7 +90,7 @@ def fails(server, method, path, body=None, status=400, **headers):
     ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]}]},
      "messages[1].tool_calls[0].function.arguments"),
-    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[1].tool_calls[0]"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[1].tool_calls[0].function"),
     ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
     ({"min_p": 2}, "min_p"),
     ({"top_k": -2}, "top_k"),
@@ -96,10 +106,44 @@ def test_a_bad_field_is_a_400_that_names_it(fields, param, stream):
     assert error["param"] == param, error
 
 
-def test_a_template_is_taken_only_where_clients_are_trusted():
+@pytest.mark.parametrize("path, body, param", [
+    (CHAT, {}, "model"),
+    (CHAT, {"model": "student"}, "messages"),
+    ("/v1/completions", {"model": "student"}, "prompt"),
+    ("/v1/responses", {"model": "student"}, "input"),
+    ("/detokenize", {}, "tokens"),
+])
+def test_a_missing_field_is_named(path, body, param):
+    assert fails("tiny", "POST", path, body)["param"] == param
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_a_template_is_taken_only_where_clients_are_trusted(path):
     body = {"model": "student", "messages": HELLO, "max_tokens": 1, "chat_template": "x"}
-    error = fails("locked", "POST", CHAT, body, authorization="Bearer sesame")
+    error = fails("locked", "POST", path, body, authorization="Bearer sesame")
     assert (error["param"], error["code"]) == ("chat_template", "unsupported_parameter")
+
+
+def test_an_open_server_takes_nothing_from_other_sites():
+    body = {"model": "student", "messages": HELLO, "max_tokens": 1}
+    here = URLS["tiny"]
+    host = here.partition("://")[2]
+    local = "localhost:" + host.rpartition(":")[2]
+    # A form's body is sent without the browser asking first.
+    form = ("content-type", "text/plain")
+    for other in [[("origin", "https://evil.example")], [("origin", "null")], [("origin", "http://127.0.0.1:1")], [("sec-fetch-site", "cross-site")],
+                  [("origin", "http://" + local), ("sec-fetch-site", "same-site")]]:
+        for path in [CHAT, "/v1/rdpo/train", "/v1/lora_adapters/x/publish", "/v1/load_lora_adapter"]:
+            status, _, content = send("tiny", "POST", path, body, [form, *other])
+            error = json.loads(content)["error"]
+            assert (status, error["code"]) == (403, "forbidden") and "server.api_keys" in error["message"], other
+        assert send("tiny", "DELETE", "/v1/responses/none", headers=other)[0] == 403
+        assert send("tiny", "GET", "/v1/models", headers=other)[0] == 200, "what is only read cannot be read by other pages"
+    for own in [[], [("origin", here)], [("origin", here), ("sec-fetch-site", "same-origin")], [("host", local), ("origin", "http://" + local)]]:
+        assert send("tiny", "POST", CHAT, body, own)[0] == 200, own
+    # A key is nothing that a browser adds by itself.
+    key = [("authorization", "Bearer sesame"), ("origin", "https://evil.example")]
+    assert send("locked", "POST", CHAT, body, key)[0] == 200
 
 
 def test_the_sdk_sees_each_kind(tiny):

@@ -44,6 +44,7 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
     let messages = json!({"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}});
     let token_ids = json!({"items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
     let function_name = json!({"type": "string", "pattern": r"^[^\u0000-\u001f\u007f-\u009f]+$"});
+    let most_tools = json!({"maxItems": 1024});
     let items = json!({"type": "array", "items": {"$ref": "#/components/schemas/InputItem"}});
     let input = json!({"type": null, "oneOf": [{"type": "string"}, items]});
     let mut rules = vec![
@@ -66,6 +67,9 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         ("CalledFunction", "arguments", json!({"type": ["string", "object", "null"]})),
         ("ResponseRequest", "input", input),
         ("ResponseRequest", "tool_choice", tool_choice()),
+        ("ChatRequest", "tools", most_tools.clone()),
+        ("ResponseRequest", "tools", most_tools.clone()),
+        ("TokenizeRequest", "tools", most_tools),
         ("ResponseRequest", "max_output_tokens", at_least_one.clone()),
         ("ResponseRequest", "max_tokens", at_least_one.clone()),
         ("ResponseRequest", "n", json!({"maximum": 1})),
@@ -156,7 +160,7 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         rules.push(("PairInput", field, text.clone()));
     }
     for name in ["ChatRequest", "CompletionRequest", "ResponseRequest"] {
-        let stop = json!({"type": "string", "minLength": 1});
+        let stop = json!({"type": "string", "minLength": 1, "maxLength": 4096});
         let stops = json!({"type": "array", "maxItems": 16, "items": stop});
         rules.push((name, "stop", json!({"oneOf": [{"type": "null"}, stop, stops]})));
         rules.push((name, "seed", json!({"minimum": i64::MIN, "maximum": i64::MAX})));
@@ -168,7 +172,11 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         rules.push((name, "stop_token_ids", token_ids.clone()));
         let some_ids = json!({"minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
         rules.push((name, "allowed_token_ids", some_ids));
-        rules.push((name, "bad_words", json!({"items": {"type": "string", "pattern": r"\S"}})));
+        rules.push((
+            name,
+            "bad_words",
+            json!({"maxItems": 1000, "items": {"type": "string", "pattern": r"\S", "maxLength": 4096}}),
+        ));
         rules.push((name, "truncate_prompt_tokens", json!({"not": {"const": 0}, "maximum": i64::MAX})));
         rules.push((name, "priority", json!({"minimum": i64::MIN, "maximum": i64::MAX})));
     }

@@ -154,6 +154,9 @@ impl Operation {
         errors.push(406);
         if !open {
             errors.extend([401, 503]);
+            if self.method != "get" {
+                errors.push(403);
+            }
         }
         errors.sort_unstable();
         errors.dedup();
@@ -190,7 +193,7 @@ fn meaning(status: u16) -> String {
     let text = match status {
         400 => "The request is wrong; `param` names the field",
         401 => "Missing or wrong key",
-        403 => "A path outside its root",
+        403 => "A path outside its root, or the page of another site where no key is asked for",
         404 => "No such model, adapter or job",
         406 => "No encoding that the client takes",
         409 => "The state does not allow it",

@@ -10,15 +10,15 @@ use utoipa::ToSchema;
 
 use super::{Routes, resolve};
 use crate::engine::request::{Event, Usage};
-use crate::error::{Code, Error};
+use crate::error::{Code, Error, Result};
 use crate::roles::{Start, Target};
-use crate::server::AppState;
 use crate::server::answer::{self, Choices, Head};
 use crate::server::forward::forward;
 use crate::server::messages::{ChatMessage, messages};
 use crate::server::reply::{Reply, blocking, error_body, event, parse, sse};
 use crate::server::sampling::{Refused, Sampling, StreamOptions};
 use crate::server::tools::{ChatTool, Offer, call_id, chat_functions};
+use crate::server::{AppState, ServerLimits};
 use crate::text::{CallReader, Message, RenderOptions, Said, ToolCall};
 
 pub(super) fn configure(routes: &mut Routes<'_>) {
@@ -112,6 +112,9 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     }
     let stream = sampling.stream_options()?;
     if target.reward.is_some() {
+        if n > 1 {
+            return Err(Error::invalid("n", format!("the reward role gives one answer: `n` must be 1, got {n}")).into());
+        }
         let stream = sampling.streams().then_some(stream);
         return reward(&target, &turns, state.limits.request_timeout, stream).await;
     }
@@ -119,26 +122,16 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
         let stream = sampling.streams().then_some(stream);
         return forward(&target, remote, Start::Chat, parse(&body)?, stream, state.limits.request_timeout).await;
     }
-    if request.chat_template.is_some() && !state.limits.trust_request_chat_template {
-        let text = "a template is a program that this server does not take from requests (`server.trust_request_chat_template`)";
-        return Err(Error::new(Code::UnsupportedParameter, text).at("chat_template").into());
-    }
-    let continues = request.continue_final_message.unwrap_or(false);
-    if continues && request.add_generation_prompt == Some(true) {
-        let text = "`continue_final_message` and `add_generation_prompt` exclude each other";
-        return Err(Error::invalid("continue_final_message", text).into());
-    }
+    let (continues, header) = (request.continue_final_message, request.add_generation_prompt);
+    let ends = render_options(&state.limits, request.chat_template, continues, header)?;
     let offer = Offer::read(chat_functions(request.tools)?, request.tool_choice.as_ref(), request.parallel_tool_calls)?;
     let mut render = RenderOptions {
-        add_generation_prompt: !continues && request.add_generation_prompt.unwrap_or(true),
-        continue_final_message: continues,
-        tools: None,
         kwargs: template_variables(
             request.chat_template_kwargs,
             request.documents.map(|documents| json!(documents)),
             request.reasoning_effort.as_deref(),
         ),
-        template: request.chat_template,
+        ..ends
     };
     let tokenizer = target.tokenizer()?;
     let (reader, asked) = offer.apply(tokenizer, sampling.asked()?, &mut render, &mut params)?;
@@ -169,6 +162,30 @@ async fn create(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     } else {
         whole(target, choices, &ask, &prompt).await
     }
+}
+
+/// By which template a conversation is written and how it ends: with the header of an assistant turn, or open.
+pub(super) fn render_options(
+    limits: &ServerLimits,
+    template: Option<String>,
+    continues: Option<bool>,
+    header: Option<bool>,
+) -> Result<RenderOptions> {
+    if template.is_some() && !limits.trust_request_chat_template {
+        let text = "a template is a program that this server does not take from requests (`server.trust_request_chat_template`)";
+        return Err(Error::new(Code::UnsupportedParameter, text).at("chat_template"));
+    }
+    let continues = continues.unwrap_or(false);
+    if continues && header == Some(true) {
+        let text = "`continue_final_message` and `add_generation_prompt` exclude each other";
+        return Err(Error::invalid("continue_final_message", text));
+    }
+    Ok(RenderOptions {
+        add_generation_prompt: !continues && header.unwrap_or(true),
+        continue_final_message: continues,
+        template,
+        ..RenderOptions::default()
+    })
 }
 
 /// What the template can read besides the turns.

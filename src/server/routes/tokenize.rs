@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::chat::render_options;
 use super::{Routes, resolve};
 use crate::error::Error;
 use crate::server::AppState;
@@ -27,10 +28,14 @@ pub(crate) struct TokenizeRequest {
     pub(crate) prompt: Option<String>,
     /// Or a conversation.
     pub(crate) messages: Option<Vec<ChatMessage>>,
-    /// BOS before a text (the default).
+    /// BOS before a text (the default), or before what the template wrote.
     pub(crate) add_special_tokens: Option<bool>,
     /// Header of an assistant turn after a conversation (the default).
     pub(crate) add_generation_prompt: Option<bool>,
+    /// Go on with the last message.
+    pub(crate) continue_final_message: Option<bool>,
+    /// Template instead of the model's; only where the server is started with `server.trust_request_chat_template`.
+    pub(crate) chat_template: Option<String>,
     /// Tools the conversation may use.
     pub(crate) tools: Option<Vec<ChatTool>>,
     /// Extra variables of the template.
@@ -72,14 +77,14 @@ async fn tokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
             blocking(move || words.encode(&prompt, request.add_special_tokens.unwrap_or(true))).await?
         }
         (None, Some(turns)) => {
+            let (continues, header) = (request.continue_final_message, request.add_generation_prompt);
             let render = RenderOptions {
-                add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
                 kwargs: request.chat_template_kwargs.unwrap_or_default(),
                 tools,
-                ..RenderOptions::default()
+                ..render_options(&state.limits, request.chat_template, continues, header)?
             };
-            let turns = messages(&turns)?;
-            blocking(move || words.encode_chat(&turns, &render)).await?
+            let (turns, special) = (messages(&turns)?, request.add_special_tokens.unwrap_or(false));
+            blocking(move || words.encode(&words.render(&turns, &render)?, special)).await?
         }
         _ => return Err(Error::invalid("prompt", "give either `prompt` or `messages`").into()),
     };
@@ -103,9 +108,13 @@ pub(crate) struct DetokenizeRequest {
 async fn detokenize(state: web::Data<AppState>, body: web::Bytes) -> Reply {
     let request: DetokenizeRequest = parse(&body)?;
     let target = resolve(&state, request.model.as_deref().unwrap_or("student")).await?;
-    let tokenizer = target.tokenizer()?;
-    if let Some(id) = request.tokens.iter().find(|id| **id as usize >= tokenizer.vocab_size()) {
-        return Err(Error::invalid("tokens", format!("token id {id} is outside the vocabulary")).into());
-    }
-    Ok(HttpResponse::Ok().json(Text { prompt: tokenizer.decode(&request.tokens, false)? }))
+    let tokenizer = target.tokenizer()?.clone();
+    let text = blocking(move || {
+        let limit = tokenizer.id_limit();
+        if let Some(id) = request.tokens.iter().find(|id| **id >= limit) {
+            return Err(Error::invalid("tokens", format!("token id {id} is outside the vocabulary of {limit}")));
+        }
+        tokenizer.decode(&request.tokens, false)
+    });
+    Ok(HttpResponse::Ok().json(Text { prompt: text.await? }))
 }

@@ -21,11 +21,22 @@ pub enum Besides {
     Text,
 }
 
-/// Calls of the `functions` (names, and schemas of their arguments) in the model's own style, or what else the answer may be.
+/// A function that may be called.
+#[derive(Clone, Copy, Debug)]
+pub struct Offered<'a> {
+    /// Its place in the request's `tools`.
+    pub at: usize,
+    /// Its name.
+    pub name: &'a str,
+    /// The schema of its arguments.
+    pub parameters: Option<&'a Map<String, Value>>,
+}
+
+/// Calls of the `functions` in the model's own style, or what else the answer may be.
 pub fn call_grammar(
     tokenizer: &Tokenizer,
     style: ToolStyle,
-    functions: &[(&str, Option<&Map<String, Value>>)],
+    functions: &[Offered<'_>],
     parallel: bool,
     besides: Besides,
 ) -> Result<Constraint> {
@@ -49,11 +60,11 @@ pub fn call_grammar(
         _ => format!("{opened} {inner}"),
     };
     let mut rules = vec![format!("calls: {calls}"), format!("one: {one}")];
-    for (at, (name, parameters)) in functions.iter().enumerate() {
-        let head = format!("{{\"name\": {}, \"{}\": ", json!(name), style.arguments_key());
+    for (at, function) in functions.iter().enumerate() {
+        let head = format!("{{\"name\": {}, \"{}\": ", json!(function.name), style.arguments_key());
         rules.push(format!("call_{at}: {} arguments_{at} \"}}\"", quoted(&head)));
         // Each schema is a document of its own, so that what it refers to is found.
-        rules.push(format!("arguments_{at}: %json {}", spaced(&arguments(at, *parameters)?)?));
+        rules.push(format!("arguments_{at}: %json {}", spaced(&arguments(function)?)?));
     }
     match besides {
         Besides::Nothing => rules.insert(0, "start: calls".into()),
@@ -90,13 +101,13 @@ pub fn call_grammar(
 }
 
 /// The schema of a function's arguments: always an object's, and an empty one where the function has none.
-fn arguments(at: usize, parameters: Option<&Map<String, Value>>) -> Result<Value> {
-    let Some(parameters) = parameters.filter(|parameters| !parameters.is_empty()) else {
+fn arguments(function: &Offered<'_>) -> Result<Value> {
+    let Some(parameters) = function.parameters.filter(|parameters| !parameters.is_empty()) else {
         return Ok(json!({"type": "object", "additionalProperties": false}));
     };
     let mut schema = parameters.clone();
     if *schema.entry("type").or_insert_with(|| json!("object")) != "object" {
-        return Err(Error::invalid(format!("tools[{at}]"), "the arguments of a function are an object"));
+        return Err(Error::invalid(format!("tools[{}]", function.at), "the arguments of a function are an object"));
     }
     Ok(Value::Object(schema))
 }
@@ -142,7 +153,10 @@ mod tests {
     fn grammar(tokenizer: &Tokenizer, style: ToolStyle, parallel: bool, besides: Besides) -> Grammar {
         let number = json!({"properties": {"n": {"$ref": "#/$defs/digit"}}, "required": ["n"], "additionalProperties": false,
             "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}}});
-        let functions = [("add \"1\"", number.as_object()), ("now", None)];
+        let functions = [
+            Offered { at: 0, name: "add \"1\"", parameters: number.as_object() },
+            Offered { at: 1, name: "now", parameters: None },
+        ];
         Grammar::compile(tokenizer, call_grammar(tokenizer, style, &functions, parallel, besides).unwrap()).unwrap()
     }
 
@@ -257,8 +271,11 @@ mod tests {
     fn arguments_are_an_object() {
         let list = json!({"type": "array"});
         let tokenizer = letters();
-        let functions = [("f", None), ("g", list.as_object())];
+        let functions = [
+            Offered { at: 2, name: "f", parameters: None },
+            Offered { at: 5, name: "g", parameters: list.as_object() },
+        ];
         let error = call_grammar(&tokenizer, ToolStyle::Hermes, &functions, true, Besides::Nothing).unwrap_err();
-        assert_eq!(error.param.as_deref(), Some("tools[1]"));
+        assert_eq!(error.param.as_deref(), Some("tools[5]"), "its place in the request");
     }
 }

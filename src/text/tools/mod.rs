@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::Message;
 use super::chat_template::write_json;
 
-pub use forced::{Besides, call_grammar};
+pub use forced::{Besides, Offered, call_grammar};
 pub use reader::{CallReader, Said, ToolCall};
 
 /// How a model writes its calls.
