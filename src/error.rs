@@ -170,7 +170,12 @@ impl std::error::Error for Error {}
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        let text = error.to_string();
+        // Not with candle's own backtrace, where `RUST_BACKTRACE` asks for one.
+        let mut bare = &error;
+        while let candle_core::Error::WithBacktrace { inner, .. } = bare {
+            bare = inner;
+        }
+        let text = bare.to_string();
         // What the driver and cuBLAS call it, however deep candle has wrapped it.
         if ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name)) {
             return Error::new(Code::OutOfMemory, "the device has no memory left for this step");

@@ -136,6 +136,8 @@ fn written(mut pieces: Chunks, mut writer: Writer) -> impl Stream<Item = Step> +
                 }
             }
         }
+        // One that was cut off in its arguments is none that a client could answer.
+        calls.retain(|call| reason != FinishReason::Length || serde_json::from_str::<Value>(&call.arguments).is_ok());
         for call in calls {
             for event in writer.call(call) {
                 yield Step::Event(event);
