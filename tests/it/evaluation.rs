@@ -81,6 +81,27 @@ fn the_best_adapter_is_given_and_a_falling_win_rate_ends_the_run() {
 }
 
 #[test]
+fn a_best_adapter_that_could_not_be_written_is_written_when_the_run_goes_on() {
+    let (model, pairs) = (model(), pairs(8));
+    let run = |folder: &TempDir| {
+        let mut job = job(&model, &pairs, folder.path());
+        job.eval_pairs = &pairs;
+        job.options = TrainingOptions { load_best_model_at_end: true, max_steps: Some(4), ..options(&job) };
+        train(&job, &mut Listener::default())
+    };
+    let (clear, blocked) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let expected = run(&clear).unwrap();
+    // A file where the folder of the best adapter belongs.
+    let in_the_way = blocked.path().join(format!("best-{:08}", expected.adapter_step));
+    std::fs::write(&in_the_way, "").unwrap();
+    run(&blocked).unwrap_err();
+    std::fs::remove_file(&in_the_way).unwrap();
+    let resumed = run(&blocked).unwrap();
+    assert_eq!(resumed.evaluations, expected.evaluations);
+    assert!(values(&resumed.adapter) == values(&expected.adapter));
+}
+
+#[test]
 fn lora_plus_moves_b_by_its_ratio() {
     let (model, pairs) = (model(), pairs(6));
     let largest = |ratio: Option<f64>| {

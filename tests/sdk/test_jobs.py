@@ -264,3 +264,13 @@ def test_bad_scores(tiny, body, param):
     with pytest.raises(openai.BadRequestError) as bad:
         post(tiny, "/score", body)
     assert bad.value.param == param, bad.value
+
+
+@pytest.mark.parametrize("when", ["end", "every_checkpoint"])
+def test_an_adapter_that_cannot_answer_never_goes_live(tiny, when):
+    ready = [{"prompt": f"Question {n}", "chosen": f"Yes {n}!", "rejected": f"No {n}.", "score_chosen": 2, "score_rejected": 1} for n in range(4)]
+    body = {"pairs": ready, "publish": {"alias": "broken", "when": when}, "lora": {"r": 2}, "seed": 3,
+            "training": {"learning_rate": 1e30, "warmup_ratio": 0, "epochs": 3, "batch_size": 2, "checkpoint_steps": 1, "eval_fraction": 0}}
+    job = ended(tiny, post(tiny, "/rdpo/train", body))
+    assert job["status"] == "failed" and job["adapter_version"] is None and "finite" in job["error"]["message"], job
+    assert "broken" not in {model.id for model in tiny.models.list()}
