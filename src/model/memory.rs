@@ -52,7 +52,7 @@ impl TrainingMemory {
 impl Decoder {
     /// Bytes of a published adapter of that shape, as [`super::Adapter`] holds it.
     pub fn adapter_bytes(&self, lora: &LoraConfig) -> usize {
-        lora_parameters(self.config(), lora) * self.linear(0, 0).low_rank_dtype().size_in_bytes()
+        lora_parameters(self.layers_root(), self.config(), lora) * self.linear(0, 0).low_rank_dtype().size_in_bytes()
     }
 
     /// What training such an adapter in steps of such a size takes at most: every pair as long as it may be, its prompt as short.
@@ -73,7 +73,7 @@ impl Decoder {
         // The first two layers are held to be measured before it is known how many may stay.
         let measured = (layers.min(2) * (attention + mlp)).saturating_sub(graphs) + 5 * input;
         TrainingMemory {
-            optimizer: 4 * lora_parameters(config, lora) * DType::F32.size_in_bytes(),
+            optimizer: 4 * lora_parameters(self.layers_root(), self.config(), lora) * DType::F32.size_in_bytes(),
             graphs,
             step: (2 * layers * input + block.max(head)).max(measured),
             copy: self.adapter_bytes(lora),
@@ -81,11 +81,11 @@ impl Decoder {
     }
 }
 
-/// Numbers in A and B of all sites.
-fn lora_parameters(config: &ModelConfig, lora: &LoraConfig) -> usize {
+/// Numbers in A and B of all sites; `root` is where the layers are.
+fn lora_parameters(root: &str, config: &ModelConfig, lora: &LoraConfig) -> usize {
     let of = |layer: usize, site: usize| {
         let (input, out) = site_shape(config, site);
-        lora.rank_and_scale(&module_path("model.", layer, site)).0 * (input + out)
+        lora.rank_and_scale(&module_path(root, layer, site)).0 * (input + out)
     };
     let targets = |site: &usize| lora.target_modules.iter().any(|name| name == SITES[*site]);
     let layers = 0..config.num_hidden_layers;
@@ -145,9 +145,9 @@ mod tests {
             base_model_name_or_path: None,
         };
         let (q, down) = (32 + 32, 80 + 32);
-        assert_eq!(lora_parameters(&config(3), &lora), 3 * 2 * (q + down));
+        assert_eq!(lora_parameters("model.", &config(3), &lora), 3 * 2 * (q + down));
         lora.rank_pattern.insert("layers.1.self_attn.q_proj".into(), 5);
-        assert_eq!(lora_parameters(&config(3), &lora), 3 * 2 * (q + down) + 3 * q);
+        assert_eq!(lora_parameters("model.", &config(3), &lora), 3 * 2 * (q + down) + 3 * q);
     }
 
     #[test]

@@ -272,7 +272,7 @@ impl Gguf {
             };
             let is_read = match kind {
                 // Rotary frequencies of old converters, which follow from the metadata.
-                "weight" => self.names.values().any(|known| known == name) || part == "attn_rot_embd",
+                "weight" => hf_name(name, self.architecture == "gemma3").is_some() || part == "attn_rot_embd",
                 "bias" => {
                     matches!(part, "attn_q" | "attn_k" | "attn_v")
                         || (part == "attn_output" && self.architecture != "qwen2")
